@@ -1,0 +1,40 @@
+# Two commands: `make sweep` runs a sweep, `make test` runs the tests. Both set up what they need beside this file.
+PYTHON ?= python3
+GRID ?= demo
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help sweep test check golden clean
+
+help:
+	@echo "make sweep   train the demo grid on this machine and report (GRID=... for another; ARGS=... for options)"
+	@echo "make test    run the tests"
+	@echo "make check   lint, format and types"
+	@echo "make clean   remove the virtual environment (results in runs/ stay)"
+
+sweep: $(VENV)/.ready
+	@$(BIN)/python orchestration/sweep.py --grid $(GRID) $(ARGS)
+
+test: $(VENV)/.ready-dev
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV)
+
+# A stamp is made only after its install succeeded, so an interrupted install is done again.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=python3.11 names one")'
+	@echo "setting up $(VENV), once; this takes a few minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

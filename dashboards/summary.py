@@ -1,0 +1,320 @@
+"""What a sweep found, computed from its view: means, spread, optimism, and how it stands beside the paper.
+
+Pure functions. A half-finished sweep is the normal case: whatever is not known yet is None and never a zero. Accuracies
+are fractions, differences are differences of fractions.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dashboards.text import TIMES, plural
+from dashboards.view import CellView, DataFacts, SweepView, TrialView
+from helix.protocol import PROFILES, SWITCHES
+from helix.published import Published, published
+
+SELECTIONS = ("best_test", "last", "validation")
+
+#: Two parameter counts further apart than this (relative) are not the same model; the band of the grids.
+PARAMETER_BAND = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistic:
+    """The mean of `n` values and their standard deviation; None where there is nothing to take it of."""
+
+    n: int
+    mean: float | None = None
+    std: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One finished trial: its fold, its seed, and its accuracy under each selection rule that could be applied."""
+
+    trial_id: str
+    fold: int
+    seed: int
+    accuracy: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Our best-test accuracy beside the published one, over the same folds where per-fold numbers are published.
+
+    `theirs_std` is then the spread of those folds under our rule; for all folds and the population rule, the paper's.
+    `unlike` says in what the two runs differ, in short phrases; empty where they are alike as far as we can tell.
+    """
+
+    published: Published
+    ours: float | None
+    theirs: float | None
+    theirs_std: float | None
+    folds: tuple[int, ...]
+    unlike: tuple[str, ...]
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.ours is None or self.theirs is None else self.ours - self.theirs
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellSummary:
+    """One row of the main table. `accuracy` holds all three selections; `selected` is the one that the protocol rules.
+
+    `at_chance`: the mean is not above guessing by two binomial standard errors of the clips tested (None
+    where that cannot be said).
+    """
+
+    cell: CellView
+    asked: int
+    samples: tuple[Sample, ...]
+    statuses: dict[str, int]
+    accuracy: dict[str, Statistic]
+    selected: Statistic
+    optimism: Statistic
+    train_seconds: float | None
+    parameters: int | None
+    tokens: int | None
+    comparison: Comparison | None
+    at_chance: bool | None
+
+    @property
+    def done(self) -> int:
+        return len(self.samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Cells of one data set by mean accuracy, best first. `shared`: the (fold, seed) pairs that all of them finished.
+
+    Where `shared` is not empty the means are taken over those pairs alone, so that no cell gains by its folds.
+    """
+
+    order: tuple[tuple[CellSummary, float], ...]
+    shared: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a sweep is, in trials, epochs and time."""
+
+    asked: int
+    statuses: dict[str, int]
+    epochs_done: int
+    epochs_asked: int
+    train_seconds: float
+    lost_seconds: float
+
+    @property
+    def finished(self) -> bool:
+        return self.statuses.get("done", 0) == self.asked
+
+
+def statistic(values: Sequence[float], rule: str) -> Statistic:
+    """Mean and standard deviation; `rule` "population" divides by n and "sample" by n - 1. One value has no spread."""
+    n = len(values)
+    if n == 0:
+        return Statistic(n=0)
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Statistic(n=1, mean=mean)
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    return Statistic(n=n, mean=mean, std=math.sqrt(squares / (n if rule == "population" else n - 1)))
+
+
+def summarise(view: SweepView) -> tuple[CellSummary, ...]:
+    """Every cell of the view, in its order."""
+    return tuple(summarise_cell(view, cell) for cell in view.cells)
+
+
+def summarise_cell(view: SweepView, cell: CellView) -> CellSummary:
+    """One cell under the selection rule and the standard deviation that the view's protocol asks for."""
+    samples = tuple(sample for trial in cell.trials if (sample := _sample(trial)) is not None)
+    accuracy = {
+        rule: statistic([sample.accuracy[rule] for sample in samples if rule in sample.accuracy], view.std)
+        for rule in SELECTIONS
+    }
+    optimism = [
+        sample.accuracy["best_test"] - sample.accuracy["validation"]
+        for sample in samples
+        if {"best_test", "validation"} <= sample.accuracy.keys()
+    ]
+    results = [trial.state.result for trial in cell.trials if trial.state.result is not None]
+    seconds = [result["train_seconds"] for result in results if result.get("train_seconds") is not None]
+    parameters = cell.parameters or _first(result.get("parameters") for result in results)
+    facts = view.facts(cell.dataset)
+    return CellSummary(
+        cell=cell,
+        asked=len(cell.trials),
+        samples=samples,
+        statuses=dict(Counter(trial.state.status for trial in cell.trials)),
+        accuracy=accuracy,
+        selected=accuracy[view.select],
+        optimism=statistic(optimism, view.std),
+        train_seconds=math.fsum(seconds) / len(seconds) if seconds else None,
+        parameters=parameters,
+        tokens=cell.tokens or _first(result.get("tokens") for result in results),
+        comparison=_compare(cell, samples, facts, parameters, view.std),
+        at_chance=_at_chance(accuracy, cell, facts),
+    )
+
+
+def rank(summaries: Sequence[CellSummary], select: str) -> Ranking:
+    """The cells that have a result, by mean accuracy over the trials that all of them share."""
+    measured = [summary for summary in summaries if summary.accuracy[select].n]
+    if not measured:
+        return Ranking(order=(), shared=())
+    by_pair = [_by_pair(summary, select) for summary in measured]
+    shared = sorted(set.intersection(*(set(pairs) for pairs in by_pair)))
+    means = [math.fsum(pairs[pair] for pair in shared or pairs) / len(shared or pairs) for pairs in by_pair]
+    order = sorted(zip(measured, means, strict=True), key=lambda item: -item[1])
+    return Ranking(order=tuple(order), shared=tuple(shared))
+
+
+def paired(first: CellSummary, second: CellSummary, select: str) -> list[float]:
+    """Accuracy of `first` minus accuracy of `second` on every fold and seed that both finished."""
+    ours, theirs = _by_pair(first, select), _by_pair(second, select)
+    return [ours[pair] - theirs[pair] for pair in sorted(ours.keys() & theirs.keys())]
+
+
+def smallest_p(pairs: int) -> float:
+    """The smallest two-sided p that an exact sign-flip test over this many pairs can give: 2 / 2^n."""
+    return min(1.0, 2.0 ** (1 - pairs))
+
+
+def progress(view: SweepView) -> Progress:
+    """Trials by status, epochs, and the training time and lost time of finished trials."""
+    trials = view.trials()
+    results = [trial.state.result or {} for _, trial in trials]
+    return Progress(
+        asked=len(trials),
+        statuses=dict(Counter(trial.state.status for _, trial in trials)),
+        epochs_done=sum(min(trial.state.epochs_done, cell.epochs) for cell, trial in trials),
+        epochs_asked=sum(cell.epochs for cell, _ in trials),
+        train_seconds=math.fsum(result.get("train_seconds") or 0.0 for result in results),
+        lost_seconds=math.fsum(lost_seconds(trial) or 0.0 for _, trial in trials),
+    )
+
+
+def attempts(trial: TrialView) -> int:
+    """How many processes worked on a trial, as storage lists them or as its result counts them."""
+    counted = (trial.state.result or {}).get("attempts")
+    return max(len(trial.state.attempts), counted if isinstance(counted, int) else 0)
+
+
+def lost_seconds(trial: TrialView) -> float | None:
+    """What interruptions cost a finished trial: steps trained twice, starting again and waiting. None while it runs.
+
+    Where the result does not record it, it is the time from the first attempt to the result less the training time.
+    """
+    result = trial.state.result
+    if result is None:
+        return None
+    if result.get("lost_seconds") is not None:
+        return float(result["lost_seconds"])
+    if attempts(trial) <= 1:
+        return 0.0
+    if result.get("finished") is None or result.get("train_seconds") is None:
+        return None
+    first = min((one["started"] for one in trial.state.attempts), default=None)
+    return None if first is None else max(result["finished"] - first - result["train_seconds"], 0.0)
+
+
+def sampling_word(view: SweepView) -> str:
+    """What the samples of the cells are called: folds, seeds, or trials where they differ in both."""
+    folds = {trial.fold for _, trial in view.trials()}
+    seeds = {trial.seed for _, trial in view.trials()}
+    return "fold" if len(seeds) <= 1 else "seed" if len(folds) <= 1 else "trial"
+
+
+def changed_switches(view: SweepView) -> dict[str, str]:
+    """The switches in force that the profile sets otherwise, with what the profile would set."""
+    if view.profile not in PROFILES:
+        return {}
+    return {
+        name: row[view.profile]
+        for name, row in SWITCHES.items()
+        if name in view.switches and view.switches[name] != row[view.profile]
+    }
+
+
+def unlike_authors(view: SweepView) -> list[str]:
+    """The switches that train differently from the authors' code, which made the published numbers."""
+    return [
+        name
+        for name, row in SWITCHES.items()
+        if not row["reporting"] and name in view.switches and view.switches[name] != row["authors"]
+    ]
+
+
+def _sample(trial: TrialView) -> Sample | None:
+    """What a finished trial counts as; None for one without a result, however many epochs it has behind it."""
+    if trial.state.result is None:
+        return None
+    given = trial.state.result.get("accuracy") or {}
+    accuracy = {rule: float(given[rule]) for rule in SELECTIONS if given.get(rule) is not None}
+    if not accuracy:
+        return None
+    return Sample(trial_id=trial.trial_id, fold=trial.fold, seed=trial.seed, accuracy=accuracy)
+
+
+def _compare(
+    cell: CellView, samples: Sequence[Sample], facts: DataFacts | None, parameters: int | None, std: str
+) -> Comparison | None:
+    target = published(cell.dataset, cell.frontend, cell.backbone)
+    if target is None:
+        return None
+    usable = [sample for sample in samples if "best_test" in sample.accuracy]
+    theirs = Statistic(n=target.folds, mean=target.accuracy, std=target.std)
+    if target.per_fold is not None:
+        usable = [sample for sample in usable if 1 <= sample.fold <= target.folds]
+        chosen = {sample.fold for sample in usable} or set(range(1, target.folds + 1))
+        theirs = statistic([target.per_fold[fold - 1] for fold in sorted(chosen)], std)
+    folds = tuple(sorted({sample.fold for sample in usable}))
+    unlike = []
+    if target.epochs is None:
+        unlike.append(f"{plural(cell.epochs, 'epoch')} where the paper states none")
+    elif target.epochs != cell.epochs:
+        unlike.append(f"{plural(cell.epochs, 'epoch')} instead of {target.epochs}")
+    if parameters and target.parameters and abs(parameters / target.parameters - 1) > PARAMETER_BAND:
+        unlike.append(f"a model {_ratio(parameters / target.parameters)} the size")
+    if facts is not None and facts.partial:
+        unlike.append("part of the recordings")
+    if usable and target.per_fold is not None and len(folds) < target.folds:
+        unlike.append(f"{plural(len(folds), 'fold')} of {target.folds}")
+    return Comparison(
+        published=target,
+        ours=statistic([sample.accuracy["best_test"] for sample in usable], std).mean,
+        theirs=theirs.mean,
+        theirs_std=theirs.std,
+        folds=folds,
+        unlike=tuple(unlike),
+    )
+
+
+def _at_chance(accuracy: dict[str, Statistic], cell: CellView, facts: DataFacts | None) -> bool | None:
+    """Judged by validation where there is one: the best of many test epochs is above guessing even for noise."""
+    mean = accuracy["validation"].mean if accuracy["validation"].n else accuracy["last"].mean
+    if mean is None or facts is None:
+        return None
+    tested = [trial.state.rows[-1] for trial in cell.trials if trial.state.result is not None and trial.state.rows]
+    clips = sum(row[half][1] for row in tested for half in ("test_half_a", "test_half_b") if half in row)
+    if clips == 0:
+        return None
+    return mean <= facts.chance + 2 * math.sqrt(facts.chance * (1 - facts.chance) / clips)
+
+
+def _by_pair(summary: CellSummary, select: str) -> dict[tuple[int, int], float]:
+    return {
+        (sample.fold, sample.seed): sample.accuracy[select] for sample in summary.samples if select in sample.accuracy
+    }
+
+
+def _first(values: Iterable[int | None]) -> int | None:
+    return next((value for value in values if value is not None), None)
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2g}{TIMES}" if value < 10 else f"{value:.0f}{TIMES}"

@@ -1,0 +1,61 @@
+"""The result of a sweep as a table for the terminal: the same numbers as the report, in at most 100 columns."""
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from dashboards.summary import CellSummary, sampling_word, summarise
+from dashboards.text import GAP, SELECTION_WORDS, mean_std, percent, points
+from dashboards.view import SweepView
+
+
+def summary_table(view: SweepView) -> Table:
+    """One row per cell: the selected accuracy, its spread and count, the other selections, and the paper's number."""
+    summaries = summarise(view)
+    many = len({cell.dataset for cell in view.cells}) > 1
+    compared = any(summary.comparison is not None for summary in summaries)
+    table = Table(
+        title=Text(f"{view.grid}, profile {view.profile}: test accuracy in %, {SELECTION_WORDS[view.select]}"),
+        title_justify="left",
+        caption=Text(_caption(view, compared)),
+        box=box.SIMPLE_HEAD,
+        title_style="bold",
+        caption_style="dim",
+        caption_justify="left",
+        header_style="bold",
+        width=100 if many or compared else None,
+    )
+    if many:
+        table.add_column("data set", overflow="fold")
+    table.add_column("variant", overflow="fold")
+    table.add_column("mean ± std", justify="right", no_wrap=True)
+    table.add_column(f"{sampling_word(view)}s", justify="right", no_wrap=True)
+    for heading in ("best", "last", "valid.", "optim."):
+        table.add_column(heading, justify="right", no_wrap=True)
+    if compared:
+        table.add_column("paper", justify="right", no_wrap=True)
+        table.add_column("diff.", justify="right", no_wrap=True)
+    for summary in summaries:
+        table.add_row(*_row(summary, many, compared))
+    return table
+
+
+def _row(summary: CellSummary, many: bool, compared: bool) -> list[Text]:
+    cell, comparison = summary.cell, summary.comparison
+    row = [cell.dataset] if many else []
+    row += [cell.variant, mean_std(summary.selected.mean, summary.selected.std), f"{summary.done}/{summary.asked}"]
+    row += [percent(summary.accuracy[rule].mean) for rule in ("best_test", "last", "validation")]
+    row.append(points(summary.optimism.mean))
+    if compared:
+        row.append(percent(comparison.theirs) if comparison is not None else GAP)
+        row.append(points(comparison.difference) if comparison is not None else GAP)
+    return [Text(word) for word in row]
+
+
+def _caption(view: SweepView, compared: bool) -> str:
+    chance = ", ".join(f"{facts.name} {percent(facts.chance)} %" for facts in view.data)
+    said = [f"guessing: {chance}"] if chance else []
+    said.append("optim.: best minus validation")
+    if compared:
+        said.append("diff.: our best minus the paper's, same folds where it gives them")
+    return "; ".join(said)

@@ -1,0 +1,84 @@
+"""How numbers, durations and gaps are written wherever people read them: one voice for the report and the terminal."""
+
+from datetime import UTC, datetime
+
+#: What stands where there is nothing to say: no result yet, no spread of a single fold, no published number.
+GAP = "\N{EN DASH}"
+
+MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+SELECTION_WORDS = {
+    "best_test": "best test epoch",
+    "last": "last epoch",
+    "validation": "epoch chosen by validation",
+}
+
+STD_WORDS = {
+    "population": "population standard deviation (divided by n)",
+    "sample": f"sample standard deviation (divided by n {MINUS} 1)",
+}
+
+
+def percent(fraction: float | None, digits: int = 2) -> str:
+    """0.551 -> "55.10"; the unit stands in the heading."""
+    return GAP if fraction is None else f"{100 * fraction:.{digits}f}"
+
+
+def points(difference: float | None, digits: int = 2) -> str:
+    """A difference of two fractions in percentage points with its sign: 0.0135 -> "+1.35"."""
+    if difference is None:
+        return GAP
+    value = round(100 * difference, digits)
+    sign = "+" if value > 0 else MINUS if value < 0 else ""
+    return f"{sign}{abs(value):.{digits}f}"
+
+
+def mean_std(mean: float | None, std: float | None) -> str:
+    """ "55.10 ± 3.33"; a single fold has no spread: "55.10 ± –"."""
+    return GAP if mean is None else f"{percent(mean)} ± {percent(std)}"
+
+
+def count(number: float | None) -> str:
+    """6394162 -> "6,394,162"."""
+    return GAP if number is None else f"{number:,.0f}"
+
+
+def millions(number: int | None) -> str:
+    """6394162 -> "6.394 M"; small models are written out."""
+    if number is None or number < 1_000_000:
+        return count(number)
+    return f"{number / 1e6:.3f} M"
+
+
+def plural(number: int, word: str, many: str = "") -> str:
+    """(1, "fold") -> "1 fold"; (2, "fold") -> "2 folds"."""
+    return f"{number:,} {word if number == 1 else many or word + 's'}"
+
+
+def listing(words: list[str]) -> str:
+    """["a", "b", "c"] -> "a, b and c"."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
+
+
+def duration(seconds: float | None) -> str:
+    """Two units at most: "8 s", "3 min 05 s", "2 h 40 min", "3 d 04 h"."""
+    if seconds is None:
+        return GAP
+    if 0 < seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(max(seconds, 0))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(whole / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(whole / 3600)
+    return f"{hours // 24} d {hours % 24:02d} h"
+
+
+def moment(unix_seconds: float) -> str:
+    """Unix seconds as a time in UTC: the reader may be anywhere."""
+    return datetime.fromtimestamp(unix_seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,156 @@
+"""What a sweep looks like at one moment, as plain frozen data: what the report and the terminal views are drawn from.
+
+Accuracies are fractions, times are Unix seconds. Whoever runs the sweep makes one `TrialEntry` per trial and calls
+`SweepView.build`; everything shown is computed from the result by dashboards/summary.py.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from helix.protocol import SWITCHES, Protocol
+from helix.spec import TrialSpec
+from orchestration.ledger import TrialState
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """One data set as prepared. `chance` is the accuracy of guessing; `expected` is the official count, if known.
+
+    `partial`: a subset was asked for. `caveat`: what its own authors warn of. `notes`: one plain sentence each on what
+    preparation counted (quarantined files, uneven folds), shown as they are.
+    """
+
+    name: str
+    classes: int
+    recordings: int
+    chance: float
+    expected: int | None = None
+    partial: bool = False
+    seconds: float = 0.0
+    licence: str = ""
+    caveat: str = ""
+    manifest_sha256: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialView:
+    """One trial: a fold and a seed of a cell, and what storage knows of it."""
+
+    fold: int
+    seed: int
+    state: TrialState
+
+    @property
+    def trial_id(self) -> str:
+        return self.state.trial_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellView:
+    """The trials of one data set and one variant, with `epochs` asked of each.
+
+    `variant` is a name to show ("mamba-raw"); `frontend` and `backbone` are the words of helix/published.py.
+    `parameters` and `tokens` (per clip) are None until they are known.
+    """
+
+    dataset: str
+    variant: str
+    frontend: str
+    backbone: str
+    pattern: tuple[str, ...]
+    epochs: int
+    parameters: int | None = None
+    tokens: int | None = None
+    trials: tuple[TrialView, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialEntry:
+    """One trial as the sweep planned it and as storage knows it now: what `SweepView.build` groups into cells.
+
+    `variant` names its cell among those of one data set, so trials that differ only in fold and seed share it.
+    """
+
+    variant: str
+    backbone: str
+    spec: TrialSpec
+    state: TrialState
+    parameters: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepView:
+    """One sweep of one grid at one moment. `question` is the docstring of the grid; its first line becomes the title.
+
+    `switches` holds every protocol switch in force; `select` and `std` are the two that rule the summary.
+    """
+
+    grid: str
+    question: str
+    profile: str
+    command: str
+    created: float
+    storage: str
+    select: Literal["best_test", "last", "validation"]
+    std: Literal["population", "sample"]
+    switches: dict[str, str] = field(default_factory=dict)
+    data: tuple[DataFacts, ...] = ()
+    cells: tuple[CellView, ...] = ()
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        grid: str,
+        question: str,
+        protocol: Protocol,
+        command: str,
+        created: float,
+        storage: str,
+        data: Iterable[DataFacts],
+        trials: Iterable[TrialEntry],
+    ) -> "SweepView":
+        """The view of a flat list of trials, grouped into cells in the order in which the variants first appear."""
+        groups: dict[tuple[str, str], list[TrialEntry]] = {}
+        for entry in trials:
+            groups.setdefault((entry.spec.data.dataset, entry.variant), []).append(entry)
+        return cls(
+            grid=grid,
+            question=question,
+            profile=protocol.profile,
+            command=command,
+            created=created,
+            storage=storage,
+            select=protocol.select,
+            std=protocol.std,
+            switches={name: getattr(protocol, name) for name in SWITCHES},
+            data=tuple(data),
+            cells=tuple(_cell(entries) for entries in groups.values()),
+        )
+
+    def facts(self, dataset: str) -> DataFacts | None:
+        """What is known of a data set; None before it was prepared."""
+        return next((facts for facts in self.data if facts.name == dataset), None)
+
+    def trials(self) -> list[tuple[CellView, TrialView]]:
+        """Every trial with its cell, in order."""
+        return [(cell, trial) for cell in self.cells for trial in cell.trials]
+
+
+def _cell(entries: list[TrialEntry]) -> CellView:
+    first = entries[0]
+    trials = [TrialView(fold=entry.spec.data.fold, seed=entry.spec.seed, state=entry.state) for entry in entries]
+    return CellView(
+        dataset=first.spec.data.dataset,
+        variant=first.variant,
+        frontend=first.spec.model.frontend,
+        backbone=first.backbone,
+        pattern=tuple(first.spec.model.pattern),
+        epochs=first.spec.training.epochs,
+        parameters=next((entry.parameters for entry in entries if entry.parameters is not None), None),
+        tokens=next((entry.tokens for entry in entries if entry.tokens is not None), None),
+        trials=tuple(sorted(trials, key=lambda trial: (trial.seed, trial.fold))),
+    )

@@ -1,0 +1,89 @@
+"""From a sound file to int16 samples: decode, mix to mono, resample, round. Nothing that is wrong passes in silence."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+#: Floating-point files may overshoot full scale a little; far beyond it they were written in some other unit.
+PEAK_LIMIT = 8.0
+RATES_HZ = (1_000, 768_000)
+
+
+class AudioError(Exception):
+    """A sound file that cannot be used."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def decode(path: Path, *, rate_hz: int) -> np.ndarray:
+    """int16 [samples]: the file as mono at `rate_hz`. A 16-bit mono file of that rate comes through sample for sample.
+
+    Channels are averaged, soxr resamples at its HQ setting, rounding is to nearest without dither, and what then lies
+    beyond full scale is clipped. Raises AudioError: not there, unreadable, truncated, empty, NaN or infinite, a rate or
+    a level that no recording has.
+    """
+    if not path.is_file():
+        raise AudioError(str(path), "there is no such file")
+    if path.stat().st_size == 0:
+        raise AudioError(str(path), "the file is empty (0 bytes)")
+    _check_riff_length(path)
+    try:
+        with soundfile.SoundFile(path) as file:
+            source_rate_hz, promised = file.samplerate, file.frames
+            wave_TC = file.read(dtype="float64", always_2d=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise AudioError(str(path), f"cannot be decoded: {error}") from error
+    if len(wave_TC) == 0:
+        raise AudioError(str(path), "holds no samples")
+    if len(wave_TC) < promised:
+        raise AudioError(str(path), f"is truncated: {len(wave_TC)} of {promised} samples are there")
+    if not RATES_HZ[0] <= source_rate_hz <= RATES_HZ[1]:
+        raise AudioError(str(path), f"claims a rate of {source_rate_hz} Hz; wanted {RATES_HZ[0]} to {RATES_HZ[1]}")
+    if not np.isfinite(wave_TC).all():
+        raise AudioError(str(path), "holds samples that are NaN or infinite")
+    peak = float(np.abs(wave_TC).max())
+    if peak > PEAK_LIMIT:
+        raise AudioError(str(path), f"peaks at {peak:.6g} where full scale is 1; its samples have some other unit")
+    wave_T = wave_TC.mean(axis=1)
+    if source_rate_hz != rate_hz:
+        wave_T = soxr.resample(wave_T, source_rate_hz, rate_hz, quality="HQ")
+    if len(wave_T) == 0:
+        raise AudioError(str(path), f"is too short: no sample is left at {rate_hz} Hz")
+    return to_int16(wave_T)
+
+
+def to_int16(wave_T: np.ndarray) -> np.ndarray:
+    """int16 from samples in [-1, 1): nearest, clipped, no dither."""
+    return np.clip(np.rint(wave_T * 32768.0), -32768, 32767).astype(np.int16)
+
+
+def fit_length(wave_T: np.ndarray, samples: int) -> np.ndarray:
+    """The first `samples` samples, with silence at the end where there are fewer."""
+    return np.pad(wave_T[:samples], (0, max(0, samples - len(wave_T))))
+
+
+def _check_riff_length(path: Path) -> None:
+    """A WAV file says how long it is; libsndfile reads what is there of a cut one without a word."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(12)
+        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            return
+        position = 12
+        while position + 8 <= size:
+            file.seek(position)
+            name, length = struct.unpack("<4sI", file.read(8))
+            position += 8 + length
+            if name == b"data":
+                break
+            position += length % 2
+    if position > size:
+        raise AudioError(str(path), f"is truncated: its header tells of {position} bytes, the file has {size}")

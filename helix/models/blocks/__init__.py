@@ -1,0 +1,1 @@
+"""The blocks, one file each; dropping in a file adds one."""

@@ -1,0 +1,199 @@
+"""The two frontends of the paper (section 3.1): a clip of 16 kHz samples to tokens, raw or by way of a mel spectrogram.
+
+A frontend has two stages. `features` is fixed: it is what mixup may mix and what a normalisation applies to. `embed` is
+learned: patches, a linear map of each to the width of the model, and a LayerNorm.
+
+Legend: B batch, T samples, L tokens, D width, M mel bins, F frames.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol as Interface
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from helix.protocol import Protocol
+from helix.registry import FRONTENDS
+
+RATE_HZ = 16_000
+
+#: Added to a divisor that is a clip's own standard deviation or root mean square, so that silence stays silence.
+EPSILON = 1e-6
+
+#: The least power that has a logarithm: -100 dB.
+POWER_FLOOR = 1e-10
+
+
+class Tokenizer(nn.Module, ABC):
+    """What a frontend builds."""
+
+    @abstractmethod
+    def features(self, wave_BT: Tensor) -> Tensor:
+        """The input of `embed`, without parameters and clip by clip. ValueError where a clip is too short."""
+
+    @abstractmethod
+    def embed(self, features: Tensor) -> Tensor:
+        """x_BLD."""
+
+    @abstractmethod
+    def flops(self, samples: int) -> int:
+        """Floating-point operations of `embed` for one clip."""
+
+    def forward(self, wave_BT: Tensor) -> Tensor:
+        return self.embed(self.features(wave_BT))
+
+
+class Frontend(Interface):
+    """A member of FRONTENDS: a frozen dataclass whose fields are its options."""
+
+    def build(self, *, width: int, protocol: Protocol) -> Tokenizer: ...
+
+    def tokens(self, samples: int, *, protocol: Protocol) -> int:
+        """L for a clip of so many samples. ValueError where the clip is too short for one token."""
+        ...
+
+
+@FRONTENDS.register("raw")
+@dataclass(frozen=True, kw_only=True)
+class RawWaveform:
+    """Frames of the waveform itself, 10 ms each; samples that do not fill the last one are left out (eq. 1)."""
+
+    samples_per_token: int = 160
+
+    def build(self, *, width: int, protocol: Protocol) -> Tokenizer:
+        return RawTokenizer(self, width, protocol)
+
+    def tokens(self, samples: int, *, protocol: Protocol) -> int:
+        if samples < self.samples_per_token:
+            raise ValueError(
+                f"frontend 'raw': a clip of {samples} samples is too short; a token is {self.samples_per_token}"
+            )
+        return samples // self.samples_per_token
+
+
+class RawTokenizer(Tokenizer):
+    def __init__(self, options: RawWaveform, width: int, protocol: Protocol):
+        super().__init__()
+        self.options, self.protocol = options, protocol
+        self.patch_embed = nn.Conv1d(1, width, options.samples_per_token, stride=options.samples_per_token)
+        self.input_norm = nn.LayerNorm(width)
+
+    def features(self, wave_BT: Tensor) -> Tensor:
+        self.options.tokens(wave_BT.shape[-1], protocol=self.protocol)
+        if self.protocol.raw_norm == "rms":
+            return wave_BT / (wave_BT.square().mean(-1, keepdim=True).sqrt() + EPSILON)
+        return wave_BT
+
+    def embed(self, features: Tensor) -> Tensor:
+        patches_BLP = features.unfold(-1, self.options.samples_per_token, self.options.samples_per_token)
+        # With kernel = stride, the convolution is one linear map of each patch.
+        return self.input_norm(F.linear(patches_BLP, self.patch_embed.weight.flatten(1), self.patch_embed.bias))
+
+    def flops(self, samples: int) -> int:
+        return 2 * self.options.tokens(samples, protocol=self.protocol) * self.patch_embed.weight.numel()
+
+
+@FRONTENDS.register("mel")
+@dataclass(frozen=True, kw_only=True)
+class MelSpectrogram:
+    """Patches of a log-mel spectrogram (eq. 2): Hann window, power, HTK mel scale, decibels of at most `top_db` range.
+
+    `protocol.mel_pad`: "floor" leaves out the frames that do not fill a patch; "ceil" completes the last patch with
+    silence, which is the lowest value that the clip's own range of `top_db` lets any number have.
+    """
+
+    n_mels: int = 128
+    n_fft: int = 1024
+    hop: int = 512
+    patch: int = 16
+    top_db: float = 80.0
+
+    def __post_init__(self) -> None:
+        if self.n_mels % self.patch:
+            raise ValueError(f"frontend 'mel': {self.n_mels} mel bins do not divide into patches of {self.patch}")
+
+    def build(self, *, width: int, protocol: Protocol) -> Tokenizer:
+        return MelTokenizer(self, width, protocol)
+
+    def tokens(self, samples: int, *, protocol: Protocol) -> int:
+        return self.n_mels // self.patch * self.patches(samples, protocol=protocol)
+
+    def frames(self, samples: int) -> int:
+        """Frames of a clip, the first centred on its first sample. Both ends are reflected by half a window."""
+        if samples <= self.n_fft // 2:
+            raise ValueError(
+                f"frontend 'mel': a clip of {samples} samples is too short; reflecting half a window of {self.n_fft} "
+                f"needs {self.n_fft // 2 + 1}"
+            )
+        return 1 + samples // self.hop
+
+    def patches(self, samples: int, *, protocol: Protocol) -> int:
+        """Patches along time."""
+        frames = self.frames(samples)
+        if protocol.mel_pad == "ceil":
+            return math.ceil(frames / self.patch)
+        if frames < self.patch:
+            raise ValueError(
+                f"frontend 'mel': a clip of {samples} samples has {frames} frames, too short for one patch of "
+                f"{self.patch}; protocol.mel_pad=ceil would complete it with silence"
+            )
+        return frames // self.patch
+
+
+class MelTokenizer(Tokenizer):
+    window: Tensor
+    filters_FM: Tensor
+
+    def __init__(self, options: MelSpectrogram, width: int, protocol: Protocol):
+        super().__init__()
+        self.options, self.protocol = options, protocol
+        self.patch_embed = nn.Conv2d(1, width, options.patch, stride=options.patch)
+        self.input_norm = nn.LayerNorm(width)
+        self.register_buffer("window", torch.hann_window(options.n_fft), persistent=False)
+        self.register_buffer("filters_FM", mel_filters(options.n_mels, options.n_fft), persistent=False)
+
+    def features(self, wave_BT: Tensor) -> Tensor:
+        """The image [B, 1, M, F]."""
+        samples, patch = wave_BT.shape[-1], self.options.patch
+        width = patch * self.options.patches(samples, protocol=self.protocol)
+        spectrum = torch.stft(
+            wave_BT, self.options.n_fft, self.options.hop, window=self.window, pad_mode="reflect", return_complex=True
+        )
+        power_BMF = self.filters_FM.mT @ (spectrum.real.square() + spectrum.imag.square())
+        level_BMF = 10 * torch.log10(power_BMF.clamp_min(POWER_FLOOR))
+        silence_B11 = (level_BMF.amax((1, 2), keepdim=True) - self.options.top_db).clamp_min(10 * math.log10(POWER_FLOOR))
+        level_BMF = level_BMF.maximum(silence_B11)
+        if self.protocol.mel_norm == "clip":
+            std_B11, mean_B11 = torch.std_mean(level_BMF, dim=(1, 2), keepdim=True)
+            level_BMF, silence_B11 = ((x - mean_B11) / (std_B11 + EPSILON) for x in (level_BMF, silence_B11))
+        missing = width - level_BMF.shape[-1]
+        if missing > 0:
+            level_BMF = torch.cat([level_BMF, silence_B11.expand(-1, self.options.n_mels, missing)], dim=-1)
+        return level_BMF.unsqueeze(1)
+
+    def embed(self, features: Tensor) -> Tensor:
+        patch = self.options.patch
+        grid = features.squeeze(1).unfold(1, patch, patch).unfold(2, patch, patch)
+        if self.protocol.mel_order == "time_major":
+            grid = grid.transpose(1, 2)
+        # With kernel = stride, the convolution is one linear map of each patch.
+        patches_BLP = grid.flatten(3).flatten(1, 2)
+        return self.input_norm(F.linear(patches_BLP, self.patch_embed.weight.flatten(1), self.patch_embed.bias))
+
+    def flops(self, samples: int) -> int:
+        return 2 * self.options.tokens(samples, protocol=self.protocol) * self.patch_embed.weight.numel()
+
+
+def mel_filters(n_mels: int, n_fft: int) -> Tensor:
+    """Triangles [n_fft / 2 + 1, n_mels] of height one, their corners equally spaced in HTK mel from 0 to half the rate."""
+    bins_hz = torch.linspace(0, RATE_HZ / 2, n_fft // 2 + 1, dtype=torch.float64)
+    top_mel = 2595 * math.log10(1 + RATE_HZ / 2 / 700)
+    corners_hz = 700 * (10 ** (torch.linspace(0, top_mel, n_mels + 2, dtype=torch.float64) / 2595) - 1)
+    width_hz = corners_hz.diff()
+    distance = corners_hz - bins_hz[:, None]
+    rising = -distance[:, :-2] / width_hz[:-1]
+    falling = distance[:, 2:] / width_hz[1:]
+    return torch.minimum(rising, falling).clamp_min(0).float()

@@ -1,0 +1,221 @@
+"""The selective scan of Mamba (Gu and Dao 2023, arXiv:2312.00752, section 3.2), in chunks and in plain torch.
+
+For every batch entry and channel e a state h of N numbers runs along the tokens:
+
+    d_t = softplus(dt_t + dt_bias)      h_t = exp(d_t A) h_{t-1} + d_t u_t B_t      y_t = (h_t . C_t + D u_t) silu(z_t)
+
+Semantics and argument names follow `selective_scan_fn` of mamba-ssm; here the tokens stand before the channels, and
+`reverse` runs the recurrence from the last token to the first in place, so that no caller flips anything.
+
+Legend: B batch, L tokens, E inner channels, N state; R batch entries and Q tokens of one chunk.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Tokens per chunk: the state at the start of each is kept for the backward, which costs N / CHUNK tensors of [B, L, E].
+CHUNK = 16
+
+#: Numbers in the states [R, N, E] of the batch entries that a CPU runs together, so that its caches hold a chunk of them.
+CPU_STATES = 16384
+
+
+def selective_scan(
+    u_BLE: Tensor,
+    dt_BLE: Tensor,
+    A_EN: Tensor,
+    B_BLN: Tensor,
+    C_BLN: Tensor,
+    D_E: Tensor,
+    z_BLE: Tensor,
+    *,
+    dt_bias_E: Tensor,
+    reverse: bool = False,
+) -> Tensor:
+    """y_BLE, differentiable in every tensor and deterministic; its memory grows as L, never as L x N.
+
+    Computed in the dtype of `A_EN`, which under autocast is still the parameters'; returned in the dtype of `u_BLE`.
+    """
+    inputs = (u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E)
+    with torch.autocast(u_BLE.device.type, enabled=False):
+        y_BLE = _ChunkedScan.apply(*(x.to(A_EN.dtype) for x in inputs), reverse)
+    return y_BLE.to(u_BLE.dtype)
+
+
+def selective_scan_sequential(
+    u_BLE: Tensor,
+    dt_BLE: Tensor,
+    A_EN: Tensor,
+    B_BLN: Tensor,
+    C_BLN: Tensor,
+    D_E: Tensor,
+    z_BLE: Tensor,
+    *,
+    dt_bias_E: Tensor,
+    reverse: bool = False,
+) -> Tensor:
+    """The slow twin of `selective_scan`: the equations above, one token after the other, with torch's own gradients."""
+    batch, tokens, channels = u_BLE.shape
+    d_BLE = F.softplus(dt_BLE + dt_bias_E)
+    h_BEN = u_BLE.new_zeros(batch, channels, A_EN.shape[1])
+    y_BE: dict[int, Tensor] = {}
+    for t in reversed(range(tokens)) if reverse else range(tokens):
+        decay_BEN = torch.exp(d_BLE[:, t, :, None] * A_EN)
+        h_BEN = decay_BEN * h_BEN + (d_BLE[:, t] * u_BLE[:, t])[:, :, None] * B_BLN[:, t, None, :]
+        y_BE[t] = (h_BEN * C_BLN[:, t, None, :]).sum(-1) + D_E * u_BLE[:, t]
+    return torch.stack([y_BE[t] for t in range(tokens)], dim=1) * F.silu(z_BLE)
+
+
+class _ChunkedScan(torch.autograd.Function):
+    """Chunks of CHUNK tokens in turn; in each, everything but the recurrence itself is a handful of large operations.
+
+    The forward keeps its inputs and the state at every chunk's start. The backward walks the chunks the other way,
+    recomputes the states of one chunk, runs the adjoint recurrence g_t = C_t dy_t + exp(d_{t+1} A) g_{t+1} over it and
+    reduces. Nothing is divided by a cumulative decay, so strong decays lose no precision.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E, reverse = inputs
+        A_NE = A_EN.t().contiguous()
+        d_BLE = F.softplus(dt_BLE + dt_bias_E)
+        y_BLE = torch.empty_like(d_BLE)
+        spans = _pieces(u_BLE.shape[1], CHUNK)
+        starts = u_BLE.new_empty(len(spans), len(u_BLE), *A_NE.shape)
+        for rows in _rows(u_BLE, A_NE):
+            h_RNE = torch.zeros_like(starts[0, rows])
+            chunks = _chunks(spans, A_NE, h_RNE, reverse)
+            for c, span in _in_order(list(enumerate(spans)), reverse):
+                chunk, at = chunks[c], (rows, span)
+                starts[c, rows] = h_RNE
+                u_RQE, d_RQE = u_BLE[at], d_BLE[at]
+                h_RNE = chunk.run(d_RQE, d_RQE * u_RQE, B_BLN[at], h_RNE)
+                y_RQE = chunk.read(C_BLN[at]).addcmul_(u_RQE, D_E)
+                torch.mul(y_RQE, F.silu(z_BLE[at]), out=y_BLE[at])
+        ctx.save_for_backward(u_BLE, d_BLE, A_NE, B_BLN, C_BLN, D_E, z_BLE, starts)
+        ctx.reverse = reverse
+        return y_BLE
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout_BLE: Tensor) -> Any:  # type: ignore[override]
+        u_BLE, d_BLE, A_NE, B_BLN, C_BLN, D_E, z_BLE, starts = ctx.saved_tensors
+        du_BLE, ddt_BLE, dz_BLE = (torch.empty_like(d_BLE) for _ in range(3))
+        dB_BLN, dC_BLN = (d_BLE.new_empty(B_BLN.shape) for _ in range(2))
+        dA_NE, dD_E = torch.zeros_like(A_NE), torch.zeros_like(D_E)
+        spans = _pieces(u_BLE.shape[1], CHUNK)
+        for rows in _rows(u_BLE, A_NE):
+            carry_RNE = torch.zeros_like(starts[0, rows])
+            chunks = _chunks(spans, A_NE, carry_RNE, ctx.reverse)
+            for c, span in _in_order(list(enumerate(spans)), not ctx.reverse):
+                chunk, at = chunks[c], (rows, span)
+                u_RQE, d_RQE, z_RQE, dout_RQE = u_BLE[at], d_BLE[at], z_BLE[at], dout_BLE[at]
+                x_RQE = d_RQE * u_RQE
+                chunk.run(d_RQE, x_RQE, B_BLN[at], starts[c, rows])
+                y_RQE = chunk.read(C_BLN[at]).addcmul_(u_RQE, D_E)
+
+                sigmoid_RQE = torch.sigmoid(z_RQE)
+                silu_RQE = sigmoid_RQE * z_RQE
+                # The slope of silu at z is s + silu(z) (1 - s), where s is sigmoid(z).
+                slope_RQE = torch.addcmul(sigmoid_RQE, silu_RQE, 1 - sigmoid_RQE)
+                torch.mul(y_RQE.mul_(dout_RQE), slope_RQE, out=dz_BLE[at])
+
+                dy_RQE = silu_RQE.mul_(dout_RQE)
+                carry_RNE, dA, dB_BLN[at], dC_BLN[at], dx_RQE, dd_RQE = chunk.pull(
+                    d_RQE, x_RQE, B_BLN[at], C_BLN[at], dy_RQE, carry_RNE
+                )
+                dA_NE += dA
+                dD_E += (dy_RQE * u_RQE).sum((0, 1))
+                # The slope of softplus, where it is d, is 1 - exp(-d).
+                dd_RQE.addcmul_(dx_RQE, u_RQE)
+                torch.mul(dd_RQE, torch.expm1(-d_RQE).neg_(), out=ddt_BLE[at])
+                torch.addcmul(dx_RQE.mul_(d_RQE), dy_RQE, D_E, out=du_BLE[at])
+        return du_BLE, ddt_BLE, dA_NE.t(), dB_BLN, dC_BLN, dD_E, dz_BLE, ddt_BLE.sum((0, 1)), None
+
+
+class _Chunk:
+    """The decays, states and adjoints of a chunk of Q tokens, in buffers that one chunk after the other uses."""
+
+    def __init__(self, size: int, A_NE: Tensor, like_RNE: Tensor, reverse: bool):
+        rows, state, channels = like_RNE.shape
+        self.A_NE = A_NE
+        self.decay_RQNE, self.state_RQNE, self.adjoint_RQNE = (
+            like_RNE.new_empty(rows, size, state, channels) for _ in range(3)
+        )
+        self.start_RNE = torch.empty_like(like_RNE)
+        # Views of single tokens in the order in which the recurrence meets them. Made once: that costs as much as a step.
+        decays, states, adjoints = (
+            _in_order(x_RQNE.unbind(1), reverse) for x_RQNE in (self.decay_RQNE, self.state_RQNE, self.adjoint_RQNE)
+        )
+        self.steps = list(zip(states, (self.start_RNE, *states[:-1]), decays, strict=True))
+        self.steps_back = list(zip(adjoints[:-1], adjoints[1:], decays[1:], strict=True))[::-1]
+        self.first_decay, self.first_adjoint, self.last_adjoint = decays[0], adjoints[0], adjoints[-1]
+        self.later, self.earlier = (slice(-1), slice(1, None)) if reverse else (slice(1, None), slice(-1))
+
+    def run(self, d_RQE: Tensor, x_RQE: Tensor, B_RQN: Tensor, start_RNE: Tensor) -> Tensor:
+        """Fill in the decays and states of a chunk that starts at `start_RNE`. The state after it, until the next run."""
+        self.start_RNE.copy_(start_RNE)
+        torch.mul(d_RQE[:, :, None, :], self.A_NE, out=self.decay_RQNE).exp_()
+        torch.mul(x_RQE[:, :, None, :], B_RQN[:, :, :, None], out=self.state_RQNE)
+        for state, before, decay in self.steps:
+            state.addcmul_(before, decay)
+        return self.steps[-1][0]
+
+    def read(self, C_RQN: Tensor) -> Tensor:
+        """h . C, [R, Q, E]."""
+        return _contract(C_RQN, self.state_RQNE)
+
+    def pull(
+        self, d_RQE: Tensor, x_RQE: Tensor, B_RQN: Tensor, C_RQN: Tensor, dy_RQE: Tensor, carry_RNE: Tensor
+    ) -> tuple[Tensor, ...]:
+        """After `run`, and using it up: what the chunk before this one needs; the gradients of A, B, C, x = d u, and d.
+
+        That of d is the part that acts through the decays. `carry_RNE` is what this chunk needs from the one after it:
+        the first adjoint there times the first decay there.
+        """
+        dC_RQN = torch.mul(self.state_RQNE, dy_RQE[:, :, None, :], out=self.adjoint_RQNE).sum(-1)
+        torch.mul(dy_RQE[:, :, None, :], C_RQN[:, :, :, None], out=self.adjoint_RQNE)
+        self.last_adjoint.add_(carry_RNE)
+        for adjoint, later_adjoint, later_decay in self.steps_back:
+            adjoint.addcmul_(later_adjoint, later_decay)
+        carry_RNE = self.first_adjoint * self.first_decay
+        dx_RQE = _contract(B_RQN, self.adjoint_RQNE)
+        # From here on the decays hold the gradient of the exponent d A, which is decay x state before x adjoint.
+        self.first_decay.mul_(self.start_RNE)
+        self.decay_RQNE[:, self.later].mul_(self.state_RQNE[:, self.earlier])
+        self.decay_RQNE.mul_(self.adjoint_RQNE)
+        dB_RQN = self.adjoint_RQNE.mul_(x_RQE[:, :, None, :]).sum(-1)
+        dd_RQE = torch.mul(self.decay_RQNE, self.A_NE, out=self.state_RQNE).sum(2)
+        dA_NE = self.decay_RQNE.mul_(d_RQE[:, :, None, :]).sum((0, 1))
+        return carry_RNE, dA_NE, dB_RQN, dC_RQN, dx_RQE, dd_RQE
+
+
+def _contract(v_RQN: Tensor, m_RQNE: Tensor) -> Tensor:
+    """The sum over N of v m, [R, Q, E], as one batch of small matrix products."""
+    rows, size, state = v_RQN.shape
+    return torch.bmm(v_RQN.reshape(rows * size, 1, state), m_RQNE.flatten(0, 1)).view(rows, size, -1)
+
+
+def _rows(u_BLE: Tensor, A_NE: Tensor) -> list[slice]:
+    """The batch entries that run together: all of them, or on a CPU as many as its caches hold."""
+    size = max(1, CPU_STATES // A_NE.numel()) if u_BLE.device.type == "cpu" else len(u_BLE)
+    return _pieces(len(u_BLE), size)
+
+
+def _chunks(spans: list[slice], A_NE: Tensor, like_RNE: Tensor, reverse: bool) -> list[_Chunk]:
+    """The buffers for each span; spans of one size share theirs."""
+    sizes = [span.stop - span.start for span in spans]
+    of_size = {size: _Chunk(size, A_NE, like_RNE, reverse) for size in set(sizes)}
+    return [of_size[size] for size in sizes]
+
+
+def _pieces(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _in_order(items: Sequence[Any], reverse: bool) -> Sequence[Any]:
+    return items[::-1] if reverse else items

@@ -1,0 +1,114 @@
+"""The numbers of the paper (arXiv:2603.21316v1, Tables 2 to 5) and of its authors' README, as data with their source.
+
+Accuracies are best test accuracies, as the paper reports them, in fractions. Per-fold and last-epoch accuracies stand
+only in the README of the authors' repository at commit 65a9517; parameter counts follow from its model.py, not from
+the paper, whose abstract says about 8.3 million for all of them.
+"""
+
+from dataclasses import dataclass
+
+PAPER = "arXiv:2603.21316v1"
+README = "the authors' README at commit 65a9517"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """One published cell: data set, frontend ("raw", "mel") and backbone ("mamba", "helix", "attention").
+
+    `accuracy` is None where the paper tells of a run that could not be made. `std` is the population standard deviation
+    (ddof 0) over `folds`. `epochs` None: not stated. `last` is the accuracy after the last epoch (mean over folds).
+    """
+
+    dataset: str
+    frontend: str
+    backbone: str
+    accuracy: float | None
+    source: str
+    std: float | None = None
+    folds: int = 1
+    epochs: int | None = None
+    last: float | None = None
+    per_fold: tuple[float, ...] | None = None
+    parameters: int | None = None
+    note: str = ""
+
+
+def published(dataset: str, frontend: str, backbone: str) -> Published | None:
+    """What was published for one variant on one data set; None where there is nothing to compare with."""
+    return _BY_CELL.get((dataset, frontend, backbone))
+
+
+def _fractions(*percent: float) -> tuple[float, ...]:
+    return tuple(round(value / 100, 6) for value in percent)
+
+
+def _esc50(
+    frontend: str, backbone: str, mean: float, std: float, last: float, folds: tuple[float, ...], parameters: int
+) -> Published:
+    accuracy, deviation, final = _fractions(mean, std, last)
+    return Published(
+        dataset="esc50",
+        frontend=frontend,
+        backbone=backbone,
+        accuracy=accuracy,
+        std=deviation,
+        folds=len(folds),
+        epochs=100,
+        last=final,
+        per_fold=_fractions(*folds),
+        parameters=parameters,
+        source="Table 2",
+    )
+
+
+def _single(
+    dataset: str,
+    frontend: str,
+    backbone: str,
+    accuracy: float | None,
+    last: float | None,
+    epochs: int | None,
+    parameters: int,
+    source: str,
+    note: str = "",
+) -> Published:
+    return Published(
+        dataset=dataset,
+        frontend=frontend,
+        backbone=backbone,
+        accuracy=None if accuracy is None else _fractions(accuracy)[0],
+        last=None if last is None else _fractions(last)[0],
+        epochs=epochs,
+        parameters=parameters,
+        source=source,
+        note=note,
+    )
+
+
+_SECOND_RUN = "the README lists a second run: 81.83 best, 77.02 last"
+_OOM = "could not run: out of memory on a GPU of 48 GB"
+
+#: Every published cell, in the order of the paper's tables.
+PUBLISHED: tuple[Published, ...] = (
+    # frontend, backbone, mean, std, mean of the last epochs, best accuracy of folds 1 to 5, parameters
+    _esc50("raw", "mamba", 55.10, 3.33, 53.50, (52.25, 51.50, 56.50, 60.75, 54.50), 6_394_162),
+    _esc50("mel", "mamba", 53.75, 2.92, 52.75, (50.25, 52.50, 55.50, 58.50, 52.00), 6_418_738),
+    _esc50("raw", "helix", 50.20, 3.71, 49.55, (48.50, 44.00, 53.75, 54.00, 50.75), 6_393_657),
+    _esc50("mel", "helix", 51.85, 2.41, 49.90, (49.00, 52.00, 51.25, 56.25, 50.75), 6_418_233),
+    _esc50("raw", "attention", 44.60, 3.16, 43.20, (45.25, 40.50, 42.75, 50.00, 44.50), 6_391_132),
+    _esc50("mel", "attention", 46.10, 2.97, 44.65, (44.00, 42.50, 44.75, 49.50, 49.75), 6_415_708),
+    # data set, frontend, backbone, best, last, epochs, parameters, source
+    _single("speech_commands", "raw", "mamba", 90.27, 54.54, 76, 6_390_307, "Table 3"),
+    _single("speech_commands", "mel", "mamba", 92.36, 92.36, 86, 6_414_883, "Table 3"),
+    _single("speech_commands", "raw", "helix", 92.94, 92.79, 81, 6_389_802, "Table 3"),
+    _single("speech_commands", "mel", "helix", 92.44, 92.44, 94, 6_414_378, "Table 3"),
+    _single("speech_commands", "raw", "attention", 82.43, 78.86, 100, 6_387_277, "Table 3", _SECOND_RUN),
+    _single("speech_commands", "mel", "attention", 91.27, 91.26, 100, 6_411_853, "Table 3"),
+    _single("concat_speech_commands", "raw", "helix", 91.31, 90.44, 24, 6_389_802, "Table 4"),
+    _single("concat_speech_commands", "raw", "mamba", 89.81, 89.36, 24, 6_390_307, "Table 4"),
+    _single("voxpopuli", "raw", "mamba", 73.55, None, None, 6_718_753, "Table 5"),
+    _single("voxpopuli", "raw", "helix", 85.07, None, None, 6_718_248, "Table 5"),
+    _single("voxpopuli", "raw", "attention", None, None, None, 6_715_723, "Tables 1 and 5", _OOM),
+)
+
+_BY_CELL = {(cell.dataset, cell.frontend, cell.backbone): cell for cell in PUBLISHED}

@@ -1,0 +1,1 @@
+"""The one training loop, its optimiser, metrics and checkpoints; with or without Ray."""

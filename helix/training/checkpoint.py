@@ -1,0 +1,187 @@
+"""Step-level checkpoints: files first, their checksums in a manifest put last, so a checkpoint is whole or is not there.
+
+    <prefix>/step-00000070/model.safetensors
+    <prefix>/step-00000070/optimizer.safetensors
+    <prefix>/step-00000070/progress.json
+    <prefix>/step-00000070/manifest.json       sha256 and size of the three; without it there is no checkpoint
+
+Tensors are safetensors and the rest is JSON: nothing read here can run code.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from helix.storage import Storage, json_bytes
+
+logger = logging.getLogger(__name__)
+
+FILES = ("model.safetensors", "optimizer.safetensors", "progress.json")
+
+
+class CheckpointError(Exception):
+    """Checkpoints exist and none of them can be trusted; starting anew must be asked for by hand."""
+
+    def __init__(self, prefix: str, problems: list[str]):
+        super().__init__(prefix, problems)
+        self.prefix, self.problems = prefix, problems
+
+    def __str__(self) -> str:
+        listed = "; ".join(self.problems)
+        return (
+            f"no checkpoint under {self.prefix} can be trusted: {listed}. Training does not silently start again at "
+            f"step 0: mend the storage, or delete that folder to restart this trial"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a trial stands. `epoch` and `step` count what is finished; `step` is within the epoch that is under way.
+
+    `losses` and `hits` belong to the epoch under way; `row` is the last finished epoch's row, kept here because the
+    row file is put after the checkpoint and may be missing. `seconds` is the time spent on the epoch under way.
+    """
+
+    epoch: int
+    step: int
+    losses: tuple[float, ...] = ()
+    hits: float = 0.0
+    seconds: float = 0.0
+    row: dict[str, Any] | None = None
+
+
+def save_checkpoint(
+    storage: Storage,
+    prefix: str,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    total_step: int,
+    identity: Mapping[str, Any],
+    keep: int = 2,
+) -> None:
+    """Write the state at `total_step` (optimiser steps since the start), then drop all but the newest `keep`.
+
+    `identity` (trial_id, versions) is kept in the manifest; a checkpoint of another trial is never loaded.
+    """
+    folder = f"{prefix}/step-{total_step:08d}"
+    contents = dict(zip(FILES, (model_bytes(model), _optimizer_bytes(model, optimizer), _progress_bytes(progress)), strict=True))
+    for name, data in contents.items():
+        storage.put(f"{folder}/{name}", data)
+    files = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in contents.items()}
+    storage.put_json(f"{folder}/manifest.json", {"identity": dict(identity), "total_step": total_step, "files": files})
+    prune(storage, prefix, keep=keep)
+
+
+def load_checkpoint(
+    storage: Storage,
+    prefix: str,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    trial_id: str,
+) -> Progress | None:
+    """Restore the newest checkpoint that verifies into `model` and `optimizer`; None where none was ever committed.
+
+    Raises CheckpointError where checkpoints were committed and none of them verifies.
+    """
+    problems: list[str] = []
+    for folder in reversed(committed(storage, prefix)):
+        try:
+            contents = _verified(storage, f"{prefix}/{folder}", trial_id)
+        except ValueError as error:
+            problems.append(f"{folder}: {error}")
+            logger.warning("checkpoint %s/%s is not used: %s", prefix, folder, error)
+            continue
+        model.load_state_dict(load(contents["model.safetensors"]))
+        _load_optimizer(model, optimizer, load(contents["optimizer.safetensors"]))
+        progress = json.loads(contents["progress.json"])
+        return Progress(**{**progress, "losses": tuple(progress["losses"])})
+    if problems:
+        raise CheckpointError(prefix, problems)
+    return None
+
+
+def committed(storage: Storage, prefix: str) -> list[str]:
+    """The folders under `prefix` that hold a manifest, oldest first."""
+    return [name for name in storage.children(prefix) if storage.exists(f"{prefix}/{name}/manifest.json")]
+
+
+def prune(storage: Storage, prefix: str, *, keep: int) -> None:
+    """Delete all but the newest `keep` committed checkpoints, and uncommitted leftovers older than those kept."""
+    kept = committed(storage, prefix)[-keep:]
+    for folder in storage.children(prefix):
+        if kept and folder < kept[0]:
+            # The manifest goes first: a checkpoint that is half deleted is one that does not exist.
+            for name in ("manifest.json", *FILES):
+                storage.delete(f"{prefix}/{folder}/{name}")
+
+
+def model_bytes(model: nn.Module) -> bytes:
+    """The weights as one safetensors file; equal weights give equal bytes."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """The sha256 of the weights: two models with the same one are bit-identical."""
+    return _sha256(model_bytes(model))
+
+
+def _optimizer_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> bytes:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return save(tensors)
+
+
+def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill the optimiser's state by parameter name. Rates are not state: they follow from the position."""
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, what = key.rpartition("/")
+        state.setdefault(name, {})[what] = tensor
+    for name, parameter in model.named_parameters():
+        if name in state:
+            optimizer.state[parameter] = {what: tensor.to(parameter.device) for what, tensor in state[name].items()}
+
+
+def _progress_bytes(progress: Progress) -> bytes:
+    if not all(math.isfinite(loss) for loss in progress.losses):
+        raise ValueError("a checkpoint with a loss that is not finite would be useless")
+    return json_bytes(asdict(progress))
+
+
+def _verified(storage: Storage, folder: str, trial_id: str) -> dict[str, bytes]:
+    """The files of a checkpoint whose sizes and checksums agree with its manifest; ValueError says what does not."""
+    try:
+        manifest = storage.get_json(f"{folder}/manifest.json")
+        owner, listed = manifest["identity"]["trial_id"], manifest["files"]
+        wanted = {name: (listed[name]["bytes"], listed[name]["sha256"]) for name in FILES}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"its manifest cannot be read ({error!r})") from error
+    if owner != trial_id:
+        raise ValueError(f"it belongs to trial {owner}, not to {trial_id}")
+    contents = {}
+    for name, (size, sha256) in wanted.items():
+        try:
+            data = storage.get(f"{folder}/{name}")
+        except FileNotFoundError as error:
+            raise ValueError(f"{name} is missing") from error
+        if len(data) != size or _sha256(data) != sha256:
+            raise ValueError(f"{name} does not match its checksum ({len(data)} bytes, {size} written)")
+        contents[name] = data
+    return contents
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

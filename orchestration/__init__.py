@@ -1,0 +1,1 @@
+"""The science, many times, on machines that fail: grids, sweeps, workers, ledger, tracking."""

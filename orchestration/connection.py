@@ -1,0 +1,69 @@
+"""Starts a local Ray or joins the cluster there is; the one place that knows which."""
+
+import logging
+import os
+from pathlib import Path
+
+import ray
+
+from helix.storage import Storage
+
+#: The folder that holds the packages helix, orchestration and dashboards.
+ROOT = Path(__file__).resolve().parent.parent
+
+#: How often a Train controller looks at its worker. Its default of 2 s would hold up every report for as long.
+POLL_S = "0.2"
+
+OBJECT_STORE_BYTES = 128 * 2**20
+
+
+def cpu_count() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def joins_cluster() -> bool:
+    """Whether there is a cluster to join: inside a Ray job, or where RAY_ADDRESS names one."""
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+
+
+def connect(storage: Storage) -> None:
+    """Make Ray ready: join the cluster of RAY_ADDRESS or of this job, or else start one on this machine, on loopback.
+
+    Raises ConnectionError where RAY_ADDRESS does not answer, and ValueError where several machines would be asked to
+    share a folder that was never named.
+    """
+    if ray.is_initialized():
+        return
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = POLL_S
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    # Workers import this package from where the driver did; the raylet hands its environment on to them.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if not joins_cluster():
+        ray.init(
+            address="local",
+            num_cpus=cpu_count(),
+            resources={"trial_driver": 1024},
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **quiet,
+        )
+        return
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    packages = [str(ROOT / name) for name in ("helix", "orchestration", "dashboards")]
+    ray.init(address="auto", runtime_env=None if in_job else {"py_modules": packages}, **quiet)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) > 1 and "HELIX_STORAGE" not in os.environ:
+        ray.shutdown()
+        raise ValueError(
+            f"this cluster has {len(nodes)} machines and {storage!r} is a folder of one of them; name storage that all "
+            "of them share with --storage or HELIX_STORAGE"
+        )
+
+
+def driver_resources() -> dict[str, float]:
+    """What a trial's driver asks for: nothing that a worker needs, and a place on the head, which is not a spot machine."""
+    if "trial_driver" in ray.cluster_resources():
+        return {"trial_driver": 1.0}
+    return {"node:__internal_head__": 0.0001}

@@ -1,0 +1,1 @@
+"""The written questions, one file each; dropping in a file adds one."""

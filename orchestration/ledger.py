@@ -1,0 +1,89 @@
+"""What is done, running and missing, read from storage and never from memory.
+
+    trials/<trial_id>/spec.json                     the resolved spec, with the data manifest and the science version
+    trials/<trial_id>/attempts/<attempt_id>.json    one process that ran part of it: when, where, how it ended
+    trials/<trial_id>/heartbeat.json                the attempt under way: its step and the time
+    trials/<trial_id>/metrics/epoch-0007.json       one row per finished epoch
+    trials/<trial_id>/checkpoints/step-00000070/    all state at a step (helix/training/checkpoint.py)
+    trials/<trial_id>/result.json                   put last and only once: the trial is done
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from helix.storage import Storage
+
+#: An attempt that has not been heard of for this long is taken for dead when the state is shown.
+SILENCE_S = 60.0
+
+Status = Literal["done", "running", "failed", "partial", "missing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialState:
+    """What storage knows of one trial. Accuracies are fractions, times are Unix seconds.
+
+    `status`: "done" (a result is stored), "running" (an attempt is under way and was heard of lately), "failed" (the
+    last attempt ended with an error), "partial" (begun, and nobody works on it), "missing" (nothing yet).
+    `step` counts optimiser steps, finished epochs or not.
+    """
+
+    trial_id: str
+    status: Status
+    epochs_done: int = 0
+    step: int = 0
+    rows: tuple[dict[str, Any], ...] = ()
+    attempts: tuple[dict[str, Any], ...] = ()
+    result: dict[str, Any] | None = field(default=None, repr=False)
+    error: str | None = None
+
+
+def read(storage: Storage, trial_id: str, *, now: float) -> TrialState:
+    """The state of one trial at the time `now`."""
+    folder = f"trials/{trial_id}"
+    result = storage.get_json(f"{folder}/result.json")
+    attempts = sorted(_all(storage, f"{folder}/attempts"), key=lambda attempt: attempt["started"])
+    if result is not None:
+        rows = result["rows"]
+        step = rows[-1]["step"]
+        status, error = "done", None
+    else:
+        rows = _all(storage, f"{folder}/metrics")
+        heartbeat = storage.get_json(f"{folder}/heartbeat.json") or {}
+        step = max(heartbeat.get("step", 0), rows[-1]["step"] if rows else 0)
+        status, error = _status(attempts, heartbeat, begun=bool(rows or step), now=now)
+    return TrialState(
+        trial_id=trial_id,
+        status=status,
+        epochs_done=len(rows),
+        step=step,
+        rows=tuple(rows),
+        attempts=tuple(attempts),
+        result=result,
+        error=error,
+    )
+
+
+def is_done(storage: Storage, trial_id: str) -> bool:
+    """Whether a result is stored."""
+    return storage.exists(f"trials/{trial_id}/result.json")
+
+
+def _status(
+    attempts: list[dict[str, Any]], heartbeat: dict[str, Any], *, begun: bool, now: float
+) -> tuple[Status, str | None]:
+    if not attempts:
+        return ("partial" if begun else "missing"), None
+    last = attempts[-1]
+    if last.get("outcome") == "failed":
+        return "failed", last.get("error")
+    heard = max(last["started"], heartbeat.get("time", 0.0) if heartbeat.get("attempt_id") == last["attempt_id"] else 0)
+    if "ended" not in last and now - heard < SILENCE_S:
+        return "running", None
+    return "partial", None
+
+
+def _all(storage: Storage, prefix: str) -> list[dict[str, Any]]:
+    """The JSON values under a folder, by name; a key that is deleted meanwhile is left out."""
+    values = (storage.get_json(key) for key in storage.keys(prefix))
+    return [value for value in values if value is not None]

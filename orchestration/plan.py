@@ -1,0 +1,171 @@
+"""From a grid to a plan: each trial's id, size and price, whether they may be compared, and how they stand now. No ray."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dashboards.view import DataFacts, SweepView, TrialEntry
+from helix.data.dataset import Dataset
+from helix.data.shards import Recordings
+from helix.models.classifier import Cost, cost
+from helix.registry import DATASETS
+from helix.spec import trial_id
+from helix.storage import Storage
+from orchestration.grid import Grid, Trial
+from orchestration.ledger import TrialState, read
+
+#: Within one frontend, parameter counts may differ by this share of the larger one (the paper's section 3.2).
+BAND = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """One trial with its identity on the prepared data and what it costs."""
+
+    trial: Trial
+    trial_id: str
+    cost: Cost
+    steps_per_epoch: int
+
+    @property
+    def steps(self) -> int:
+        return self.steps_per_epoch * self.trial.spec.training.epochs
+
+    @property
+    def work(self) -> float:
+        """Training FLOPs over all steps."""
+        return float(self.cost.training_flops_per_clip) * self.steps * self.trial.spec.training.batch_size
+
+
+def check_trials(trials: Sequence[Trial]) -> None:
+    """Refuse what could not be built or would not be a fair comparison; needs no data, so it comes before any work."""
+    counts: dict[str, tuple[str, int]] = {}
+    for trial in trials:
+        if trial.variant.name not in counts:
+            counts[trial.variant.name] = (trial.spec.model.frontend, price(trial).parameters)
+    check_band(counts)
+
+
+def make_plan(trials: Sequence[Trial], recordings: Recordings) -> list[Planned]:
+    """The plan of these trials on prepared data. Raises ValueError where a fold or a full batch is not there."""
+    return [_plan(trial, recordings) for trial in trials]
+
+
+def price(trial: Trial) -> Cost:
+    """What the model of a trial costs for a clip of its data set."""
+    spec = trial.spec
+    dataset: Dataset = DATASETS.make(spec.data.dataset, spec.data.options)
+    return cost(spec.model, spec.protocol, classes=len(dataset.classes), samples=dataset.clip_samples)
+
+
+def check_band(counts: dict[str, tuple[str, int]]) -> None:
+    """Refuse variants of one frontend whose sizes leave the band. `counts`: variant -> (frontend, parameters)."""
+    by_frontend: dict[str, dict[str, int]] = {}
+    for name, (frontend, parameters) in counts.items():
+        by_frontend.setdefault(frontend, {})[name] = parameters
+    for frontend, members in by_frontend.items():
+        spread = (max(members.values()) - min(members.values())) / max(members.values())
+        if spread > BAND:
+            listed = ", ".join(f"{name} {count:,}" for name, count in members.items())
+            raise ValueError(
+                f"this comparison would not be fair: parameter counts on the {frontend} frontend differ by "
+                f"{spread:.2%} and {BAND:.1%} is allowed ({listed}); change model.width or a block's options so that "
+                "the blocks can be matched"
+            )
+
+
+def pack(plan: Sequence[Planned], *, workers: int) -> list[list[Planned]]:
+    """Deal trials over at most `workers` packs of about equal work, the longest first.
+
+    A worker takes 20 to 35 s to start, so the trials of a pack share one and run in turn.
+    """
+    packs: list[list[Planned]] = [[] for _ in range(min(workers, len(plan)))]
+    loads = [0.0] * len(packs)
+    for entry in sorted(plan, key=lambda entry: -entry.work):
+        lightest = loads.index(min(loads))
+        packs[lightest].append(entry)
+        loads[lightest] += entry.work
+    return packs
+
+
+class Snapshot:
+    """How the trials of a plan stand: called, it reads storage and returns a view. Finished trials are read once."""
+
+    def __init__(
+        self, *, grid_name: str, grid: Grid, plan: Sequence[Planned], recordings: Recordings, storage: Storage, command: str
+    ):
+        self.grid_name, self.grid, self.plan, self.storage, self.command = grid_name, grid, plan, storage, command
+        self.facts = data_facts(recordings)
+        self._done: dict[str, TrialState] = {}
+
+    def state(self, trial_id: str) -> TrialState:
+        """What storage knows of one trial."""
+        if trial_id in self._done:
+            return self._done[trial_id]
+        state = read(self.storage, trial_id, now=time.time())
+        if state.status == "done":
+            self._done[trial_id] = state
+        return state
+
+    def __call__(self) -> SweepView:
+        return SweepView.build(
+            grid=self.grid_name,
+            question=self.grid.question,
+            protocol=self.plan[0].trial.spec.protocol,
+            command=self.command,
+            created=time.time(),
+            storage=repr(self.storage),
+            data=[self.facts],
+            trials=[
+                TrialEntry(
+                    variant=entry.trial.variant.name,
+                    backbone=entry.trial.variant.backbone,
+                    spec=entry.trial.spec,
+                    state=self.state(entry.trial_id),
+                    parameters=entry.cost.parameters,
+                    tokens=entry.cost.tokens,
+                )
+                for entry in self.plan
+            ],
+        )
+
+
+def data_facts(recordings: Recordings) -> DataFacts:
+    """What the report says of a prepared data set."""
+    manifest = recordings.manifest
+    per_class = manifest["recordings_per_class"].values()
+    notes = [f"{manifest['padded_fraction']:.1%} of the samples are padding or silence at the end of a recording"]
+    if manifest["missing"]:
+        notes.append(f"{len(manifest['missing'])} recordings were left out as missing or unreadable")
+    return DataFacts(
+        name=manifest["dataset"],
+        classes=len(manifest["classes"]),
+        recordings=manifest["recordings"],
+        # Guessing means naming the most frequent class.
+        chance=max(per_class) / manifest["recordings"],
+        expected=manifest["expected_recordings"],
+        partial=manifest["partial"],
+        seconds=manifest["seconds"],
+        licence=manifest["licence"],
+        caveat=manifest["caveat"] or "",
+        manifest_sha256=recordings.manifest_sha256,
+        notes=tuple(notes),
+    )
+
+
+def _plan(trial: Trial, recordings: Recordings) -> Planned:
+    spec = trial.spec
+    dataset: Dataset = DATASETS.make(spec.data.dataset, spec.data.options)
+    rows = dataset.split(recordings.index, fold=spec.data.fold, validation=spec.protocol.validation)
+    steps_per_epoch = len(rows.train) // spec.training.batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"{trial.label}: {len(rows.train)} training clips do not fill one batch of {spec.training.batch_size}; "
+            "lower training.batch_size"
+        )
+    return Planned(
+        trial=trial,
+        trial_id=trial_id(spec, recordings.manifest_sha256),
+        cost=price(trial),
+        steps_per_epoch=steps_per_epoch,
+    )

@@ -1,0 +1,287 @@
+"""The entry point: a grid -> what is missing -> Ray Tune -> results, MLflow and a report. Running it again continues it.
+
+    python orchestration/sweep.py --grid demo
+    python orchestration/sweep.py --grid esc50 --source ESC-50-master training.epochs=20
+
+Exit code: 0 every trial is done, 1 some are not, 2 the request was refused before anything was spent, 130 interrupted.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file, from any directory, whether the package is installed or not
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
+
+import argparse
+import os
+import shlex
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+import ray.tune
+from rich.console import Console
+from rich.table import Table
+
+from dashboards.live import LiveView
+from dashboards.report import write_report
+from dashboards.terminal import summary_table
+from helix.data.shards import Recordings
+from helix.protocol import PROFILES
+from helix.spec import to_json
+from helix.storage import Storage, open_storage
+from orchestration.connection import connect, cpu_count, driver_resources, joins_cluster
+from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
+from orchestration.ledger import read
+from orchestration.plan import Planned, Snapshot, check_trials, make_plan, pack, price
+from orchestration.preprocessing import prepared_data, rehearsed_data
+from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, without_secrets
+from orchestration.worker import drive
+
+
+SOME_FAILED = 1
+REFUSED = 2
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """One execution of a grid, checked and planned: nothing has been trained yet."""
+
+    storage: Storage
+    recordings: Recordings
+    plan: list[Planned]
+    snapshot: Snapshot
+    workers: int
+    threads: int
+    gpu: bool
+
+
+def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) -> int:
+    """Run the command line, or without `train_missing` report on what is stored. Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_intermixed_args(arguments)
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        sweep = plan_sweep(options, command=["python", "orchestration/sweep.py", *arguments], console=console)
+    except (ValueError, OSError) as error:
+        return refuse(error)
+    if sweep is None:
+        return 0
+    try:
+        if train_missing:
+            run_sweep(sweep, console)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command continues where this one stopped")
+        return INTERRUPTED
+    return finish(sweep, console)
+
+
+def refuse(error: Exception) -> int:
+    """Say why nothing was started. Returns the exit code."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"refused: {error}", markup=False)
+    return REFUSED
+
+
+def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: Console) -> Sweep | None:
+    """Check and plan; whatever can be refused is refused here, before anything is spent: ValueError or OSError say why.
+
+    None after a dry run, which prints the plan and writes nothing.
+    """
+    storage = open_storage(options.storage)
+    grid = load_grid(options.grid)
+    trials = expand(
+        grid,
+        profile_name=options.profile,
+        overrides=options.overrides,
+        preset=options.preset,
+        folds=options.folds,
+        seeds=options.seeds,
+        variants=options.variants,
+    )
+    workers = _positive("--workers", options.workers or max(1, cpu_count() // options.threads))
+    if _positive("--threads", options.threads) > cpu_count() and not joins_cluster():
+        raise ValueError(f"--threads is {options.threads}, but this machine has {cpu_count()} cores")
+    check_trials(trials)
+    data, partial = trials[0].spec.data, options.allow_partial
+    if options.dry_run:
+        recordings = rehearsed_data(data, storage=storage, allow_partial=partial)
+        _print_plan(options.grid, grid, trials, recordings, storage, console)
+        return None
+    storage.check_writable()
+    recordings = prepared_data(data, source=options.source, storage=storage, allow_partial=partial, say=console.print)
+    plan = make_plan(trials, recordings)
+    return Sweep(
+        storage=storage,
+        recordings=recordings,
+        plan=plan,
+        snapshot=Snapshot(
+            grid_name=options.grid,
+            grid=grid,
+            plan=plan,
+            recordings=recordings,
+            storage=storage,
+            command=shlex.join(command),
+        ),
+        workers=workers,
+        threads=options.threads,
+        gpu=options.device == "cuda",
+    )
+
+
+def run_sweep(sweep: Sweep, console: Console) -> None:
+    """Train what has no result yet, showing it live and tracking it as it goes."""
+    missing = [entry for entry in sweep.plan if sweep.snapshot.state(entry.trial_id).status != "done"]
+    console.print(f"{len(sweep.plan)} trials: {len(sweep.plan) - len(missing)} done, {len(missing)} to train")
+    if not missing:
+        return
+    tracker = Tracker(sweep.storage)
+    problem = attempt_replay(tracker, sweep.snapshot())
+    if problem:
+        console.print(_mlflow_trouble(tracker.uri, problem), markup=False)
+    connect(sweep.storage)
+    with BackgroundTracker(tracker, sweep.snapshot), LiveView(sweep.snapshot, console=console):
+        train(sweep, missing)
+
+
+def train(sweep: Sweep, missing: Sequence[Planned]) -> None:
+    """Hand the missing trials to Ray Tune in packs; each pack is one Tune trial that drives one Ray Train worker."""
+    sweep_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    scratch = sweep.storage.path(f"ray/{sweep_id}")
+    packs = [
+        {
+            "sweep_id": sweep_id,
+            "storage": str(sweep.storage.root),
+            "data": sweep.recordings.prepared.prefix,
+            "specs": [to_json(entry.trial.spec) for entry in entries],
+            "threads": sweep.threads,
+            "gpu": sweep.gpu,
+            "scratch": str(scratch),
+        }
+        for entries in pack(missing, workers=sweep.workers)
+    ]
+    tuner = ray.tune.Tuner(
+        ray.tune.with_resources(drive, driver_resources()),
+        param_space={"pack": ray.tune.grid_search(packs)},
+        run_config=ray.tune.RunConfig(
+            name="tune",
+            storage_path=str(scratch),
+            verbose=0,
+            failure_config=ray.tune.FailureConfig(max_failures=2),
+        ),
+    )
+    # Ray's folder holds nothing that a later sweep reads: results, rows and checkpoints are in our own storage.
+    try:
+        tuner.fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def finish(sweep: Sweep, console: Console) -> int:
+    """Bring MLflow up to date, write the report, print the table and where to look. Returns the exit code."""
+    view = sweep.snapshot()
+    tracker = Tracker(sweep.storage)
+    problem = attempt_replay(tracker, view)
+    report = sweep.storage.path(f"reports/{view.grid}.html")
+    write_report(view, report)
+    console.print(summary_table(view))
+    states = [trial.state for _, trial in view.trials()]
+    undone = [state for state in states if state.status != "done"]
+    for state in undone:
+        console.print(f"not done: trial {state.trial_id}, {state.status}: {state.error or 'no error recorded'}", markup=False)
+    if undone:
+        console.print(f"{len(undone)} of {len(states)} trials are not done; the same command tries them again")
+    console.print(f"\nreport:  {shlex.join([sys.executable, '-m', 'webbrowser', report.as_uri()])}", markup=False)
+    if problem:
+        console.print(f"MLflow:  {_mlflow_trouble(tracker.uri, problem)}", markup=False)
+    elif tracker.uri.startswith("sqlite:"):
+        command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracker.uri, "--workers", "1"]
+        console.print(f"MLflow:  {shlex.join(command)}    then open http://127.0.0.1:5000", markup=False)
+    else:
+        console.print(f"MLflow:  {without_secrets(tracker.uri)}", markup=False)
+    return SOME_FAILED if undone else 0
+
+
+def _mlflow_trouble(uri: str, problem: str) -> str:
+    return (
+        f"the server at {without_secrets(uri)} does not answer ({problem}). Nothing is lost: all rows are in the "
+        "storage, and the same command sends them once the server is back"
+    )
+
+
+def _print_plan(
+    name: str, grid: Grid, trials: Sequence[Trial], recordings: Recordings | None, storage: Storage, console: Console
+) -> None:
+    """What the grid asks and what each trial costs and how it stands; steps and ids need the prepared data."""
+    console.print(grid.question.strip() + "\n", markup=False)
+    table = Table(title=f"{name}: {len(trials)} trials", title_style="bold", header_style="bold")
+    for heading in ("trial", "id", "state"):
+        table.add_column(heading)
+    for heading in ("parameters", "tokens", "steps", "training PFLOP"):
+        table.add_column(heading, justify="right")
+    if recordings is None:
+        for trial in trials:
+            size = price(trial)
+            table.add_row(trial.label, "-", "not prepared", f"{size.parameters:,}", f"{size.tokens:,}", "-", "-")
+        console.print(table)
+        console.print(f"{trials[0].spec.data.dataset} is not prepared yet: --source prepares it, then ids and steps are known")
+        return
+    plan = make_plan(trials, recordings)
+    for entry in plan:
+        state = read(storage, entry.trial_id, now=time.time())
+        done = f"{state.status} ({state.epochs_done} epochs)" if state.epochs_done else state.status
+        size = (f"{entry.cost.parameters:,}", f"{entry.cost.tokens:,}", f"{entry.steps:,}", f"{entry.work / 1e15:.3f}")
+        table.add_row(entry.trial.label, entry.trial_id, done, *size)
+    console.print(table)
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name} is {value}; wanted 1 or more")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sweep.py", description="Run a grid: train what is missing, track it, and compare. Running it again continues it."
+    )
+    parser.add_argument("--grid", required=True, help=f"the question to ask; known: {', '.join(GRIDS.names())}")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.epochs=20 protocol.mel_pad=floor")
+    parser.add_argument("--profile", default="paper", help=f"the setting of all protocol switches: {', '.join(PROFILES)}")
+    parser.add_argument("--preset", help=f"model size, in place of the grid's: {', '.join(PRESETS)}")
+    parser.add_argument("--folds", type=_numbers, metavar="1,2", help="these folds instead of the grid's")
+    parser.add_argument("--seeds", type=_numbers, metavar="0,1", help="these seeds instead of the grid's")
+    parser.add_argument("--variants", type=_names, metavar="NAME,...", help="these variants only, e.g. mamba-raw,helix-raw")
+    add_data_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--workers", type=int, help="how many trials train at once (default: cores / threads)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each worker (default: 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what a trial trains on (default: cpu)")
+    return parser
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command needs that touches a data set."""
+    parser.add_argument(
+        "--storage",
+        default=os.environ.get("HELIX_STORAGE", "runs"),
+        help="the folder that holds data, trials and reports (default: HELIX_STORAGE, or ./runs)",
+    )
+    parser.add_argument("--source", type=Path, help="the folder of the data set's own files, to prepare it from")
+    parser.add_argument("--allow-partial", action="store_true", help="accept a data set that is not complete")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Decoding: exact where it can be, loud where a file is not what it claims."""
+
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from helix.data.audio import AudioError, decode, fit_length, to_int16
+
+RATE_HZ = 16_000
+
+
+def write(path: Path, wave: np.ndarray, rate_hz: int = RATE_HZ, **how: str) -> Path:
+    soundfile.write(path, wave, rate_hz, **how)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_16_bit_mono_at_our_rate_comes_through_sample_for_sample(tmp_path, suffix):
+    wave = np.random.default_rng(0).integers(-32768, 32767, 5000, endpoint=True).astype(np.int16)
+    wave[:2] = (-32768, 32767)
+    decoded = decode(write(tmp_path / f"clip.{suffix}", wave, subtype="PCM_16"), rate_hz=RATE_HZ)
+    assert decoded.dtype == np.int16
+    assert np.array_equal(decoded, wave)
+
+
+def test_channels_are_averaged(tmp_path):
+    left, right = np.full(100, 1000, np.int16), np.full(100, -3000, np.int16)
+    assert set(decode(write(tmp_path / "two.wav", np.stack([left, right], 1)), rate_hz=RATE_HZ)) == {-1000}
+
+
+@pytest.mark.parametrize("rate_hz", [8_000, 22_050, 44_100, 48_000])
+def test_a_tone_keeps_its_pitch_and_length_through_resampling(tmp_path, rate_hz):
+    time = np.arange(rate_hz) / rate_hz
+    decoded = decode(write(tmp_path / "tone.wav", 0.5 * np.sin(2 * np.pi * 1000 * time), rate_hz), rate_hz=RATE_HZ)
+    assert len(decoded) == RATE_HZ
+    wanted = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(RATE_HZ) / RATE_HZ)
+    assert np.abs(decoded / 32768 - wanted)[500:-500].max() < 1e-3
+
+
+def test_24_bit_is_rounded_to_the_nearest(tmp_path):
+    wave = np.array([0.4, 0.6, -0.6, 100.0, 12.5]) / 32768
+    decoded = decode(write(tmp_path / "deep.wav", wave, subtype="PCM_24"), rate_hz=RATE_HZ)
+    assert decoded.tolist() == [0, 1, -1, 100, 12]
+
+
+def test_what_overshoots_full_scale_is_clipped_and_does_not_wrap(tmp_path):
+    decoded = decode(write(tmp_path / "hot.wav", np.array([1.5, -1.5, 1.0]), subtype="FLOAT"), rate_hz=RATE_HZ)
+    assert decoded.tolist() == [32767, -32768, 32767]
+    assert to_int16(np.array([0.99999])).tolist() == [32767]
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(AudioError, match=r"gone\.wav: there is no such file"):
+        decode(tmp_path / "gone.wav", rate_hz=RATE_HZ)
+
+
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "empty.wav").touch()
+    with pytest.raises(AudioError, match=r"empty\.wav: the file is empty"):
+        decode(tmp_path / "empty.wav", rate_hz=RATE_HZ)
+
+
+def test_a_file_without_samples_is_named(tmp_path):
+    with pytest.raises(AudioError, match="holds no samples"):
+        decode(write(tmp_path / "none.wav", np.zeros(0)), rate_hz=RATE_HZ)
+
+
+def test_what_is_no_sound_is_named(tmp_path):
+    (tmp_path / "page.wav").write_text("<html>404</html>" * 100)
+    with pytest.raises(AudioError, match=r"page\.wav: cannot be decoded"):
+        decode(tmp_path / "page.wav", rate_hz=RATE_HZ)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_a_truncated_file_is_not_taken_for_a_short_one(tmp_path, suffix):
+    path = write(tmp_path / f"cut.{suffix}", np.random.default_rng(0).uniform(-0.5, 0.5, 50_000))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(AudioError, match=r"truncated|cannot be decoded"):
+        decode(path, rate_hz=RATE_HZ)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_not_a_number_is_named(tmp_path, bad):
+    wave = np.zeros(100)
+    wave[50] = bad
+    with pytest.raises(AudioError, match="NaN or infinite"):
+        decode(write(tmp_path / "nan.wav", wave, subtype="FLOAT"), rate_hz=RATE_HZ)
+
+
+def test_samples_in_some_other_unit_are_named(tmp_path):
+    with pytest.raises(AudioError, match="peaks at 20000 where full scale is 1"):
+        decode(write(tmp_path / "unit.wav", np.full(100, 20_000.0), subtype="FLOAT"), rate_hz=RATE_HZ)
+
+
+def test_a_rate_that_no_recording_has_is_named(tmp_path):
+    path = write(tmp_path / "rate.wav", np.zeros(100, np.int16))
+    data = bytearray(path.read_bytes())
+    data[24:28] = struct.pack("<I", 16)
+    path.write_bytes(data)
+    with pytest.raises(AudioError, match="claims a rate of 16 Hz; wanted 1000 to 768000"):
+        decode(path, rate_hz=RATE_HZ)
+
+
+def test_a_wave_is_padded_with_silence_and_cropped():
+    assert fit_length(np.array([1, 2, 3], np.int16), 5).tolist() == [1, 2, 3, 0, 0]
+    assert fit_length(np.array([1, 2, 3], np.int16), 2).tolist() == [1, 2]
+    assert fit_length(np.zeros(1, np.int16), 3).dtype == np.int16
+
+
+def test_an_audio_error_crosses_processes():
+    error = pickle.loads(pickle.dumps(AudioError("a.wav", "is empty")))
+    assert (error.path, error.reason, str(error)) == ("a.wav", "is empty", "a.wav: is empty")
