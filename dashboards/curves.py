@@ -81,7 +81,7 @@ def panels(summaries: Sequence[CellSummary], chance: float | None, palette: dict
     loss = {id(cell): [curve(trial, "train_loss") for trial in cell.trials] for cell in cells}
     highest = max([chance or 0.0, *(value for cell in cells for one in accuracy[id(cell)] for value in one.values)])
     worst = max([0.0, *(value for cell in cells for one in loss[id(cell)] for value in one.values)])
-    axes = (ticks(min(highest * 1.02, 1.0), 4), ticks(worst * 1.02, 2))
+    axes = (ticks(min(highest * 1.02, 1.0), 4), ticks(worst * 1.02, 3))
     means = {id(cell): thin(common_mean(accuracy[id(cell)])) for cell in cells}
     frontends = list(dict.fromkeys(cell.frontend for cell in cells))
     backbones = list(dict.fromkeys(cell.backbone for cell in cells))

@@ -3,6 +3,7 @@
 A sentence says no more than its numbers: differences are taken on shared folds, and few folds are called few.
 """
 
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,26 +44,23 @@ class Finding:
 
 
 def parse_question(text: str, grid: str) -> Question:
-    """Split a grid's docstring. Lines that open with "Word. " and two spaces or more begin a labelled part."""
-    lines = text.strip().splitlines()
-    title = lines[0].strip() if lines else grid
+    """Split a grid's docstring. A line that opens with one word and a full stop ("Price. ...") begins a part."""
+    title, _, rest = inspect.cleandoc(text).partition("\n")
     paragraphs: list[str] = []
     parts: list[tuple[str, str]] = []
-    into_part = False
-    for block in re.split(r"\n\s*\n", "\n".join(lines[1:])):
-        for line in block.strip().splitlines():
-            label = re.match(r"([A-Z][\w -]{1,20})\.\s{1,}(\S.*)", line) if not line.startswith(" ") else None
+    for block in re.split(r"\n\s*\n", rest.strip()):
+        pieces: list[tuple[str, list[str]]] = []
+        for line in block.splitlines():
+            label = re.match(r"([A-Z][a-z]+)\.\s+(\S.*)", line)
             if label:
-                parts.append((label[1], label[2].strip()))
-                into_part = True
-            elif into_part:
-                parts[-1] = (parts[-1][0], f"{parts[-1][1]} {line.strip()}")
-            elif line is block.strip().splitlines()[0]:
-                paragraphs.append(line.strip())
+                pieces.append((label[1], [label[2].strip()]))
+            elif pieces:
+                pieces[-1][1].append(line.strip())
             else:
-                paragraphs[-1] += f" {line.strip()}"
-        into_part = False
-    return Question(title=title, paragraphs=tuple(paragraphs), parts=tuple(parts))
+                pieces.append(("", [line.strip()]))
+        parts += [(label, " ".join(words)) for label, words in pieces if label]
+        paragraphs += [" ".join(words) for label, words in pieces if not label]
+    return Question(title=title.strip() or grid, paragraphs=tuple(paragraphs), parts=tuple(parts))
 
 
 def find(view: SweepView, dataset: str, summaries: Sequence[CellSummary]) -> Finding:

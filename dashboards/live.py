@@ -234,7 +234,7 @@ def _row(cell: CellView, trial: TrialView, many: bool) -> list[Text]:
         percent(accuracies[-1] if accuracies else None, 1),
         percent(max(accuracies, default=None), 1),
         GAP if own_pace is None else f"{own_pace:.1f}",
-        duration(left),
+        duration(left if left is None else round(left)),
     ]
     style = STATUS_STYLES.get(state.status, "")
     return [Text(word, style=style if index == 3 else "") for index, word in enumerate(words)]
@@ -297,5 +297,5 @@ def _epoch(cell: CellView, trial: TrialView) -> str:
         said.append(f"{row['seconds']:.1f} s")
     left = trial_eta(cell, trial)
     if left:
-        said.append(f"{duration(left)} left")
+        said.append(f"{duration(round(left))} left")
     return ", ".join(said)

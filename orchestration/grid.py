@@ -17,10 +17,11 @@ BACKBONES: dict[str, tuple[str, ...]] = {
     "attention": ("attention",) * 6,
 }
 
-#: Sizes of one family. `paper` is the paper's; `small` is for laptops, matched in the same way.
+#: Sizes of one family. `paper` is the paper's; `small` is for laptops, its width and state chosen so that attention can
+#: be matched within 0.01 % under every profile.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "small": {"model.width": 64, "model.options.mamba.d_state": 16},
+    "small": {"model.width": 64, "model.options.mamba.d_state": 6},
 }
 
 

@@ -14,6 +14,9 @@ if __package__ in (None, ""):  # run as a file, from any directory, whether the 
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
 
 import argparse
+import contextlib
+import io
+import logging
 import os
 import shlex
 import shutil
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 
 import ray
 import ray.tune
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -36,12 +40,17 @@ from helix.spec import to_json
 from helix.storage import Storage, open_storage
 from orchestration.connection import connect, cpu_count, driver_resources, joins_cluster
 from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
-from orchestration.ledger import read
+from orchestration.ledger import TrialState, read
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, pack, price
 from orchestration.preprocessing import prepared_data, rehearsed_data
 from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, without_secrets
 from orchestration.worker import drive
 
+
+logger = logging.getLogger(__name__)
+
+#: Columns of tables that go to a file or a pipe.
+PLAIN_WIDTH = 110
 
 SOME_FAILED = 1
 REFUSED = 2
@@ -65,7 +74,10 @@ def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) 
     """Run the command line, or without `train_missing` report on what is stored. Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_intermixed_args(arguments)
-    console = Console(highlight=False, soft_wrap=True)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    # The stream is named so that the console keeps it while Ray's own printing is redirected.
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
     try:
         sweep = plan_sweep(options, command=["python", "orchestration/sweep.py", *arguments], console=console)
     except (ValueError, OSError) as error:
@@ -103,9 +115,10 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
         seeds=options.seeds,
         variants=options.variants,
     )
-    workers = _positive("--workers", options.workers or max(1, cpu_count() // options.threads))
     if _positive("--threads", options.threads) > cpu_count() and not joins_cluster():
         raise ValueError(f"--threads is {options.threads}, but this machine has {cpu_count()} cores")
+    workers = max(1, cpu_count() // options.threads) if options.workers is None else options.workers
+    _positive("--workers", workers)
     check_trials(trials)
     data, partial = trials[0].spec.data, options.allow_partial
     if options.dry_run:
@@ -176,9 +189,19 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> None:
     )
     # Ray's folder holds nothing that a later sweep reads: results, rows and checkpoints are in our own storage.
     try:
-        tuner.fit()
+        with contextlib.redirect_stdout(RayMessages()):
+            tuner.fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+class RayMessages(io.TextIOBase):
+    """Takes what Ray prints of its own accord out of the live view and into the log, where --verbose shows it."""
+
+    def write(self, text: str) -> int:
+        for line in filter(None, map(str.strip, text.splitlines())):
+            logger.info("%s", line)
+        return len(text)
 
 
 def finish(sweep: Sweep, console: Console) -> int:
@@ -218,25 +241,30 @@ def _print_plan(
 ) -> None:
     """What the grid asks and what each trial costs and how it stands; steps and ids need the prepared data."""
     console.print(grid.question.strip() + "\n", markup=False)
-    table = Table(title=f"{name}: {len(trials)} trials", title_style="bold", header_style="bold")
-    for heading in ("trial", "id", "state"):
-        table.add_column(heading)
-    for heading in ("parameters", "tokens", "steps", "training PFLOP"):
-        table.add_column(heading, justify="right")
+    table = Table(title=f"{name}: {len(trials)} trials", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
+    for heading in ("variant", "fold", "seed", "id", "parameters", "tokens", "steps", "state"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading in ("parameters", "tokens", "steps") else "left")
     if recordings is None:
-        for trial in trials:
-            size = price(trial)
-            table.add_row(trial.label, "-", "not prepared", f"{size.parameters:,}", f"{size.tokens:,}", "-", "-")
-        console.print(table)
-        console.print(f"{trials[0].spec.data.dataset} is not prepared yet: --source prepares it, then ids and steps are known")
-        return
-    plan = make_plan(trials, recordings)
-    for entry in plan:
-        state = read(storage, entry.trial_id, now=time.time())
-        done = f"{state.status} ({state.epochs_done} epochs)" if state.epochs_done else state.status
-        size = (f"{entry.cost.parameters:,}", f"{entry.cost.tokens:,}", f"{entry.steps:,}", f"{entry.work / 1e15:.3f}")
-        table.add_row(entry.trial.label, entry.trial_id, done, *size)
+        known = {trial.label: ("-", "-", "data not prepared") for trial in trials}
+        prices = [(trial, price(trial)) for trial in trials]
+    else:
+        plan = make_plan(trials, recordings)
+        states = {entry.trial.label: read(storage, entry.trial_id, now=time.time()) for entry in plan}
+        known = {
+            entry.trial.label: (entry.trial_id, f"{entry.steps:,}", _progress(states[entry.trial.label])) for entry in plan
+        }
+        prices = [(entry.trial, entry.cost) for entry in plan]
+    for trial, size in prices:
+        name, steps, state = known[trial.label]
+        fold, seed = str(trial.spec.data.fold), str(trial.spec.seed)
+        table.add_row(trial.variant.name, fold, seed, name, f"{size.parameters:,}", f"{size.tokens:,}", steps, state)
     console.print(table)
+    if recordings is None:
+        console.print(f"--source prepares {trials[0].spec.data.dataset}; ids and steps are known then")
+
+
+def _progress(state: TrialState) -> str:
+    return f"{state.status}, {state.epochs_done} epochs" if state.epochs_done else state.status
 
 
 def _positive(name: str, value: int) -> int:
@@ -258,6 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", type=_names, metavar="NAME,...", help="these variants only, e.g. mamba-raw,helix-raw")
     add_data_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--verbose", action="store_true", help="show what Ray says as well")
     parser.add_argument("--workers", type=int, help="how many trials train at once (default: cores / threads)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each worker (default: 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what a trial trains on (default: cpu)")

@@ -31,16 +31,20 @@ def decode(path: Path, *, rate_hz: int) -> np.ndarray:
     a level that no recording has.
     """
     if not path.is_file():
-        raise AudioError(str(path), "there is no such file")
+        raise AudioError(str(path), "is not there")
     if path.stat().st_size == 0:
-        raise AudioError(str(path), "the file is empty (0 bytes)")
-    _check_riff_length(path)
+        raise AudioError(str(path), "is empty (0 bytes)")
     try:
+        _check_riff_length(path)
         with soundfile.SoundFile(path) as file:
             source_rate_hz, promised = file.samplerate, file.frames
             wave_TC = file.read(dtype="float64", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise AudioError(str(path), f"cannot be decoded: {error}") from error
+    except soundfile.LibsndfileError as error:
+        raise AudioError(str(path), f"cannot be decoded: {error.error_string}") from error
+    except OSError as error:
+        raise AudioError(str(path), f"cannot be read: {error.strerror}") from error
+    except (ValueError, MemoryError) as error:
+        raise AudioError(str(path), "has a header that cannot be true of it") from error
     if len(wave_TC) == 0:
         raise AudioError(str(path), "holds no samples")
     if len(wave_TC) < promised:

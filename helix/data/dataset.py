@@ -209,7 +209,7 @@ class Dataset(ABC):
 def halves(index: Index, rows: np.ndarray) -> np.ndarray:
     """bool [len(rows)]: True for the half that selects, False for the half that is reported.
 
-    A group is never split. Groups are taken in the order of a hash of their name, and each goes where fewer clips of
+    A group is never split. Groups are taken by size, then by a hash of their name, and each goes where fewer clips of
     its classes are, so that both halves hold about half of every class.
     """
     members: dict[str, list[int]] = defaultdict(list)
@@ -217,7 +217,7 @@ def halves(index: Index, rows: np.ndarray) -> np.ndarray:
         members[str(index.group[row])].append(position)
     loads = (Counter[int](), Counter[int]())
     selects = np.zeros(len(rows), dtype=bool)
-    for group in sorted(members, key=lambda name: hashlib.sha256(name.encode()).digest()):
+    for group in sorted(members, key=lambda name: (-len(members[name]), hashlib.sha256(name.encode()).digest())):
         labels = [int(index.label[rows[position]]) for position in members[group]]
         cost = [(sum(load[label] for label in labels), load.total()) for load in loads]
         side = int(cost[1] < cost[0])

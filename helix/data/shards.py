@@ -172,22 +172,23 @@ def write_shard(task: ShardTask) -> ShardReport:
         try:
             wave = dataset.wave(recording, task.source)
         except AudioError as error:
-            unreadable[recording.recording_id] = str(error)
+            unreadable[recording.recording_id] = f"{recording.path} {error.reason}"
             continue
         assert wave.dtype == np.int16 and wave.ndim == 1 and len(wave) > 0, (recording.recording_id, wave.dtype)
         data = wave.astype("<i2").tobytes()
-        described = asdict(recording)
-        del described["path"]
-        sounding = np.flatnonzero(wave)
         rows.append(
-            described
-            | {
+            {
+                "recording_id": recording.recording_id,
                 "shard": task.number,
                 "offset": offset,
                 "samples": len(wave),
+                "label": recording.label,
+                "speaker": recording.speaker,
+                "fold": recording.fold,
+                "group": recording.group,
                 "crc32": zlib.crc32(data),
                 "source_sha256": _source_sha256(recording, task.source),
-                "padded_samples": len(wave) - (int(sounding[-1]) + 1 if len(sounding) else 0),
+                "padded_samples": _silent_tail(wave),
             }
         )
         waves.append(data)
@@ -225,6 +226,7 @@ def prepare(
     """
     if shard_mib <= 0:
         raise ValueError(f"shard_mib is {shard_mib}; wanted a positive size")
+    source = None if source is None else source.resolve()
     dataset: Dataset = DATASETS.make(name, options)
     resolved = DATASETS.resolve(name, options)
     listing = dataset.listing(source, allow_missing=allow_partial)
@@ -238,12 +240,9 @@ def prepare(
     prefix = f"{FOLDER}/{name}-{_key(name, resolved, listing.recordings, source, per_shard)[:12]}"
     published = _manifest(storage, prefix)
     if published is not None and published.manifest["missing"] and not allow_partial:
-        problems = [
-            *_listed(published.manifest["missing"]),
-            f"if that changed since, delete {prefix} and prepare again",
-        ]
         raise DatasetError(
-            f"{name} is prepared without some recordings (allow a partial set if that is meant):", problems
+            f"{prefix} was prepared without some recordings; allow a partial set, or delete it and prepare again:",
+            _listed(published.manifest["missing"]),
         )
     if published is not None and not _damaged(storage, published):
         return published
@@ -407,6 +406,12 @@ def _source_sha256(recording: Recording, source: Path | None) -> str | None:
     if source is None or recording.path is None:
         return None
     return hashlib.sha256((source / recording.path).read_bytes()).hexdigest()
+
+
+def _silent_tail(wave: np.ndarray) -> int:
+    """How many samples of digital silence end the wave, whoever padded it."""
+    sounding = np.flatnonzero(wave)
+    return len(wave) - (int(sounding[-1]) + 1 if len(sounding) else 0)
 
 
 def _index_bytes(rows: list[dict[str, Any]]) -> bytes:

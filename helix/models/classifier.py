@@ -61,9 +61,7 @@ def build_classifier(model: ModelSpec, protocol: Protocol, *, classes: int) -> C
     if classes < 1:
         raise ValueError(f"classes is {classes}; wanted 1 or more")
     frontend: Frontend = FRONTENDS.make(model.frontend, model.options.get(model.frontend))
-    parameters = natural_size(
-        model.reference, model.options.get(model.reference), width=model.width, protocol=protocol
-    )
+    parameters = natural_size(model.reference, model.options.get(model.reference), width=model.width, protocol=protocol)
     members = [BLOCKS.make(name, model.options.get(name)) for name in model.pattern]
     return Classifier(
         frontend.build(width=model.width, protocol=protocol),
@@ -87,8 +85,9 @@ def cost(model: ModelSpec, protocol: Protocol, *, classes: int, samples: int) ->
     _check_pooling(model.pool_tokens, tokens)
     with torch.device("meta"):
         classifier = build_classifier(model, protocol, classes=classes)
-    flops = classifier.frontend.flops(samples) + sum(block.flops(tokens) for block in classifier.blocks)
-    flops += 2 * model.width * classes
+    layers = [module for module in classifier.modules() if isinstance(module, Layer)]
+    head = 2 * model.width * classes
+    flops = classifier.frontend.flops(samples) + sum(layer.flops(tokens) for layer in layers) + head
     return Cost(
         parameters=count(classifier),
         tokens=tokens,
@@ -98,11 +97,11 @@ def cost(model: ModelSpec, protocol: Protocol, *, classes: int, samples: int) ->
 
 
 def decay_exempt(module: nn.Module) -> set[str]:
-    """The parameters that `protocol.decay = mamba_groups` does not decay: marked ones (A_log, D), biases and norms."""
+    """The parameters that `protocol.decay = mamba_groups` does not decay: biases, norms, and marked ones (A_log, D)."""
     return {
         name
         for name, parameter in module.named_parameters()
-        if getattr(parameter, "_no_weight_decay", False) or name.endswith("bias") or parameter.ndim < 2
+        if parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
     }
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Protocol as Interface
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helix.protocol import Protocol
@@ -27,33 +26,46 @@ EPSILON = 1e-6
 POWER_FLOOR = 1e-10
 
 
+class Frontend(Interface):
+    """A member of FRONTENDS: a frozen dataclass whose fields are its options."""
+
+    def build(self, *, width: int, protocol: Protocol) -> "Tokenizer": ...
+
+    def tokens(self, samples: int, *, protocol: Protocol) -> int:
+        """L for a clip of so many samples. ValueError where the clip is too short for one token."""
+        ...
+
+
 class Tokenizer(nn.Module, ABC):
-    """What a frontend builds."""
+    """What a frontend builds. `augmented`: whether shift, gain and noise act on the waves that it is given."""
+
+    augmented = True
+
+    def __init__(self, frontend: Frontend, patch_embed: nn.Conv1d | nn.Conv2d, protocol: Protocol):
+        super().__init__()
+        self.frontend, self.protocol = frontend, protocol
+        self.patch_embed = patch_embed
+        self.input_norm = nn.LayerNorm(patch_embed.out_channels)
 
     @abstractmethod
     def features(self, wave_BT: Tensor) -> Tensor:
         """The input of `embed`, without parameters and clip by clip. ValueError where a clip is too short."""
 
     @abstractmethod
-    def embed(self, features: Tensor) -> Tensor:
-        """x_BLD."""
+    def patches(self, features: Tensor) -> Tensor:
+        """The patches [B, L, P] of `features`, in the order of the tokens; P numbers each, as in the convolution."""
 
-    @abstractmethod
-    def flops(self, samples: int) -> int:
-        """Floating-point operations of `embed` for one clip."""
+    def embed(self, features: Tensor) -> Tensor:
+        """x_BLD. Where kernel and stride of a convolution are equal, it is one linear map of each patch."""
+        weight_DP = self.patch_embed.weight.flatten(1)
+        return self.input_norm(nn.functional.linear(self.patches(features), weight_DP, self.patch_embed.bias))
 
     def forward(self, wave_BT: Tensor) -> Tensor:
         return self.embed(self.features(wave_BT))
 
-
-class Frontend(Interface):
-    """A member of FRONTENDS: a frozen dataclass whose fields are its options."""
-
-    def build(self, *, width: int, protocol: Protocol) -> Tokenizer: ...
-
-    def tokens(self, samples: int, *, protocol: Protocol) -> int:
-        """L for a clip of so many samples. ValueError where the clip is too short for one token."""
-        ...
+    def flops(self, samples: int) -> int:
+        """Floating-point operations of `embed` for one clip."""
+        return 2 * self.frontend.tokens(samples, protocol=self.protocol) * self.patch_embed.weight.numel()
 
 
 @FRONTENDS.register("raw")
@@ -66,7 +78,7 @@ class RawWaveform:
     def build(self, *, width: int, protocol: Protocol) -> Tokenizer:
         return RawTokenizer(self, width, protocol)
 
-    def tokens(self, samples: int, *, protocol: Protocol) -> int:
+    def tokens(self, samples: int, *, protocol: Protocol) -> int:  # noqa: ARG002  (the contract's)
         if samples < self.samples_per_token:
             raise ValueError(
                 f"frontend 'raw': a clip of {samples} samples is too short; a token is {self.samples_per_token}"
@@ -75,25 +87,19 @@ class RawWaveform:
 
 
 class RawTokenizer(Tokenizer):
-    def __init__(self, options: RawWaveform, width: int, protocol: Protocol):
-        super().__init__()
-        self.options, self.protocol = options, protocol
-        self.patch_embed = nn.Conv1d(1, width, options.samples_per_token, stride=options.samples_per_token)
-        self.input_norm = nn.LayerNorm(width)
+    def __init__(self, frontend: RawWaveform, width: int, protocol: Protocol):
+        size = frontend.samples_per_token
+        super().__init__(frontend, nn.Conv1d(1, width, size, stride=size), protocol)
+        self.size = size
 
     def features(self, wave_BT: Tensor) -> Tensor:
-        self.options.tokens(wave_BT.shape[-1], protocol=self.protocol)
+        self.frontend.tokens(wave_BT.shape[-1], protocol=self.protocol)
         if self.protocol.raw_norm == "rms":
             return wave_BT / (wave_BT.square().mean(-1, keepdim=True).sqrt() + EPSILON)
         return wave_BT
 
-    def embed(self, features: Tensor) -> Tensor:
-        patches_BLP = features.unfold(-1, self.options.samples_per_token, self.options.samples_per_token)
-        # With kernel = stride, the convolution is one linear map of each patch.
-        return self.input_norm(F.linear(patches_BLP, self.patch_embed.weight.flatten(1), self.patch_embed.bias))
-
-    def flops(self, samples: int) -> int:
-        return 2 * self.options.tokens(samples, protocol=self.protocol) * self.patch_embed.weight.numel()
+    def patches(self, features: Tensor) -> Tensor:
+        return features.unfold(-1, self.size, self.size)
 
 
 @FRONTENDS.register("mel")
@@ -145,50 +151,48 @@ class MelSpectrogram:
 
 class MelTokenizer(Tokenizer):
     window: Tensor
-    filters_FM: Tensor
+    filters: Tensor
 
-    def __init__(self, options: MelSpectrogram, width: int, protocol: Protocol):
-        super().__init__()
-        self.options, self.protocol = options, protocol
-        self.patch_embed = nn.Conv2d(1, width, options.patch, stride=options.patch)
-        self.input_norm = nn.LayerNorm(width)
-        self.register_buffer("window", torch.hann_window(options.n_fft), persistent=False)
-        self.register_buffer("filters_FM", mel_filters(options.n_mels, options.n_fft), persistent=False)
+    def __init__(self, frontend: MelSpectrogram, width: int, protocol: Protocol):
+        super().__init__(frontend, nn.Conv2d(1, width, frontend.patch, stride=frontend.patch), protocol)
+        self.options = frontend
+        self.augmented = protocol.augment_mel == "on"
+        self.register_buffer("window", torch.hann_window(frontend.n_fft), persistent=False)
+        self.register_buffer("filters", mel_filters(frontend.n_mels, frontend.n_fft), persistent=False)
 
     def features(self, wave_BT: Tensor) -> Tensor:
         """The image [B, 1, M, F]."""
-        samples, patch = wave_BT.shape[-1], self.options.patch
-        width = patch * self.options.patches(samples, protocol=self.protocol)
-        spectrum = torch.stft(
-            wave_BT, self.options.n_fft, self.options.hop, window=self.window, pad_mode="reflect", return_complex=True
-        )
-        power_BMF = self.filters_FM.mT @ (spectrum.real.square() + spectrum.imag.square())
+        frames = self.options.patch * self.options.patches(wave_BT.shape[-1], protocol=self.protocol)
+        with torch.autocast(wave_BT.device.type, enabled=False):
+            power_BMF = self.filters.mT @ self._power(wave_BT)
         level_BMF = 10 * torch.log10(power_BMF.clamp_min(POWER_FLOOR))
-        silence_B11 = (level_BMF.amax((1, 2), keepdim=True) - self.options.top_db).clamp_min(10 * math.log10(POWER_FLOOR))
+        loudest_B11 = level_BMF.amax((1, 2), keepdim=True)
+        silence_B11 = (loudest_B11 - self.options.top_db).clamp_min(10 * math.log10(POWER_FLOOR))
         level_BMF = level_BMF.maximum(silence_B11)
         if self.protocol.mel_norm == "clip":
             std_B11, mean_B11 = torch.std_mean(level_BMF, dim=(1, 2), keepdim=True)
             level_BMF, silence_B11 = ((x - mean_B11) / (std_B11 + EPSILON) for x in (level_BMF, silence_B11))
-        missing = width - level_BMF.shape[-1]
+        missing = frames - level_BMF.shape[-1]
         if missing > 0:
             level_BMF = torch.cat([level_BMF, silence_B11.expand(-1, self.options.n_mels, missing)], dim=-1)
         return level_BMF.unsqueeze(1)
 
-    def embed(self, features: Tensor) -> Tensor:
+    def patches(self, features: Tensor) -> Tensor:
         patch = self.options.patch
         grid = features.squeeze(1).unfold(1, patch, patch).unfold(2, patch, patch)
         if self.protocol.mel_order == "time_major":
             grid = grid.transpose(1, 2)
-        # With kernel = stride, the convolution is one linear map of each patch.
-        patches_BLP = grid.flatten(3).flatten(1, 2)
-        return self.input_norm(F.linear(patches_BLP, self.patch_embed.weight.flatten(1), self.patch_embed.bias))
+        return grid.flatten(3).flatten(1, 2)
 
-    def flops(self, samples: int) -> int:
-        return 2 * self.options.tokens(samples, protocol=self.protocol) * self.patch_embed.weight.numel()
+    def _power(self, wave_BT: Tensor) -> Tensor:
+        """The power of each frequency in each frame."""
+        n_fft, hop = self.options.n_fft, self.options.hop
+        spectrum = torch.stft(wave_BT, n_fft, hop, window=self.window, pad_mode="reflect", return_complex=True)
+        return spectrum.real.square() + spectrum.imag.square()
 
 
 def mel_filters(n_mels: int, n_fft: int) -> Tensor:
-    """Triangles [n_fft / 2 + 1, n_mels] of height one, their corners equally spaced in HTK mel from 0 to half the rate."""
+    """Triangles [n_fft / 2 + 1, n_mels] of height one, their corners equally spaced in HTK mel up to half the rate."""
     bins_hz = torch.linspace(0, RATE_HZ / 2, n_fft // 2 + 1, dtype=torch.float64)
     top_mel = 2595 * math.log10(1 + RATE_HZ / 2 / 700)
     corners_hz = 700 * (10 ** (torch.linspace(0, top_mel, n_mels + 2, dtype=torch.float64) / 2595) - 1)

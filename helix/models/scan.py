@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-#: Tokens per chunk: the state at the start of each is kept for the backward, which costs N / CHUNK tensors of [B, L, E].
+#: Tokens per chunk. The state at the start of each is kept for the backward: N / CHUNK tensors of [B, L, E].
 CHUNK = 16
 
-#: Numbers in the states [R, N, E] of the batch entries that a CPU runs together, so that its caches hold a chunk of them.
+#: Numbers in the states [R, N, E] of the batch entries that a CPU runs together, so that its caches hold their chunk.
 CPU_STATES = 16384
 
 
@@ -36,7 +35,7 @@ def selective_scan(
     dt_bias_E: Tensor,
     reverse: bool = False,
 ) -> Tensor:
-    """y_BLE, differentiable in every tensor and deterministic; its memory grows as L, never as L x N.
+    """y_BLE, differentiable in every tensor and deterministic. Every model scans through this one function.
 
     Computed in the dtype of `A_EN`, which under autocast is still the parameters'; returned in the dtype of `u_BLE`.
     """
@@ -60,14 +59,14 @@ def selective_scan_sequential(
 ) -> Tensor:
     """The slow twin of `selective_scan`: the equations above, one token after the other, with torch's own gradients."""
     batch, tokens, channels = u_BLE.shape
-    d_BLE = F.softplus(dt_BLE + dt_bias_E)
+    d_BLE = nn.functional.softplus(dt_BLE + dt_bias_E)
     h_BEN = u_BLE.new_zeros(batch, channels, A_EN.shape[1])
     y_BE: dict[int, Tensor] = {}
     for t in reversed(range(tokens)) if reverse else range(tokens):
         decay_BEN = torch.exp(d_BLE[:, t, :, None] * A_EN)
         h_BEN = decay_BEN * h_BEN + (d_BLE[:, t] * u_BLE[:, t])[:, :, None] * B_BLN[:, t, None, :]
         y_BE[t] = (h_BEN * C_BLN[:, t, None, :]).sum(-1) + D_E * u_BLE[:, t]
-    return torch.stack([y_BE[t] for t in range(tokens)], dim=1) * F.silu(z_BLE)
+    return torch.stack([y_BE[t] for t in range(tokens)], dim=1) * nn.functional.silu(z_BLE)
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -82,7 +81,7 @@ class _ChunkedScan(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E, reverse = inputs
         A_NE = A_EN.t().contiguous()
-        d_BLE = F.softplus(dt_BLE + dt_bias_E)
+        d_BLE = nn.functional.softplus(dt_BLE + dt_bias_E)
         y_BLE = torch.empty_like(d_BLE)
         spans = _pieces(u_BLE.shape[1], CHUNK)
         starts = u_BLE.new_empty(len(spans), len(u_BLE), *A_NE.shape)
@@ -95,7 +94,7 @@ class _ChunkedScan(torch.autograd.Function):
                 u_RQE, d_RQE = u_BLE[at], d_BLE[at]
                 h_RNE = chunk.run(d_RQE, d_RQE * u_RQE, B_BLN[at], h_RNE)
                 y_RQE = chunk.read(C_BLN[at]).addcmul_(u_RQE, D_E)
-                torch.mul(y_RQE, F.silu(z_BLE[at]), out=y_BLE[at])
+                torch.mul(y_RQE, nn.functional.silu(z_BLE[at]), out=y_BLE[at])
         ctx.save_for_backward(u_BLE, d_BLE, A_NE, B_BLN, C_BLN, D_E, z_BLE, starts)
         ctx.reverse = reverse
         return y_BLE
@@ -103,38 +102,44 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout_BLE: Tensor) -> Any:  # type: ignore[override]
-        u_BLE, d_BLE, A_NE, B_BLN, C_BLN, D_E, z_BLE, starts = ctx.saved_tensors
-        du_BLE, ddt_BLE, dz_BLE = (torch.empty_like(d_BLE) for _ in range(3))
-        dB_BLN, dC_BLN = (d_BLE.new_empty(B_BLN.shape) for _ in range(2))
-        dA_NE, dD_E = torch.zeros_like(A_NE), torch.zeros_like(D_E)
-        spans = _pieces(u_BLE.shape[1], CHUNK)
-        for rows in _rows(u_BLE, A_NE):
-            carry_RNE = torch.zeros_like(starts[0, rows])
-            chunks = _chunks(spans, A_NE, carry_RNE, ctx.reverse)
-            for c, span in _in_order(list(enumerate(spans)), not ctx.reverse):
-                chunk, at = chunks[c], (rows, span)
-                u_RQE, d_RQE, z_RQE, dout_RQE = u_BLE[at], d_BLE[at], z_BLE[at], dout_BLE[at]
-                x_RQE = d_RQE * u_RQE
-                chunk.run(d_RQE, x_RQE, B_BLN[at], starts[c, rows])
-                y_RQE = chunk.read(C_BLN[at]).addcmul_(u_RQE, D_E)
+        with torch.autocast(dout_BLE.device.type, enabled=False):
+            return (*_gradients(ctx.saved_tensors, dout_BLE, reverse=ctx.reverse), None)
 
-                sigmoid_RQE = torch.sigmoid(z_RQE)
-                silu_RQE = sigmoid_RQE * z_RQE
-                # The slope of silu at z is s + silu(z) (1 - s), where s is sigmoid(z).
-                slope_RQE = torch.addcmul(sigmoid_RQE, silu_RQE, 1 - sigmoid_RQE)
-                torch.mul(y_RQE.mul_(dout_RQE), slope_RQE, out=dz_BLE[at])
 
-                dy_RQE = silu_RQE.mul_(dout_RQE)
-                carry_RNE, dA, dB_BLN[at], dC_BLN[at], dx_RQE, dd_RQE = chunk.pull(
-                    d_RQE, x_RQE, B_BLN[at], C_BLN[at], dy_RQE, carry_RNE
-                )
-                dA_NE += dA
-                dD_E += (dy_RQE * u_RQE).sum((0, 1))
-                # The slope of softplus, where it is d, is 1 - exp(-d).
-                dd_RQE.addcmul_(dx_RQE, u_RQE)
-                torch.mul(dd_RQE, torch.expm1(-d_RQE).neg_(), out=ddt_BLE[at])
-                torch.addcmul(dx_RQE.mul_(d_RQE), dy_RQE, D_E, out=du_BLE[at])
-        return du_BLE, ddt_BLE, dA_NE.t(), dB_BLN, dC_BLN, dD_E, dz_BLE, ddt_BLE.sum((0, 1)), None
+def _gradients(saved: Sequence[Tensor], dout_BLE: Tensor, *, reverse: bool) -> tuple[Tensor, ...]:
+    """The gradients of u, dt, A, B, C, D, z and dt_bias, from what the forward saved and the gradient of its output."""
+    u_BLE, d_BLE, A_NE, B_BLN, C_BLN, D_E, z_BLE, starts = saved
+    du_BLE, ddt_BLE, dz_BLE = (torch.empty_like(d_BLE) for _ in range(3))
+    dB_BLN, dC_BLN = (d_BLE.new_empty(B_BLN.shape) for _ in range(2))
+    dA_NE, dD_E = torch.zeros_like(A_NE), torch.zeros_like(D_E)
+    spans = _pieces(u_BLE.shape[1], CHUNK)
+    for rows in _rows(u_BLE, A_NE):
+        carry_RNE = torch.zeros_like(starts[0, rows])
+        chunks = _chunks(spans, A_NE, carry_RNE, reverse)
+        for c, span in _in_order(list(enumerate(spans)), not reverse):
+            chunk, at = chunks[c], (rows, span)
+            u_RQE, d_RQE, z_RQE, dout_RQE = u_BLE[at], d_BLE[at], z_BLE[at], dout_BLE[at]
+            x_RQE = d_RQE * u_RQE
+            chunk.run(d_RQE, x_RQE, B_BLN[at], starts[c, rows])
+            y_RQE = chunk.read(C_BLN[at]).addcmul_(u_RQE, D_E)
+
+            sigmoid_RQE = torch.sigmoid(z_RQE)
+            silu_RQE = sigmoid_RQE * z_RQE
+            # The slope of silu at z is s + silu(z) (1 - s), where s is sigmoid(z).
+            slope_RQE = torch.addcmul(sigmoid_RQE, silu_RQE, 1 - sigmoid_RQE)
+            torch.mul(y_RQE.mul_(dout_RQE), slope_RQE, out=dz_BLE[at])
+
+            dy_RQE = silu_RQE.mul_(dout_RQE)
+            carry_RNE, dA, dB_BLN[at], dC_BLN[at], dx_RQE, dd_RQE = chunk.pull(
+                d_RQE, x_RQE, B_BLN[at], C_BLN[at], dy_RQE, carry_RNE
+            )
+            dA_NE += dA
+            dD_E += (dy_RQE * u_RQE).sum((0, 1))
+            # The slope of softplus, where it is d, is 1 - exp(-d).
+            dd_RQE.addcmul_(dx_RQE, u_RQE)
+            torch.mul(dd_RQE, torch.expm1(-d_RQE).neg_(), out=ddt_BLE[at])
+            torch.addcmul(dx_RQE.mul_(d_RQE), dy_RQE, D_E, out=du_BLE[at])
+    return du_BLE, ddt_BLE, dA_NE.t(), dB_BLN, dC_BLN, dD_E, dz_BLE, ddt_BLE.sum((0, 1))
 
 
 class _Chunk:
@@ -147,7 +152,7 @@ class _Chunk:
             like_RNE.new_empty(rows, size, state, channels) for _ in range(3)
         )
         self.start_RNE = torch.empty_like(like_RNE)
-        # Views of single tokens in the order in which the recurrence meets them. Made once: that costs as much as a step.
+        # Views of single tokens, in the order in which the recurrence meets them: to make one costs as much as a step.
         decays, states, adjoints = (
             _in_order(x_RQNE.unbind(1), reverse) for x_RQNE in (self.decay_RQNE, self.state_RQNE, self.adjoint_RQNE)
         )
@@ -157,7 +162,7 @@ class _Chunk:
         self.later, self.earlier = (slice(-1), slice(1, None)) if reverse else (slice(1, None), slice(-1))
 
     def run(self, d_RQE: Tensor, x_RQE: Tensor, B_RQN: Tensor, start_RNE: Tensor) -> Tensor:
-        """Fill in the decays and states of a chunk that starts at `start_RNE`. The state after it, until the next run."""
+        """Fill in the decays, and the states that follow `start_RNE`. Returns the last, lent until the next run."""
         self.start_RNE.copy_(start_RNE)
         torch.mul(d_RQE[:, :, None, :], self.A_NE, out=self.decay_RQNE).exp_()
         torch.mul(x_RQE[:, :, None, :], B_RQN[:, :, :, None], out=self.state_RQNE)

@@ -153,7 +153,7 @@ class _Trial:
             group["lr"] = rate
         batch = self.batches.batch(epoch, step).to(self.how.device)
         wave_BT, label_B = batch.wave_BT, batch.label_B
-        if protocol.augment_mel == "on" or not getattr(self.model.frontend, "spectral", False):
+        if self.model.frontend.augmented:
             rate_hz = self.dataset.rate_hz
             wave_BT = augment(wave_BT, batch.clip_B, self.spec.augment, seed=seed, epoch=epoch, rate_hz=rate_hz)
         mixing = {"alpha": self.spec.augment.mixup_alpha, "seed": seed, "epoch": epoch, "step": step}

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helix.models.block import Layer
@@ -77,11 +76,11 @@ class MultiHeadAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        qkv_BLD = F.linear(x_BLD, self.in_proj_weight, self.in_proj_bias)
+        qkv_BLD = nn.functional.linear(x_BLD, self.in_proj_weight, self.in_proj_bias)
         q_BHLK, k_BHLK, v_BHLK = qkv_BLD.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if self.materialise:
             weights_BHLL = torch.softmax(q_BHLK @ k_BHLK.mT / math.sqrt(q_BHLK.shape[-1]), dim=-1)
             y_BHLK = weights_BHLL @ v_BHLK
         else:
-            y_BHLK = F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK)
+            y_BHLK = nn.functional.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK)
         return self.out_proj(y_BHLK.transpose(1, 2).flatten(2))

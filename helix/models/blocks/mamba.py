@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helix.models.block import Layer
@@ -32,7 +31,7 @@ class BiMamba:
     d_conv: int = 4
     expand: int = 2
 
-    def build(self, *, width: int, parameters: int | None, protocol: Protocol) -> Layer:
+    def build(self, *, width: int, parameters: int | None, protocol: Protocol) -> Layer:  # noqa: ARG002  (the contract's)
         inner = self.expand * width
         if parameters is not None:
             rank = math.ceil(width / 16)
@@ -66,7 +65,7 @@ class BiMambaLayer(Layer):
 
 
 class Mamba(nn.Module):
-    """One selective state-space layer, from the first token to the last or, with `reverse`, from the last to the first."""
+    """One selective state-space layer, from the first token to the last, or from the last to the first."""
 
     def __init__(self, width: int, inner: int, d_state: int, d_conv: int, *, reverse: bool):
         super().__init__()
@@ -89,11 +88,11 @@ class Mamba(nn.Module):
 
     def forward(self, h_BLD: Tensor) -> Tensor:
         u_BLE, z_BLE = self.in_proj(h_BLD).chunk(2, dim=-1)
-        u_BLE = F.silu(depthwise_conv(u_BLE, self.conv1d.weight, self.conv1d.bias, reverse=self.reverse))
+        u_BLE = nn.functional.silu(depthwise_conv(u_BLE, self.conv1d.weight, self.conv1d.bias, reverse=self.reverse))
         dt_BLR, B_BLN, C_BLN = self.x_proj(u_BLE).split(self.splits, dim=-1)
         y_BLE = selective_scan(
             u_BLE,
-            F.linear(dt_BLR, self.dt_proj.weight),
+            nn.functional.linear(dt_BLR, self.dt_proj.weight),
             -torch.exp(self.A_log),
             B_BLN,
             C_BLN,
@@ -111,9 +110,13 @@ class Mamba(nn.Module):
 
 
 def depthwise_conv(u_BLE: Tensor, weight_E1K: Tensor, bias_E: Tensor | None, *, reverse: bool) -> Tensor:
-    """Each channel's convolution over its own past tokens, or with `reverse` over those to come."""
-    taps = weight_E1K.shape[-1]
-    padded_BEL = F.pad(u_BLE.mT, (0, taps - 1) if reverse else (taps - 1, 0))
+    """Each channel's convolution over its own past tokens, or with `reverse` over those to come.
+
+    As a two-dimensional convolution with the channels last, which is how the tokens already lie in memory.
+    """
+    past = weight_E1K.shape[-1] - 1
+    padded_BLE = nn.functional.pad(u_BLE, (0, 0, 0, past) if reverse else (0, 0, past, 0))
     if reverse:
         weight_E1K = weight_E1K.flip(-1)
-    return F.conv1d(padded_BEL, weight_E1K, bias_E, groups=len(weight_E1K)).mT
+    y_BE1L = nn.functional.conv2d(padded_BLE.mT.unsqueeze(2), weight_E1K.unsqueeze(2), bias_E, groups=len(weight_E1K))
+    return y_BE1L.squeeze(2).mT

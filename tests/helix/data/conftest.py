@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from helix.data.datasets.esc50 import CLASSES, COLUMNS
 from helix.data.dataset import Dataset
+from helix.data.datasets.esc50 import CLASSES, COLUMNS
 from helix.data.shards import Recordings, open_prepared, prepare
 from helix.registry import DATASETS
 from helix.storage import Storage

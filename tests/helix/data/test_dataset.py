@@ -156,5 +156,5 @@ def test_an_error_tells_twenty_problems_and_counts_the_rest():
 
 
 def test_made_up_sounds_take_no_source(tmp_path):
-    with pytest.raises(DatasetError, match="tones are made up and read no files; given .*, leave it out"):
+    with pytest.raises(DatasetError, match=r"tones are made up and read no files; given .*, leave it out"):
         Tones().recordings(tmp_path)

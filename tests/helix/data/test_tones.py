@@ -81,6 +81,15 @@ def cyclic(bursts: tuple) -> list:
     return pitches[lowest:] + pitches[:lowest]
 
 
+def one_by_one(score: Score) -> list[np.ndarray]:
+    """The clip without noise, with one burst at a time."""
+    waves = []
+    for slot in range(SLOTS):
+        bursts = (burst if here == slot else replace(burst, amplitude=0.0) for here, burst in enumerate(score.bursts))
+        waves.append(render(Score(bursts=tuple(bursts), turn=score.turn), RATE_HZ))
+    return waves
+
+
 def test_the_task_can_be_solved():
     heard_right = [heard(DATA.wave(row, None)) == DATA.classes[row.label] for row in RECORDINGS]
     assert np.mean(heard_right) > 0.99
@@ -110,15 +119,14 @@ def test_no_raw_token_and_no_window_holds_two_events():
     shortest_gap = SLOT_SAMPLES - BURST_SAMPLES[1] - (JITTER_SAMPLES - 1)
     assert shortest_gap > FFT_SAMPLES > TOKEN_SAMPLES
     for score in SCORES[::5]:
-        alone = [render(Score(bursts=_only(score, slot), turn=score.turn), RATE_HZ) for slot in range(SLOTS)]
-        sounding = np.stack([np.abs(raw_tokens(wave)).max(axis=1) > 0 for wave in alone])
+        sounding = np.stack([np.abs(raw_tokens(wave)).max(axis=1) > 0 for wave in one_by_one(score)])
         assert sounding.sum(axis=0).max() == 1
 
 
 def test_no_mel_patch_holds_two_events_above_the_noise():
     noise = mel_patches(NOISE * np.random.default_rng(0).standard_normal(CLIP_SAMPLES)).mean(axis=(1, 2, 3))
     for score in SCORES[::5]:
-        alone = [mel_patches(render(Score(bursts=_only(score, slot), turn=score.turn), RATE_HZ)) for slot in range(SLOTS)]
+        alone = [mel_patches(wave) for wave in one_by_one(score)]
         second = np.sort(np.stack([patches.max(axis=(2, 3)) for patches in alone]), axis=0)[-2]
         assert (second < 0.05 * noise[:, None]).all()
 
@@ -146,7 +154,8 @@ def test_exchanging_two_slots_permutes_the_mel_patches():
         bursts = list(score.bursts)
         bursts[one], bursts[other] = bursts[other], bursts[one]
         ours, theirs = (
-            mel_patches(render(Score(bursts=tuple(order), turn=score.turn), RATE_HZ)) for order in (score.bursts, bursts)
+            mel_patches(render(Score(bursts=tuple(order), turn=score.turn), RATE_HZ))
+            for order in (score.bursts, bursts)
         )
         for row_ours, row_theirs in zip(ours, theirs, strict=True):
             ranked = [np.sort(row.reshape(len(row), -1).sum(axis=1)) for row in (row_ours, row_theirs)]
@@ -200,8 +209,3 @@ def test_the_sound_is_loud_enough_and_never_clips():
 def test_a_wrong_option_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         DATASETS.make("tones", options)
-
-
-def _only(score: Score, slot: int) -> tuple:
-    """The bursts with all but one silent."""
-    return tuple(burst if here == slot else replace(burst, amplitude=0.0) for here, burst in enumerate(score.bursts))

@@ -1,0 +1,249 @@
+"""The report as a file: whole, self-contained, escaped, honest about gaps, small and quick."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dashboards.charts import ticks
+from dashboards.curves import Curve, common_mean, thin
+from dashboards.report import render_report, write_report
+from dashboards.view import SweepView
+from helix.protocol import SWITCHES
+
+MakeView = Callable[..., SweepView]
+EVIL = "<script>alert('x')</script>"
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page, with the text of scripts and styles kept apart."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.words: list[str] = []
+        self.code: list[str] = []
+        self._open: list[str] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag in ("script", "style"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("script", "style"):
+            self._open.pop()
+
+    def handle_data(self, data: str) -> None:
+        (self.code if self._open else self.words).append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def page(view: SweepView) -> Page:
+    return Page(render_report(view))
+
+
+@pytest.fixture(name="half")
+def _half(make_view: MakeView) -> SweepView:
+    def status(variant: str, fold: int, seed: int) -> tuple[str, int]:
+        if variant == "attention-raw":
+            return ("failed", 7) if fold == 1 else ("missing", 0)
+        return ("done", 0) if fold == 1 or variant == "mamba-raw" else ("running", 3)
+
+    return make_view(folds=(1, 2), status=status)
+
+
+@pytest.mark.parametrize("epochs", [1, 20])
+def test_the_report_needs_no_network(make_view: MakeView, epochs: int):
+    source = render_report(make_view(epochs=epochs))
+    assert "http://" not in source
+    assert "https://" not in source
+    assert "@import" not in source
+    assert set(re.findall(r"url\(([^)]*)\)", source)) == {"#hatch"}
+    loads = [value for _, name, value in Page(source).attributes if name in ("src", "href", "srcset", "data", "action")]
+    assert all(value.startswith(("data:", "#")) for value in loads)
+
+
+def test_a_data_set_called_script_does_nothing(make_view: MakeView, half: SweepView):
+    evil = replace(half.data[0], name=EVIL, licence=EVIL, caveat=EVIL, notes=(EVIL,))
+    cells = tuple(replace(cell, dataset=EVIL, variant=f"{cell.variant} {EVIL}", backbone=EVIL) for cell in half.cells)
+    view = replace(half, grid=EVIL, question=EVIL, command=EVIL, storage=EVIL, data=(evil,), cells=cells)
+    made, plain = page(view), page(half)
+    assert made.tags.count("script") == plain.tags.count("script") == 1
+    assert not any("alert" in code for code in made.code)
+    assert made.text.count("alert") > 10
+    assert not [name for _, name, _ in made.attributes if name.startswith("on")]
+
+
+def test_the_table_has_our_number_and_the_papers_side_by_side(make_view: MakeView):
+    view = make_view(folds=(1, 2, 3, 4, 5), variants=[("mamba", "raw"), ("attention", "mel")])
+    text = page(view).text
+    assert "55.10 ± 3.33" in text
+    assert "46.10 ± 2.97" in text
+    assert "Table 2" in text
+    assert "5 of 5" in text
+
+
+def test_a_data_set_outside_the_paper_has_no_published_target(make_view: MakeView):
+    text = page(make_view(dataset="tones", facts=None)).text
+    assert "No published target" in text
+    assert "ours minus" not in text
+
+
+def test_a_run_that_the_paper_could_not_make_is_shown_as_that(make_view: MakeView):
+    view = make_view(
+        dataset="voxpopuli", facts=None, variants=[("helix", "raw"), ("attention", "raw"), ("mamba", "mel")]
+    )
+    text = page(view).text
+    assert "out of memory" in text
+    assert "85.07" in text
+    assert "no published target" in text
+
+
+def test_a_half_finished_sweep_shows_gaps_and_no_zeros(half: SweepView):
+    text = page(half).text
+    assert "1 of 2" in text
+    assert "0 of 2" in text
+    assert " ± \N{EN DASH}" in text, "one fold has no spread"
+    assert "nan" not in text.lower().split()
+
+
+def test_a_failure_is_listed_with_its_error_and_its_traceback(half: SweepView):
+    cell = half.cells[4]
+    told = ({"attempt_id": "a", "started": 0.0, "traceback": "line 1 <module>"},)
+    trial = replace(cell.trials[0], state=replace(cell.trials[0].state, attempts=told))
+    cells = [replace(cell, trials=(trial, *cell.trials[1:])) if one is cell else one for one in half.cells]
+    text = page(replace(half, cells=tuple(cells))).text
+    assert "Failed trials" in text
+    assert "DivergedError: the loss of step 350 is not finite" in text
+    assert "line 1 <module>" in text
+
+
+@pytest.mark.parametrize("status", ["missing", "running", "failed", "partial"])
+def test_a_sweep_without_a_result_is_a_report_too(make_view: MakeView, status: str):
+    made = page(make_view(status=lambda *_: (status, 0)))
+    assert "no result" in made.text
+    assert "No epoch has finished yet" in made.text
+
+
+def test_a_sweep_without_trials_or_data_is_a_report_too(make_view: MakeView):
+    view = replace(make_view(folds=(), facts=None), switches={}, question="")
+    assert "nothing to report" in page(view).text
+
+
+def test_every_trial_every_switch_and_every_fact_is_there(make_view: MakeView):
+    view = make_view()
+    text = page(view).text
+    assert all(trial.trial_id in text for _, trial in view.trials())
+    assert all(name in text for name in SWITCHES)
+    for fact in ("1,200 of 2,000", "CC BY-NC 3.0", "warns that preprocessing differs", "9b9b9b", view.command):
+        assert fact in text
+
+
+def test_a_switch_off_the_profile_is_marked(make_view: MakeView):
+    view = make_view(profile_name="fair")
+    assert 'class="changed"' not in render_report(view)
+    changed = render_report(replace(view, switches={**view.switches, "mel_pad": "floor"}))
+    assert changed.count('class="changed"') == 1
+    assert "fair has ceil" in changed
+
+
+def test_software_that_differs_between_trials_is_shown_with_counts(make_view: MakeView):
+    view = make_view(folds=(1,), variants=[("mamba", "raw"), ("mamba", "mel")])
+    trial = view.cells[0].trials[0]
+    assert trial.state.result is not None
+    older = replace(trial.state, result={**trial.state.result, "versions": {"torch": "2.11.0"}})
+    cell = replace(view.cells[0], trials=(replace(trial, state=older),))
+    text = page(replace(view, cells=(cell, view.cells[1]))).text
+    assert "2.11.0 (1 trial), 2.13.0 (1 trial)" in text
+
+
+def test_every_chart_says_in_words_what_it_shows(make_view: MakeView):
+    labels = [value for tag, name, value in page(make_view()).attributes if (tag, name) == ("svg", "aria-label")]
+    assert any(label.startswith("Accuracy in percent per variant. mamba-raw 5") for label in labels)
+    assert sum(label.startswith("Learning curves of ") for label in labels) == 6
+
+
+def test_the_same_view_gives_the_same_bytes(make_view: MakeView):
+    assert render_report(make_view()) == render_report(make_view())
+
+
+def test_the_file_is_replaced_whole_and_nothing_is_left_beside_it(make_view: MakeView, tmp_path: Path):
+    path = tmp_path / "reports" / "esc50.html"
+    write_report(make_view(status=lambda *_: ("missing", 0)), path)
+    write_report(make_view(), path)
+    assert "has the highest mean accuracy" in path.read_text()
+    assert [entry.name for entry in path.parent.iterdir()] == ["esc50.html"]
+
+
+def test_a_report_that_cannot_be_made_leaves_the_old_one(make_view: MakeView, tmp_path: Path):
+    path = tmp_path / "esc50.html"
+    write_report(make_view(), path)
+    before = path.read_bytes()
+    with pytest.raises(KeyError):
+        write_report(replace(make_view(), select="best"), path)  # pyright: ignore[reportArgumentType]
+    assert path.read_bytes() == before
+
+
+def test_text_that_no_encoding_holds_does_not_stop_a_report(half: SweepView, tmp_path: Path):
+    write_report(replace(half, command="python \udcff"), tmp_path / "r.html")
+    assert (tmp_path / "r.html").stat().st_size > 10_000
+
+
+def test_two_hundred_trials_of_a_hundred_epochs_are_quick_and_small(make_view: MakeView, tmp_path: Path):
+    view = make_view(folds=tuple(range(1, 6)), seeds=tuple(range(7)), epochs=100)
+    assert len(view.trials()) == 210
+    began = time.monotonic()
+    write_report(view, tmp_path / "big.html")
+    assert time.monotonic() - began < 20
+    assert (tmp_path / "big.html").stat().st_size < 10_000_000
+
+
+def test_a_long_curve_keeps_its_dips():
+    values = [0.5] * 5000
+    values[1234], values[4321] = 0.1, 0.9
+    thinned = thin(Curve(epochs=tuple(range(1, 5001)), values=tuple(values)))
+    assert len(thinned.epochs) <= 165
+    assert {0.1, 0.9} <= set(thinned.values)
+    assert (thinned.epochs[0], thinned.epochs[-1]) == (1, 5000)
+
+
+def test_the_mean_curve_ends_where_the_slowest_fold_is():
+    long = Curve(epochs=(1, 2, 3), values=(0.25, 0.5, 0.75))
+    short = Curve(epochs=(1, 2), values=(0.75, 0.25))
+    waiting = Curve(epochs=(), values=())
+    assert common_mean([long, short, waiting]) == Curve(epochs=(1, 2), values=(0.5, 0.375))
+
+
+@pytest.mark.parametrize("high", [0.0, 0.0213, 0.51, 1.0, 3.9, 100])
+def test_an_axis_reaches_its_highest_value_in_a_few_round_steps(high: float):
+    marks = ticks(high, 4)
+    assert marks[0] == 0
+    assert marks[-1] >= high
+    assert 2 <= len(marks) <= 8
+
+
+def luminance(colour: str) -> float:
+    channels = [int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5)]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_text_and_curves_stand_out_from_the_page(make_view: MakeView, scheme: int):
+    style = next(code for code in page(make_view()).code if "--paper" in code)
+    named = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", re.findall(r":root \{(.*?)\}", style, re.DOTALL)[scheme]))
+    for ground in ("paper", "card"):
+        for name in ("ink", "soft", "warn", "bad", *(f"k{index}" for index in range(8))):
+            light, dark = sorted((luminance(named[name]), luminance(named[ground])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, f"{name} on {ground}"

@@ -1,0 +1,120 @@
+"""The report in headless Chromium: it draws, it answers, it asks nobody for anything."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dashboards.report import write_report
+from dashboards.view import SweepView
+
+pytestmark = pytest.mark.browser
+
+MakeView = Callable[..., SweepView]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+
+
+@pytest.fixture(name="browser", scope="module")
+def _browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(name="open_report")
+def _open_report(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Opens the report of a view; at the end nothing may have been complained of or fetched."""
+    trouble: list[str] = []
+    pages = []
+
+    def open_report(view: SweepView, **context: Any) -> Any:
+        path = tmp_path / "report.html"
+        write_report(view, path)
+        page = browser.new_page(viewport={"width": 1180, "height": 900}, **context)
+        page.on("console", lambda message: trouble.append(message.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("request", lambda request: trouble.append(request.url) if "report.html" not in request.url else None)
+        page.on("dialog", lambda dialog: trouble.append(dialog.message))
+        page.goto(path.as_uri())
+        pages.append(page)
+        return page
+
+    yield open_report
+    for page in pages:
+        page.close()
+    assert [one for one in trouble if not one.startswith("data:")] == []
+
+
+def test_the_charts_are_drawn_and_have_a_size(open_report: Callable[..., Any], make_view: MakeView):
+    page = open_report(make_view())
+    charts = page.locator("svg.chart")
+    assert charts.count() == 7
+    boxes = [chart.bounding_box() for chart in charts.all()]
+    assert all(box["width"] > 200 and box["height"] > 100 for box in boxes)
+    assert page.locator("rect.bar").count() >= 6
+    assert page.locator(".panel polyline.mean").count() == 12
+    widths = page.evaluate("[...document.querySelectorAll('rect.bar')].map(bar => bar.getBoundingClientRect().width)")
+    assert min(widths) > 0
+
+
+def test_pointing_at_one_panel_reads_the_same_epoch_in_all(open_report: Callable[..., Any], make_view: MakeView):
+    page = open_report(make_view(epochs=20))
+    last = page.locator(".readout").all_text_contents()
+    page.locator(".panel").nth(2).hover(position={"x": 150, "y": 120})
+    read = page.locator(".readout").all_text_contents()
+    assert all(text.startswith("epoch 20:") for text in last)
+    assert len({text.split(":")[0] for text in read}) == 1
+    assert read[0] != last[0]
+    page.mouse.move(0, 0)
+    assert page.locator(".readout").all_text_contents() == last
+
+
+def test_the_curves_can_be_read_with_the_keyboard(open_report: Callable[..., Any], make_view: MakeView):
+    page = open_report(make_view(epochs=20))
+    page.locator(".panel").first.focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.locator(".readout").first.text_content().startswith("epoch 19:")
+
+
+def test_dark_mode_is_dark_and_paper_is_white(open_report: Callable[..., Any], make_view: MakeView):
+    page = open_report(make_view(), color_scheme="dark")
+    ground = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(ground) == "rgb(20, 23, 26)"
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate(ground) == "rgb(255, 255, 255)"
+
+
+def test_on_paper_nothing_is_folded_away_or_cut_off(open_report: Callable[..., Any], make_view: MakeView):
+    view = make_view()
+    page = open_report(view)
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 703, "height": 1000})
+    trial = page.get_by_text(view.cells[0].trials[0].trial_id)
+    assert trial.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 703
+
+
+@pytest.mark.parametrize("width", [390, 1180])
+def test_the_page_itself_never_scrolls_sideways(open_report: Callable[..., Any], make_view: MakeView, width: int):
+    page = open_report(make_view())
+    page.set_viewport_size({"width": width, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_data_set_called_script_does_nothing_in_a_browser(open_report: Callable[..., Any], make_view: MakeView):
+    page = open_report(make_view(dataset="<script>alert(1)</script><img src=x onerror=alert(2)>", facts=None))
+    assert page.locator("script").count() == 1
+    assert page.locator("img").count() == 0
+
+
+@pytest.mark.parametrize("status", ["missing", "failed", "running"])
+def test_unfinished_sweeps_open_without_an_error(open_report: Callable[..., Any], make_view: MakeView, status: str):
+    page = open_report(make_view(status=lambda variant, fold, seed: (status, 1 if fold == 1 else 0)))
+    assert page.locator("h1").is_visible()

@@ -1,0 +1,211 @@
+"""What the summary says of finished, half-finished, failed and empty sweeps."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from dashboards.summary import (
+    Statistic,
+    attempts,
+    changed_switches,
+    lost_seconds,
+    paired,
+    progress,
+    rank,
+    sampling_word,
+    smallest_p,
+    statistic,
+    summarise,
+    unlike_authors,
+)
+from dashboards.view import SweepView
+from helix.published import published
+
+MakeView = Callable[..., SweepView]
+
+
+def first_fold_only(variant: str, fold: int, seed: int) -> tuple[str, int]:
+    return ("done", 0) if fold == 1 else ("running", 3)
+
+
+def test_the_two_standard_deviations_differ_by_their_divisor():
+    values = [0.5225, 0.5150, 0.5650, 0.6075, 0.5450]
+    population, sample = statistic(values, "population"), statistic(values, "sample")
+    assert population.mean == pytest.approx(0.5510)
+    assert population.std == pytest.approx(0.0333, abs=5e-5)
+    assert sample.std == pytest.approx(0.0372, abs=5e-5)
+
+
+def test_one_value_has_a_mean_and_no_spread():
+    assert statistic([0.4], "sample") == Statistic(n=1, mean=0.4, std=None)
+
+
+def test_no_value_has_neither():
+    assert statistic([], "population") == Statistic(n=0, mean=None, std=None)
+
+
+def test_a_cell_counts_finished_trials_only(make_view: MakeView):
+    summary = summarise(make_view(folds=(1, 2), status=first_fold_only))[0]
+    assert (summary.done, summary.asked) == (1, 2)
+    assert summary.selected.n == 1
+    assert summary.statuses == {"done": 1, "running": 1}
+
+
+def test_the_selected_accuracy_follows_the_protocol(make_view: MakeView):
+    best = summarise(make_view(profile_name="paper"))[0]
+    chosen = summarise(make_view(profile_name="fair"))[0]
+    assert best.selected == best.accuracy["best_test"]
+    assert chosen.selected == chosen.accuracy["validation"]
+
+
+def test_optimism_is_best_test_minus_validation(make_view: MakeView):
+    summary = summarise(make_view())[0]
+    assert summary.optimism.mean == pytest.approx(0.0125)
+
+
+def test_a_result_without_validation_has_no_optimism(make_view: MakeView):
+    view = make_view(folds=(1,), variants=[("mamba", "raw")])
+    trial = view.cells[0].trials[0]
+    assert trial.state.result is not None
+    accuracy = {**trial.state.result["accuracy"], "validation": None}
+    state = replace(trial.state, result={**trial.state.result, "accuracy": accuracy})
+    cell = replace(view.cells[0], trials=(replace(trial, state=state),))
+    summary = summarise(replace(view, cells=(cell,)))[0]
+    assert summary.optimism.n == 0
+    assert summary.accuracy["validation"].mean is None
+    assert summary.selected.n == 1
+
+
+def test_the_paper_is_compared_on_the_folds_that_we_have(make_view: MakeView):
+    summary = summarise(make_view(folds=(2, 4), variants=[("mamba", "raw")]))[0]
+    target = published("esc50", "raw", "mamba")
+    assert summary.comparison is not None and target is not None and target.per_fold is not None
+    theirs = (target.per_fold[1] + target.per_fold[3]) / 2
+    assert summary.comparison.theirs == pytest.approx(theirs)
+    assert summary.comparison.difference == pytest.approx((summary.accuracy["best_test"].mean or math.nan) - theirs)
+
+
+def test_all_five_folds_give_the_number_that_the_paper_prints(make_view: MakeView):
+    comparison = summarise(make_view(folds=(1, 2, 3, 4, 5), variants=[("helix", "mel")]))[0].comparison
+    assert comparison is not None
+    assert comparison.theirs == pytest.approx(0.5185)
+    assert comparison.theirs_std == pytest.approx(0.0241, abs=5e-5)
+
+
+def test_the_comparison_is_with_our_best_test_accuracy_whatever_is_selected(make_view: MakeView):
+    summary = summarise(make_view(profile_name="fair", variants=[("mamba", "raw")]))[0]
+    assert summary.comparison is not None
+    assert summary.comparison.ours == pytest.approx(summary.accuracy["best_test"].mean)
+
+
+def test_what_is_unlike_the_paper_is_said(make_view: MakeView):
+    comparison = summarise(make_view(folds=(1,), epochs=20))[0].comparison
+    assert comparison is not None
+    assert comparison.unlike == ("20 epochs instead of 100", "part of the recordings", "1 fold of 5")
+
+
+def test_a_smaller_model_is_not_held_against_the_paper_unsaid(make_view: MakeView):
+    view = make_view(folds=(1,), variants=[("mamba", "raw")])
+    small = replace(view, cells=(replace(view.cells[0], parameters=600_000),))
+    comparison = summarise(small)[0].comparison
+    assert comparison is not None
+    assert any(phrase.endswith("the size") for phrase in comparison.unlike)
+
+
+def test_without_a_published_number_there_is_no_comparison(make_view: MakeView):
+    assert all(summary.comparison is None for summary in summarise(make_view(dataset="tones", facts=None)))
+
+
+def test_before_any_result_everything_is_unknown_and_nothing_is_zero(make_view: MakeView):
+    for summary in summarise(make_view(status=lambda *_: ("missing", 0))):
+        assert summary.selected == Statistic(n=0)
+        assert summary.train_seconds is None
+        assert summary.at_chance is None
+        assert summary.comparison is not None and summary.comparison.difference is None
+
+
+def test_noise_is_at_chance_and_a_trained_model_is_not(make_view: MakeView):
+    view = make_view(variants=[("mamba", "raw")])
+    assert view.facts("esc50") is not None
+    assert summarise(view)[0].at_chance is False
+    coin = replace(view.data[0], chance=0.55)
+    assert summarise(replace(view, data=(coin,)))[0].at_chance is True
+
+
+def test_the_ranking_uses_only_what_all_have_finished(make_view: MakeView):
+    def status(variant: str, fold: int, seed: int) -> tuple[str, int]:
+        return ("done", 0) if fold == 1 or variant == "mamba-raw" else ("missing", 0)
+
+    view = make_view(folds=(1, 2), status=status)
+    ranking = rank(summarise(view), view.select)
+    assert ranking.shared == ((1, 0),)
+    assert [mean for _, mean in ranking.order] == sorted((mean for _, mean in ranking.order), reverse=True)
+    mamba = next(mean for summary, mean in ranking.order if summary.cell.variant == "mamba-raw")
+    assert mamba == summarise(view)[0].samples[0].accuracy["best_test"]
+
+
+def test_an_unmeasured_cell_is_not_ranked(make_view: MakeView):
+    view = make_view(status=lambda variant, *_: ("failed", 2) if variant == "helix-mel" else ("done", 0))
+    names = [summary.cell.variant for summary, _ in rank(summarise(view), view.select).order]
+    assert len(names) == 5
+    assert "helix-mel" not in names
+
+
+def test_pairs_are_matched_by_fold_and_seed(make_view: MakeView):
+    raw, mel = summarise(make_view(folds=(1, 2), seeds=(0, 1), variants=[("mamba", "raw"), ("mamba", "mel")]))
+    differences = paired(raw, mel, "last")
+    assert len(differences) == 4
+    mean = (raw.accuracy["last"].mean or 0) - (mel.accuracy["last"].mean or 0)
+    assert sum(differences) / 4 == pytest.approx(mean)
+
+
+def test_five_pairs_cannot_be_significant_and_six_can():
+    assert smallest_p(5) == 0.0625
+    assert smallest_p(6) < 0.05
+
+
+def test_progress_counts_trials_and_epochs(make_view: MakeView):
+    state = progress(make_view(folds=(1, 2), epochs=20, status=first_fold_only))
+    assert state.statuses == {"done": 6, "running": 6}
+    assert (state.epochs_done, state.epochs_asked) == (6 * 20 + 6 * 3, 240)
+    assert not state.finished
+
+
+def test_an_empty_sweep_has_no_progress_and_no_division_by_zero(make_view: MakeView):
+    assert progress(make_view(folds=())).epochs_asked == 0
+    assert summarise(make_view(folds=())) == ()
+
+
+def test_a_trial_in_one_go_lost_nothing_and_a_resumed_one_what_its_training_does_not_explain(make_view: MakeView):
+    trial = make_view(folds=(1,), variants=[("mamba", "raw")]).cells[0].trials[0]
+    assert trial.state.result is not None
+    finished, trained = trial.state.result["finished"], trial.state.result["train_seconds"]
+    assert attempts(trial) == 1
+    assert lost_seconds(trial) == 0.0
+    again = ({"started": finished - trained - 500.0}, {"started": finished - 100.0})
+    resumed = replace(trial, state=replace(trial.state, attempts=again))
+    assert attempts(resumed) == 2
+    assert lost_seconds(resumed) == pytest.approx(500.0)
+
+
+def test_samples_are_called_what_they_are(make_view: MakeView):
+    assert sampling_word(make_view(folds=(1, 2))) == "fold"
+    assert sampling_word(make_view(folds=(1,), seeds=(0, 1))) == "seed"
+    assert sampling_word(make_view(folds=(1, 2), seeds=(0, 1))) == "trial"
+
+
+def test_switches_off_the_profile_are_found(make_view: MakeView):
+    view = make_view(profile_name="paper")
+    assert changed_switches(view) == {}
+    view = replace(view, switches={**view.switches, "raw_norm": "rms"})
+    assert changed_switches(view) == {"raw_norm": "none"}
+    assert "raw_norm" in unlike_authors(view)
+    assert unlike_authors(make_view(profile_name="authors")) == []
+
+
+def test_trials_are_grouped_by_variant_in_order_of_appearance(make_view: MakeView):
+    view = make_view(folds=(2, 1), seeds=(1, 0))
+    assert [cell.variant for cell in view.cells][:2] == ["mamba-raw", "mamba-mel"]
+    assert [(trial.seed, trial.fold) for trial in view.cells[0].trials] == [(0, 1), (0, 2), (1, 1), (1, 2)]

@@ -1,0 +1,128 @@
+"""The ledger says how a trial stands from nothing but what lies in storage."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helix.storage import Storage
+from orchestration.ledger import SILENCE_S, is_done, read
+
+TRIAL = "0123456789abcdef"
+NOW = 1_000_000.0
+LATELY, LONG_AGO = NOW - 1, NOW - 10 * SILENCE_S
+
+
+def attempt(name: str = "1", *, started: float = LONG_AGO, **ended: Any) -> dict[str, Any]:
+    return {f"attempts/{name}.json": {"attempt_id": name, "started": started, **ended}}
+
+
+def beat(name: str = "1", *, time: float, step: int = 5) -> dict[str, Any]:
+    return {"heartbeat.json": {"attempt_id": name, "time": time, "step": step}}
+
+
+def rows(count: int) -> dict[str, Any]:
+    return {f"metrics/epoch-{epoch:04d}.json": {"epoch": epoch, "step": 10 * epoch} for epoch in range(1, count + 1)}
+
+
+def result(epochs: int) -> dict[str, Any]:
+    return {"result.json": {"rows": list(rows(epochs).values())}}
+
+
+FAILED = {"ended": LATELY, "outcome": "failed", "error": "OSError: no space"}
+DONE = {"ended": LATELY, "outcome": "done"}
+SPEC = {"spec.json": {"spec": {}}}
+
+TABLE: dict[str, tuple[Mapping[str, Any], str, int, int]] = {
+    # what lies in storage -> status, epochs done, step
+    "nothing": ({}, "missing", 0, 0),
+    "only a spec": (SPEC, "missing", 0, 0),
+    "just begun": (attempt(started=LATELY), "running", 0, 0),
+    "under way for long": (SPEC | attempt() | beat(time=LATELY) | rows(2), "running", 2, 20),
+    "between two epochs": (attempt() | beat(time=LATELY, step=27) | rows(2), "running", 2, 27),
+    "silent since it began": (attempt(), "partial", 0, 0),
+    "silent since a while": (attempt() | beat(time=LONG_AGO, step=27) | rows(2), "partial", 2, 27),
+    "silent just long enough": (attempt() | beat(time=NOW - SILENCE_S), "partial", 0, 5),
+    "not yet silent": (attempt() | beat(time=NOW - SILENCE_S + 0.01), "running", 0, 5),
+    "only another attempt was heard of": (attempt("2") | beat("1", time=LATELY), "partial", 0, 5),
+    "failed": (attempt(**FAILED) | beat(time=LATELY) | rows(1), "failed", 1, 10),
+    "failed and tried again": (
+        attempt("1", **FAILED) | attempt("2", started=LATELY) | rows(1),
+        "running",
+        1,
+        10,
+    ),
+    "failed and tried again and lost": (attempt("1", **FAILED) | attempt("2", started=LONG_AGO + 1), "partial", 0, 0),
+    "lost and tried again and failed": (attempt("1") | attempt("2", started=LONG_AGO + 1, **FAILED), "failed", 0, 0),
+    "the last is the one that started last": (
+        attempt("b", started=LONG_AGO, **FAILED) | attempt("a", started=LATELY),
+        "running",
+        0,
+        0,
+    ),
+    "said to be done without a result": (attempt(**DONE) | rows(3), "partial", 3, 30),
+    "records of attempts gone": (rows(2) | beat(time=LATELY, step=27), "partial", 2, 27),
+    "done": (SPEC | attempt(**DONE) | rows(3) | result(3), "done", 3, 30),
+    "done, rows gone": (attempt(**DONE) | result(3), "done", 3, 30),
+    "done, whatever the attempts say": (attempt(**FAILED) | beat(time=LATELY, step=99) | result(2), "done", 2, 20),
+}
+
+
+def write(folder: Path, contents: Mapping[str, Any]) -> Storage:
+    storage = Storage(folder)
+    for name, value in contents.items():
+        storage.put_json(f"trials/{TRIAL}/{name}", value)
+    return storage
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_the_state_of_a_trial(tmp_path: Path, case: str):
+    contents, status, epochs_done, step = TABLE[case]
+    storage = write(tmp_path, contents)
+    state = read(storage, TRIAL, now=NOW)
+    assert (state.trial_id, state.status, state.epochs_done, state.step) == (TRIAL, status, epochs_done, step)
+    assert [row["epoch"] for row in state.rows] == list(range(1, epochs_done + 1))
+    assert (state.error is not None) == (status == "failed")
+    assert (state.result is not None) == (status == "done") == is_done(storage, TRIAL)
+
+
+def test_a_failed_trial_says_why(tmp_path: Path):
+    assert read(write(tmp_path, attempt(**FAILED)), TRIAL, now=NOW).error == "OSError: no space"
+
+
+def test_attempts_are_told_in_the_order_in_which_they_started(tmp_path: Path):
+    storage = write(tmp_path, attempt("c", started=1.0) | attempt("a", started=2.0) | attempt("b", started=3.0))
+    assert [attempt["attempt_id"] for attempt in read(storage, TRIAL, now=NOW).attempts] == ["c", "a", "b"]
+
+
+def test_rows_are_told_in_the_order_of_their_epochs(tmp_path: Path):
+    state = read(write(tmp_path, dict(reversed(rows(12).items()))), TRIAL, now=NOW)
+    assert [row["epoch"] for row in state.rows] == list(range(1, 13))
+
+
+def test_time_alone_turns_running_into_partial(tmp_path: Path):
+    storage = write(tmp_path, attempt(started=NOW))
+    states = [read(storage, TRIAL, now=NOW + after).status for after in (0, SILENCE_S - 1, SILENCE_S, 1e6)]
+    assert states == ["running", "running", "partial", "partial"]
+
+
+def test_other_trials_have_no_say(tmp_path: Path):
+    storage = write(tmp_path, attempt(started=LATELY) | result(3))
+    assert read(storage, "f" * 16, now=NOW).status == "missing"
+    assert not is_done(storage, "f" * 16)
+
+
+def test_what_is_half_written_is_not_read(tmp_path: Path):
+    storage = write(tmp_path, rows(2))
+    storage.path(f"trials/{TRIAL}/metrics/.partial-0123").write_bytes(b'{"epoch":')
+    storage.path(f"trials/{TRIAL}/.partial-0123").write_bytes(b'{"rows":')
+    assert read(storage, TRIAL, now=NOW).epochs_done == 2
+
+
+def test_reading_changes_nothing(tmp_path: Path):
+    storage = write(tmp_path, attempt() | beat(time=LATELY) | rows(2))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    read(storage, TRIAL, now=NOW)
+    read(storage, "f" * 16, now=NOW)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -1,0 +1,163 @@
+"""The command as a user runs it: refused with a reason, planned without a trace, killed and run again, run twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from helix.storage import Storage
+from orchestration import sweep
+
+ROOT = Path(__file__).parents[2]
+SWEEP = ROOT / "orchestration" / "sweep.py"
+#: Two trials of two variants that train in seconds.
+SMALL = (
+    *("--grid", "demo", "--variants", "mamba-mel,attention-raw", "--folds", "1", "--workers", "2"),
+    *("data.options.clips_per_class=16", "model.width=40", "model.options.mamba.d_state=16", "training.batch_size=24"),
+)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    return {**kept, **extra}
+
+
+def run(arguments: Sequence[str], *, cwd: Path, timeout_s: float = 240, **extra: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SWEEP), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=timeout_s)
+
+
+def results(root: Path) -> dict[str, dict]:
+    """The stored results by trial id."""
+    storage = Storage(root)
+    found = {name: storage.get_json(f"trials/{name}/result.json") for name in storage.children("trials")}
+    return {name: result for name, result in found.items() if result is not None}
+
+
+def science(result: dict) -> tuple[str, str]:
+    """Weights and metrics of a result, without the clock."""
+    rows = [{key: value for key, value in row.items() if key not in ("seconds", "time")} for row in result["rows"]]
+    return result["weights_sha256"], json.dumps(rows, sort_keys=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--grid", "nonsense"], "unknown grid 'nonsense'; known: demo, esc50"),
+        (["--grid", "demo", "training.epocs=3"], "training has epochs, batch_size"),
+        (["--grid", "demo", "training.epochs=many"], "could not be converted to Integer"),
+        (["--grid", "demo", "model.options.mamba.d_stat=3"], "has no option 'd_stat'; it has"),
+        (["--grid", "demo", "model.options.mamba9.d_state=3"], "'mamba9', which is no block and no frontend; known:"),
+        (["--grid", "demo", "data.dataset=esc50"], "data.dataset is set by the grid"),
+        (["--grid", "demo", "--profile", "best"], "unknown profile 'best'; known: authors, paper, fair"),
+        (["--grid", "demo", "--preset", "huge"], "unknown preset 'huge'; known: paper, small"),
+        (["--grid", "demo", "--folds", "9"], "fold 9 is not among the prepared recordings; present: 1, 2, 3, 4"),
+        (["--grid", "demo", "model.options.attention.heads=7"], "heads"),
+        (["--grid", "demo", "model.width=16", "model.options.mamba.d_state=4"], "would not be fair"),
+        (["--grid", "demo", "training.batch_size=9999"], "do not fill one batch of 9999"),
+        (["--grid", "esc50"], "esc50 is not prepared"),
+        (["--grid", "esc50", "--source", "nowhere"], "nowhere"),
+        (["--grid", "demo", "--storage", "a-file/runs"], "cannot write to the storage"),
+        (["--grid", "demo", "--storage", "ftp://host/x"], "is not supported"),
+        (["--grid", "demo", "--workers", "0"], "--workers is 0; wanted 1 or more"),
+    ],
+)
+def test_bad_input_is_refused_with_what_was_wanted(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "run_sweep", lambda *given: pytest.fail("it was not refused"))
+    (tmp_path / "a-file").write_text("in the way")
+    assert sweep.main(arguments) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "runs" / "trials").exists()
+
+
+def test_a_refusal_seen_from_outside_is_one_message_and_exit_code_2(tmp_path):
+    done = run(["--grid", "nonsense"], cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "refused: unknown grid 'nonsense'; known: demo, esc50\n"
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_no_trace(tmp_path):
+    done = run([*SMALL, "training.epochs=2", "--dry-run"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if "mamba-mel" in line or "attention-raw" in line]
+    rows = [line for line in lines if line and line[0] in ("mamba-mel", "attention-raw")]
+    assert len(rows) == 2
+    for row in rows:
+        assert row[1:3] == ["1", "0"]  # fold, seed
+        assert len(row[3]) == 16  # id
+        assert int(row[4].replace(",", "")) > 10_000  # parameters
+        assert row[6:] == ["6", "missing"]  # 72 clips in batches of 24 for two epochs
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.ray
+def test_a_sweep_that_is_killed_and_run_again_ends_as_if_nothing_had_happened(tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    arguments = [*SMALL, "training.epochs=40"]
+
+    whole = run(arguments, cwd=tmp_path / "whole")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert "2 trials: 0 done, 2 to train" in whole.stdout
+
+    output = (tmp_path / "killed" / "output").open("w")
+    command = [sys.executable, str(SWEEP), *arguments]
+    driver = subprocess.Popen(command, cwd=tmp_path / "killed", env=environment(), stdout=output, stderr=output)
+    storage, deadline = Storage(tmp_path / "killed" / "runs"), time.monotonic() + 200
+    while len(list(_rows(storage))) < 5:
+        assert driver.poll() is None, (tmp_path / "killed" / "output").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert len(results(storage.root)) < 2
+
+    again = run(arguments, cwd=tmp_path / "killed")
+    assert again.returncode == 0, again.stdout + again.stderr
+    before, after = results(tmp_path / "whole" / "runs"), results(storage.root)
+    assert before.keys() == after.keys()
+    for name, result in before.items():
+        assert science(after[name]) == science(result)
+    assert all(marker in again.stdout for marker in ("report:", "MLflow:", "mlflow ui", "attention-raw", "mamba-mel"))
+
+    weights = {name: storage.path(f"trials/{name}/result.json").stat().st_mtime_ns for name in after}
+    third = run(arguments, cwd=tmp_path / "killed")
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert "2 trials: 2 done, 0 to train" in third.stdout
+    assert {name: storage.path(f"trials/{name}/result.json").stat().st_mtime_ns for name in after} == weights
+    assert (storage.root / "reports" / "demo.html").stat().st_size > 10_000
+    assert not (storage.root / "ray").exists() or not list((storage.root / "ray").iterdir())
+
+
+@pytest.mark.ray
+def test_one_trial_that_fails_does_not_stop_the_others_and_mlflow_may_be_away(tmp_path):
+    storage = Storage(tmp_path / "runs")
+    arguments = [*SMALL, "training.epochs=1"]
+    first = run([*arguments, "--variants", "mamba-mel"], cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "does not answer" in first.stdout
+    (name,) = results(storage.root)
+    # a committed checkpoint that cannot be trusted: the trial must refuse to start again at step 0
+    storage.delete(f"trials/{name}/result.json")
+    key = next(key for key in storage.keys(f"trials/{name}/checkpoints") if key.endswith("model.safetensors"))
+    storage.put(key, b"broken" + storage.get(key)[6:])
+
+    second = run(arguments, cwd=tmp_path)
+    assert second.returncode == 1, second.stdout + second.stderr
+    assert "no checkpoint under" in second.stdout
+    done = results(storage.root)
+    assert len(done) == 1
+    assert name not in done
+    assert "1 of 2 trials are not done" in second.stdout
+
+
+def _rows(storage: Storage):
+    for name in storage.children("trials"):
+        yield from storage.children(f"trials/{name}/metrics")
