@@ -68,8 +68,8 @@ class Protocol:
         says="random circular shift of +/- 0.5 s everywhere",
         does="0.5 s on ESC-50, 0.4 s, 0.1 s, 1.0 s or none elsewhere",
     )  # fmt: skip
-    augment_mel: Literal["off", "on"] = switch(
-        authors="off", paper="on", fair="on",
+    augment_mel: Literal["none", "waveform"] = switch(
+        authors="none", paper="waveform", fair="waveform",
         says="shift, gain and noise for all variants",
         does="no shift, gain or noise for any mel variant",
     )  # fmt: skip

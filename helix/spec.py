@@ -5,6 +5,7 @@ Where a trial runs (device, threads, number of workers, checkpoint interval) is 
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,7 @@ class AugmentSpec:
     mixup_alpha: float = 0.3
 
     def __post_init__(self) -> None:
+        _require_finite(self, "augment")
         _require(self.shift_s is None or self.shift_s >= 0, "augment.shift_s", self.shift_s, "seconds, 0 or more")
         _require(0 < self.gain_low <= self.gain_high, "augment.gain_low", self.gain_low, "0 < gain_low <= gain_high")
         _require(self.noise >= 0, "augment.noise", self.noise, "a standard deviation, 0 or more")
@@ -83,6 +85,7 @@ class TrainingSpec:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        _require_finite(self, "training")
         _require(self.epochs > 0, "training.epochs", self.epochs, "1 or more")
         _require(self.batch_size > 0, "training.batch_size", self.batch_size, "1 or more")
         _require(0 <= self.lr_min <= self.lr, "training.lr", self.lr, "0 <= lr_min <= lr")
@@ -116,13 +119,13 @@ def apply_overrides(spec: TrialSpec, overrides: Sequence[str] | Mapping[str, Any
     OmegaConf.set_readonly(config, False)
     for item in items:
         if isinstance(item, str):
-            key, equals, _ = item.partition("=")
+            key, equals, value = item.partition("=")
+            if value.strip() == "???":  # OmegaConf reads it as "not given" and would leave the key as it is
+                raise ValueError(f"override {key!r}: '???' is not a value")
             if not equals or not key:
                 raise ValueError(f"{item!r} is not an override; wanted key=value, as in training.epochs=3")
         else:
             key = item[0]
-        if key == "protocol.profile":
-            raise ValueError("protocol.profile cannot be overridden alone; choose a profile with --profile")
         try:
             addition = OmegaConf.create()
             if isinstance(item, str):
@@ -130,8 +133,10 @@ def apply_overrides(spec: TrialSpec, overrides: Sequence[str] | Mapping[str, Any
             else:
                 OmegaConf.update(addition, key, item[1], force_add=True)
             config = OmegaConf.merge(config, addition)
-        except (OmegaConfBaseException, YAMLError) as error:
+        except (OmegaConfBaseException, YAMLError, TypeError) as error:
             raise ValueError(f"override {key!r}: {str(error).splitlines()[0]}; {_known_keys(spec, key)}") from error
+        if config.protocol.profile != spec.protocol.profile:
+            raise ValueError("protocol.profile cannot be overridden alone; choose a profile with --profile")
     OmegaConf.set_readonly(config, None)
     return OmegaConf.to_object(config)  # type: ignore[return-value]
 
@@ -164,19 +169,23 @@ def resolve(spec: TrialSpec) -> TrialSpec:
     dataset = DATASETS.make(spec.data.dataset, spec.data.options)
     used = {name: BLOCKS for name in (*spec.model.pattern, spec.model.reference)} | {spec.model.frontend: FRONTENDS}
     for name in spec.model.options:
-        if name not in BLOCKS.names() and name not in FRONTENDS.names():
+        registry = next((registry for registry in (BLOCKS, FRONTENDS) if name in registry.names()), None)
+        if registry is None:
             known = ", ".join((*BLOCKS.names(), *FRONTENDS.names()))
             raise ValueError(f"model.options names {name!r}, which is no block and no frontend; known: {known}")
+        registry.make(name, spec.model.options[name])
     options = {name: registry.resolve(name, spec.model.options.get(name)) for name, registry in sorted(used.items())}
     shift_s = spec.augment.shift_s
     if shift_s is None:
         shift_s = dataset.authors_shift_s if spec.protocol.shift == "dataset" else PAPER_SHIFT_S
-    return dataclasses.replace(
+    resolved = dataclasses.replace(
         spec,
         data=dataclasses.replace(spec.data, options=DATASETS.resolve(spec.data.dataset, spec.data.options)),
         model=dataclasses.replace(spec.model, options=options),
         augment=dataclasses.replace(spec.augment, shift_s=float(shift_s)),
     )
+    # Through the schema, so that a 1 that was given for a 1.0 does not make another trial of it.
+    return from_json(to_json(resolved))
 
 
 def identity(spec: TrialSpec, manifest_sha256: str) -> dict[str, Any]:
@@ -211,6 +220,12 @@ def _known_keys(spec: TrialSpec, key: str) -> str:
         node, path = child, [*path, part]
     names = ", ".join(field.name for field in dataclasses.fields(node))
     return f"{'.'.join(path) or 'a trial'} has {names}"
+
+
+def _require_finite(part: Any, name: str) -> None:
+    for item in dataclasses.fields(part):
+        value = getattr(part, item.name)
+        _require(not isinstance(value, float) or abs(value) != math.inf, f"{name}.{item.name}", value, "a finite number")
 
 
 def _require(holds: bool, key: str, given: Any, wanted: str) -> None:

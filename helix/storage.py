@@ -34,7 +34,12 @@ class Storage:
     def put(self, key: str, data: bytes) -> None:
         """Write or replace `key`, atomically and durably."""
         target = self.path(key)
-        os.replace(self._write_aside(target, data), target)
+        aside = self._write_aside(target, data)
+        try:
+            os.replace(aside, target)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
         _sync_folder(target.parent)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
@@ -44,6 +49,8 @@ class Storage:
         try:
             os.link(aside, target)
         except FileExistsError:
+            if target.is_dir():
+                raise
             return False
         finally:
             aside.unlink()
@@ -59,27 +66,32 @@ class Storage:
 
     def keys(self, prefix: str) -> Iterator[str]:
         """The keys under the folder `prefix`, sorted."""
-        folder = self.path(prefix)
-        found = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(TEMPORARY))
-        yield from sorted(path.relative_to(self.root).as_posix() for path in found)
+        found = [
+            Path(folder, name).relative_to(self.root).as_posix()
+            for folder, _, names in os.walk(self.path(prefix))
+            for name in names
+            if not name.startswith(TEMPORARY)
+        ]
+        yield from sorted(found)
 
     def children(self, prefix: str) -> list[str]:
         """The names directly under the folder `prefix`, sorted."""
-        folder = self.path(prefix)
-        if not folder.is_dir():
+        try:
+            names = os.listdir(self.path(prefix))  # noqa: PTH208 (a vanished folder has to raise here, not later)
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith(TEMPORARY))
+        return sorted(name for name in names if not name.startswith(TEMPORARY))
 
     def delete(self, key: str) -> None:
         """Remove `key`; a key that is gone already is fine. Folders that become empty go too."""
         path = self.path(key)
         path.unlink(missing_ok=True)
         for folder in path.parents:
-            if folder == self.root or not folder.is_dir() or any(os.scandir(folder)):
+            if folder == self.root:
                 return
             try:
                 folder.rmdir()
-            except OSError:  # another process put a key there just now
+            except OSError:  # it is not empty, or another process removed it or put a key there just now
                 return
 
     def get_json(self, key: str) -> Any:
@@ -134,19 +146,23 @@ def open_storage(address: str) -> Storage:
 
 
 def _open_new(path: Path) -> BinaryIO:
-    """Open a file for writing in a folder that a concurrent delete may have just removed for being empty."""
-    for _ in range(10):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Open a file for writing in a folder that a concurrent delete may be removing for being empty."""
+    for _ in range(99):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("wb")
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
             continue
-    raise OSError(f"the folder of {path} keeps vanishing")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("wb")
 
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename durable: the folder that holds the name is synced too."""
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # another process deleted the key and its folder since
+        return
     try:
         os.fsync(handle)
     finally:

@@ -75,6 +75,8 @@ def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) 
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    if not options.verbose:  # Tune logs a pack's traceback at every attempt; finish() says what matters of it
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     # The stream is named so that the console keeps it while Ray's own printing is redirected.
     width = None if sys.stdout.isatty() else PLAIN_WIDTH
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
@@ -158,11 +160,16 @@ def run_sweep(sweep: Sweep, console: Console) -> None:
         console.print(_mlflow_trouble(tracker.uri, problem), markup=False)
     connect(sweep.storage)
     with BackgroundTracker(tracker, sweep.snapshot), LiveView(sweep.snapshot, console=console):
-        train(sweep, missing)
+        errors = train(sweep, missing)
+    for error in errors:
+        console.print(f"a worker gave up: {error}", markup=False)
 
 
-def train(sweep: Sweep, missing: Sequence[Planned]) -> None:
-    """Hand the missing trials to Ray Tune in packs; each pack is one Tune trial that drives one Ray Train worker."""
+def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
+    """Hand the missing trials to Ray Tune in packs; each pack is one Tune trial that drives one Ray Train worker.
+
+    Returns what went wrong with whole packs, a line each; what went wrong with a trial is recorded with the trial.
+    """
     sweep_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     scratch = sweep.storage.path(f"ray/{sweep_id}")
     packs = [
@@ -190,9 +197,11 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> None:
     # Ray's folder holds nothing that a later sweep reads: results, rows and checkpoints are in our own storage.
     try:
         with contextlib.redirect_stdout(RayMessages()):
-            tuner.fit()
+            results = tuner.fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    errors = [result.error for result in results if result.error is not None]
+    return sorted({str(error).strip().splitlines()[-1] for error in errors})
 
 
 class RayMessages(io.TextIOBase):

@@ -156,7 +156,7 @@ class MelTokenizer(Tokenizer):
     def __init__(self, frontend: MelSpectrogram, width: int, protocol: Protocol):
         super().__init__(frontend, nn.Conv2d(1, width, frontend.patch, stride=frontend.patch), protocol)
         self.options = frontend
-        self.augmented = protocol.augment_mel == "on"
+        self.augmented = protocol.augment_mel == "waveform"
         self.register_buffer("window", torch.hann_window(frontend.n_fft), persistent=False)
         self.register_buffer("filters", mel_filters(frontend.n_mels, frontend.n_fft), persistent=False)
 

@@ -20,11 +20,6 @@ KEY = "trials/0f3a/result.json"
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage(tmp_path / "runs")
-
-
-@pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without waiting for the disk."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)

@@ -60,6 +60,11 @@ def test_backbones_are_compared_within_a_tenth_of_a_percent(base, frontend, name
     assert max(counts) - min(counts) <= 0.001 * max(counts)
 
 
+def test_the_reference_block_keeps_its_natural_size_under_its_options():
+    model = build_classifier(replace(SMALL, options={"mamba": {"d_state": 8, "expand": 3}}), Protocol(), classes=2)
+    assert model.get_parameter("blocks.0.mamba_forward.A_log").shape == (3 * 64, 8)
+
+
 def test_counting_allocates_and_draws_nothing():
     before = torch.get_rng_state()
     planned = count_parameters(SMALL, Protocol(), classes=7)
@@ -83,6 +88,7 @@ def test_every_variant_learns(frontend, backbone):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_the_forward_pass_is_its_two_stages():

@@ -155,9 +155,11 @@ def test_a_clip_spans_at_most_top_db():
     assert float(image.amax() - image.amin()) == pytest.approx(80, abs=1e-3)
 
 
+@pytest.mark.parametrize("gain", [1, 1e-4])
 @pytest.mark.parametrize("mel_norm", ["clip", "none"])
-def test_ceil_completes_the_last_patch_with_what_silence_is_in_that_clip(mel_norm):
-    wave_BT = torch.cat([noise(40_000), torch.zeros(2, 40_000)], dim=1)
+def test_ceil_completes_the_last_patch_with_what_silence_is_in_that_clip(mel_norm, gain):
+    """Of a loud clip, 80 dB below its loudest; of a clip that quiet, the least power there is."""
+    wave_BT = torch.cat([gain * noise(40_000), torch.zeros(2, 40_000)], dim=1)
     kept = mel(mel_pad="floor", mel_norm=mel_norm).features(wave_BT)
     padded = mel(mel_pad="ceil", mel_norm=mel_norm).features(wave_BT)
     assert (kept.shape[-1], padded.shape[-1]) == (157, 160)
