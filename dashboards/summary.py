@@ -205,21 +205,17 @@ def attempts(trial: TrialView) -> int:
 
 
 def lost_seconds(trial: TrialView) -> float | None:
-    """What interruptions cost a finished trial: steps trained twice, starting again and waiting. None while it runs.
+    """What interruptions cost a finished trial: the time of all its attempts beyond what the training itself took.
 
-    Where the result does not record it, it is the time from the first attempt to the result less the training time.
+    That is starting again and steps trained twice, and not the time in which nobody worked on it. None while it runs.
     """
     result = trial.state.result
-    if result is None:
+    if result is None or result.get("train_seconds") is None:
         return None
-    if result.get("lost_seconds") is not None:
-        return float(result["lost_seconds"])
     if attempts(trial) <= 1:
         return 0.0
-    if result.get("finished") is None or result.get("train_seconds") is None:
-        return None
-    first = min((one["started"] for one in trial.state.attempts), default=None)
-    return None if first is None else max(result["finished"] - first - result["train_seconds"], 0.0)
+    worked = math.fsum(one["ended"] - one["started"] for one in trial.state.attempts if "ended" in one)
+    return max(worked - result["train_seconds"], 0.0)
 
 
 def sampling_word(view: SweepView) -> str:

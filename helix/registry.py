@@ -1,4 +1,4 @@
-"""Name -> member. A registry scans its folder on first use, so that dropping in a file is the whole of adding a member."""
+"""Name -> member. A registry scans its folder on first use, so dropping in a file is the whole of adding a member."""
 
 import dataclasses
 import importlib
@@ -14,11 +14,12 @@ class Registry(Generic[Member]):
     """The members of one kind, each registered by the file that defines it.
 
     `kind` is the word used in error messages. `package` is the plural folder (or the single module) that holds the
-    members; it is imported on first look-up and not before, so that naming a registry costs nothing.
+    members; it is imported on first look-up and not before, so that naming a registry costs nothing. `least` is the
+    smallest whole number that an option of its members may be.
     """
 
-    def __init__(self, kind: str, package: str):
-        self.kind, self.package = kind, package
+    def __init__(self, kind: str, package: str, *, least: int = 0):
+        self.kind, self.package, self.least = kind, package, least
         self._members: dict[str, Member] = {}
         self._scanned = False
 
@@ -61,15 +62,21 @@ class Registry(Generic[Member]):
                 known = ", ".join(fields) or "none"
                 raise ValueError(f"{self.kind} {name!r} has no option {key!r}; it has {known}")
             default = fields[key].default
-            if isinstance(default, tuple):
+            if isinstance(default, tuple) and isinstance(value, list | tuple):
                 given[key] = tuple(value)
             elif isinstance(default, float) and type(value) is int:
                 given[key] = float(value)
             elif default is not dataclasses.MISSING and default is not None and type(value) is not type(default):
                 raise ValueError(
-                    f"{self.kind} {name!r}: option {key} is {value!r}; wanted {type(default).__name__}, as in {default!r}"
+                    f"{self.kind} {name!r}: option {key} is {value!r}; wanted {type(default).__name__}, "
+                    f"as in {default!r}"
                 )
-        return member(**given)
+        made = member(**given)
+        for key in fields:
+            value = getattr(made, key)
+            if type(value) is int and value < self.least:
+                raise ValueError(f"{self.kind} {name!r}: option {key} is {value}; wanted {self.least} or more")
+        return made
 
     def _scan(self) -> None:
         if self._scanned:
@@ -89,7 +96,7 @@ def _origin(member: Any) -> str:
     return f"{getattr(member, '__module__', type(member).__module__)}.{getattr(member, '__qualname__', repr(member))}"
 
 
-BLOCKS: Registry[Any] = Registry("block", "helix.models.blocks")
-FRONTENDS: Registry[Any] = Registry("frontend", "helix.models.frontend")
+BLOCKS: Registry[Any] = Registry("block", "helix.models.blocks", least=1)
+FRONTENDS: Registry[Any] = Registry("frontend", "helix.models.frontend", least=1)
 DATASETS: Registry[Any] = Registry("data set", "helix.data.datasets")
 GRIDS: Registry[Any] = Registry("grid", "orchestration.grids")

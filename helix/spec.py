@@ -75,7 +75,7 @@ class AugmentSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpec:
-    """The optimisation (section 3.4): AdamW, cosine annealing from `lr` to `lr_min` over `epochs`, clipped gradients."""
+    """Optimisation (section 3.4): AdamW, cosine annealing from `lr` to `lr_min` over `epochs`, gradient clipping."""
 
     epochs: int = 100
     batch_size: int = 32
@@ -119,9 +119,7 @@ def apply_overrides(spec: TrialSpec, overrides: Sequence[str] | Mapping[str, Any
     OmegaConf.set_readonly(config, False)
     for item in items:
         if isinstance(item, str):
-            key, equals, value = item.partition("=")
-            if value.strip() == "???":  # OmegaConf reads it as "not given" and would leave the key as it is
-                raise ValueError(f"override {key!r}: '???' is not a value")
+            key, equals, _ = item.partition("=")
             if not equals or not key:
                 raise ValueError(f"{item!r} is not an override; wanted key=value, as in training.epochs=3")
         else:
@@ -130,6 +128,7 @@ def apply_overrides(spec: TrialSpec, overrides: Sequence[str] | Mapping[str, Any
             addition = OmegaConf.create()
             if isinstance(item, str):
                 addition = OmegaConf.from_dotlist([item])
+                _require_single_value(key, OmegaConf.to_container(addition))
             else:
                 OmegaConf.update(addition, key, item[1], force_add=True)
             config = OmegaConf.merge(config, addition)
@@ -167,7 +166,7 @@ def resolve(spec: TrialSpec) -> TrialSpec:
     set); options of members that exist and are not used here drop out, since one grid sets them for all its variants.
     """
     dataset = DATASETS.make(spec.data.dataset, spec.data.options)
-    used = {name: BLOCKS for name in (*spec.model.pattern, spec.model.reference)} | {spec.model.frontend: FRONTENDS}
+    used = dict.fromkeys((*spec.model.pattern, spec.model.reference), BLOCKS) | {spec.model.frontend: FRONTENDS}
     for name in spec.model.options:
         registry = next((registry for registry in (BLOCKS, FRONTENDS) if name in registry.names()), None)
         if registry is None:
@@ -222,10 +221,22 @@ def _known_keys(spec: TrialSpec, key: str) -> str:
     return f"{'.'.join(path) or 'a trial'} has {names}"
 
 
+def _require_single_value(key: str, value: Any) -> None:
+    """Refuse what would set a whole part at once, or in another spelling than key.key=value: it could go unnoticed."""
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if value == "???":  # OmegaConf reads it as "not given" and would leave the key as it is
+        raise ValueError(f"override {key!r}: '???' is not a value")
+    if isinstance(value, dict) or "[" in key:
+        raise ValueError(f"override {key!r} is not of the form key=value with one value, as in training.epochs=3")
+
+
 def _require_finite(part: Any, name: str) -> None:
     for item in dataclasses.fields(part):
         value = getattr(part, item.name)
-        _require(not isinstance(value, float) or abs(value) != math.inf, f"{name}.{item.name}", value, "a finite number")
+        _require(
+            not isinstance(value, float) or abs(value) != math.inf, f"{name}.{item.name}", value, "a finite number"
+        )
 
 
 def _require(holds: bool, key: str, given: Any, wanted: str) -> None:

@@ -36,7 +36,7 @@ class Storage:
         target = self.path(key)
         aside = self._write_aside(target, data)
         try:
-            os.replace(aside, target)
+            aside.replace(target)
         except OSError:
             aside.unlink(missing_ok=True)
             raise
@@ -68,7 +68,7 @@ class Storage:
         """The keys under the folder `prefix`, sorted."""
         found = [
             Path(folder, name).relative_to(self.root).as_posix()
-            for folder, _, names in os.walk(self.path(prefix))
+            for folder, _, names in os.walk(self.path(prefix), onerror=_raise_unless_gone)
             for name in names
             if not name.startswith(TEMPORARY)
         ]
@@ -143,6 +143,12 @@ def open_storage(address: str) -> Storage:
     if "://" not in address and address:
         return Storage(Path(address).expanduser().resolve())
     raise ValueError(f"storage {address!r} is not supported; wanted a folder, as a path or as file:///path")
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """A folder that vanishes while it is listed was empty; one that cannot be read is no empty one."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _open_new(path: Path) -> BinaryIO:

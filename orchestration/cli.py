@@ -17,7 +17,9 @@ from orchestration.preprocessing import prepared_data
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit codes are those of orchestration/sweep.py."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(prog="helix", description="Which audio model is better, and is the difference real?")
+    parser = argparse.ArgumentParser(
+        prog="helix", description="Which audio model is better, and is the difference real?"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (
         ("sweep", "train what a grid lacks, track it, and compare (the same as orchestration/sweep.py)"),
@@ -35,7 +37,9 @@ def prepare(arguments: Sequence[str]) -> int:
     """`helix prepare esc50 --source DIR`."""
     parser = argparse.ArgumentParser(prog="helix prepare", description="Decode a data set into shards.")
     parser.add_argument("dataset", help=f"known: {', '.join(DATASETS.names())}")
-    parser.add_argument("options", nargs="*", metavar="key=value", help="options of the data set, e.g. clips_per_class=20")
+    parser.add_argument(
+        "options", nargs="*", metavar="key=value", help="options of the data set, e.g. clips_per_class=20"
+    )
     sweep.add_data_arguments(parser)
     given = parser.parse_intermixed_args(arguments)
     console = Console(highlight=False, soft_wrap=True)

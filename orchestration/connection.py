@@ -63,7 +63,7 @@ def connect(storage: Storage) -> None:
 
 
 def driver_resources() -> dict[str, float]:
-    """What a trial's driver asks for: nothing that a worker needs, and a place on the head, which is not a spot machine."""
+    """What a trial's driver asks for: nothing that a worker needs, and a place on the head, no spot machine."""
     if "trial_driver" in ray.cluster_resources():
         return {"trial_driver": 1.0}
     return {"node:__internal_head__": 0.0001}

@@ -137,4 +137,3 @@ def _distinct(values: Sequence[Any], what: str) -> tuple[Any, ...]:
     if len(set(values)) != len(values):
         raise ValueError(f"each {what} may be named once; given {', '.join(map(str, values))}")
     return tuple(values)
-

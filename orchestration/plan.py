@@ -1,4 +1,4 @@
-"""From a grid to a plan: each trial's id, size and price, whether they may be compared, and how they stand now. No ray."""
+"""From a grid to a plan: each trial's id, size and price, whether they may be compared, how they stand. No ray."""
 
 import time
 from collections.abc import Sequence
@@ -92,7 +92,14 @@ class Snapshot:
     """How the trials of a plan stand: called, it reads storage and returns a view. Finished trials are read once."""
 
     def __init__(
-        self, *, grid_name: str, grid: Grid, plan: Sequence[Planned], recordings: Recordings, storage: Storage, command: str
+        self,
+        *,
+        grid_name: str,
+        grid: Grid,
+        plan: Sequence[Planned],
+        recordings: Recordings,
+        storage: Storage,
+        command: str,
     ):
         self.grid_name, self.grid, self.plan, self.storage, self.command = grid_name, grid, plan, storage, command
         self.facts = data_facts(recordings)

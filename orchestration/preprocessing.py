@@ -58,7 +58,11 @@ def rehearsed_data(data: DataSpec, *, storage: Storage, allow_partial: bool) -> 
     dataset: Dataset = DATASETS.make(data.dataset, data.options)
     if dataset.needs_source:
         found = find(storage, data.dataset, data.options)
-        return open_prepared(storage, _found(data, dataset, storage, allow_partial=allow_partial).prefix) if found else None
+        return (
+            open_prepared(storage, _found(data, dataset, storage, allow_partial=allow_partial).prefix)
+            if found
+            else None
+        )
     aside = Storage(Path(tempfile.mkdtemp(prefix="helix-plan-")))
     return open_prepared(aside, prepare(data.dataset, data.options, source=None, storage=aside).prefix)
 
@@ -78,5 +82,7 @@ def _found(data: DataSpec, dataset: Dataset, storage: Storage, *, allow_partial:
         raise ValueError(f"only a part of {data.dataset} is prepared ({counts} recordings); --allow-partial accepts it")
     if len(usable) > 1:
         listed = ", ".join(f"{p.prefix} ({p.manifest['recordings']} recordings)" for p in usable)
-        raise ValueError(f"{data.dataset} is prepared several times: {listed}; name the one that is meant with --source")
+        raise ValueError(
+            f"{data.dataset} is prepared several times: {listed}; name the one that is meant with --source"
+        )
     return usable[0]

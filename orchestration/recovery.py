@@ -14,7 +14,7 @@ PERMANENT = ("ValueError", "TypeError", "KeyError", "DivergedError", "Checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """`failures`: errors allowed per trial in one sweep. `losses_in_place`: losses in a row at one and the same step."""
+    """`failures`: errors allowed per trial in one sweep. `losses_in_place`: losses in a row at one step."""
 
     failures: int = 2
     losses_in_place: int = 3

@@ -1,4 +1,4 @@
-"""The entry point: a grid -> what is missing -> Ray Tune -> results, MLflow and a report. Running it again continues it.
+"""The entry point: a grid -> what is missing -> Ray Tune -> results, MLflow, a report. Running it again continues it.
 
     python orchestration/sweep.py --grid demo
     python orchestration/sweep.py --grid esc50 --source ESC-50-master training.epochs=20
@@ -20,6 +20,7 @@ import logging
 import os
 import shlex
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Sequence
@@ -45,7 +46,6 @@ from orchestration.plan import Planned, Snapshot, check_trials, make_plan, pack,
 from orchestration.preprocessing import prepared_data, rehearsed_data
 from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, without_secrets
 from orchestration.worker import drive
-
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,8 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
     Returns what went wrong with whole packs, a line each; what went wrong with a trial is recorded with the trial.
     """
     sweep_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    scratch = sweep.storage.path(f"ray/{sweep_id}")
+    # Ray's folder holds nothing that a later sweep reads: results, rows and checkpoints are in our own storage.
+    scratch = sweep.storage.path(f"ray/{sweep_id}") if joins_cluster() else Path(tempfile.mkdtemp(prefix="helix-ray-"))
     packs = [
         {
             "sweep_id": sweep_id,
@@ -194,7 +195,6 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
             failure_config=ray.tune.FailureConfig(max_failures=2),
         ),
     )
-    # Ray's folder holds nothing that a later sweep reads: results, rows and checkpoints are in our own storage.
     try:
         with contextlib.redirect_stdout(RayMessages()):
             results = tuner.fit()
@@ -224,7 +224,9 @@ def finish(sweep: Sweep, console: Console) -> int:
     states = [trial.state for _, trial in view.trials()]
     undone = [state for state in states if state.status != "done"]
     for state in undone:
-        console.print(f"not done: trial {state.trial_id}, {state.status}: {state.error or 'no error recorded'}", markup=False)
+        console.print(
+            f"not done: trial {state.trial_id}, {state.status}: {state.error or 'no error recorded'}", markup=False
+        )
     if undone:
         console.print(f"{len(undone)} of {len(states)} trials are not done; the same command tries them again")
     console.print(f"\nreport:  {shlex.join([sys.executable, '-m', 'webbrowser', report.as_uri()])}", markup=False)
@@ -252,7 +254,9 @@ def _print_plan(
     console.print(grid.question.strip() + "\n", markup=False)
     table = Table(title=f"{name}: {len(trials)} trials", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
     for heading in ("variant", "fold", "seed", "id", "parameters", "tokens", "steps", "state"):
-        table.add_column(heading, no_wrap=True, justify="right" if heading in ("parameters", "tokens", "steps") else "left")
+        table.add_column(
+            heading, no_wrap=True, justify="right" if heading in ("parameters", "tokens", "steps") else "left"
+        )
     if recordings is None:
         known = {trial.label: ("-", "-", "data not prepared") for trial in trials}
         prices = [(trial, price(trial)) for trial in trials]
@@ -260,7 +264,8 @@ def _print_plan(
         plan = make_plan(trials, recordings)
         states = {entry.trial.label: read(storage, entry.trial_id, now=time.time()) for entry in plan}
         known = {
-            entry.trial.label: (entry.trial_id, f"{entry.steps:,}", _progress(states[entry.trial.label])) for entry in plan
+            entry.trial.label: (entry.trial_id, f"{entry.steps:,}", _progress(states[entry.trial.label]))
+            for entry in plan
         }
         prices = [(entry.trial, entry.cost) for entry in plan]
     for trial, size in prices:
@@ -284,21 +289,30 @@ def _positive(name: str, value: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sweep.py", description="Run a grid: train what is missing, track it, and compare. Running it again continues it."
+        prog="sweep.py",
+        description="Run a grid: train what is missing, track it, and compare. Running it again continues it.",
     )
     parser.add_argument("--grid", required=True, help=f"the question to ask; known: {', '.join(GRIDS.names())}")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. training.epochs=20 protocol.mel_pad=floor")
-    parser.add_argument("--profile", default="paper", help=f"the setting of all protocol switches: {', '.join(PROFILES)}")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. training.epochs=20 protocol.mel_pad=floor"
+    )
+    parser.add_argument(
+        "--profile", default="paper", help=f"the setting of all protocol switches: {', '.join(PROFILES)}"
+    )
     parser.add_argument("--preset", help=f"model size, in place of the grid's: {', '.join(PRESETS)}")
     parser.add_argument("--folds", type=_numbers, metavar="1,2", help="these folds instead of the grid's")
     parser.add_argument("--seeds", type=_numbers, metavar="0,1", help="these seeds instead of the grid's")
-    parser.add_argument("--variants", type=_names, metavar="NAME,...", help="these variants only, e.g. mamba-raw,helix-raw")
+    parser.add_argument(
+        "--variants", type=_names, metavar="NAME,...", help="these variants only, e.g. mamba-raw,helix-raw"
+    )
     add_data_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--verbose", action="store_true", help="show what Ray says as well")
     parser.add_argument("--workers", type=int, help="how many trials train at once (default: cores / threads)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each worker (default: 1)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what a trial trains on (default: cpu)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="what a trial trains on (default: cpu)"
+    )
     return parser
 
 

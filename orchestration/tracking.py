@@ -93,7 +93,9 @@ class Tracker:
             self._runs[experiment] = _runs_by_key(client, experiment)
         return experiment
 
-    def _run(self, client: MlflowClient, experiment: str, key: str, name: str, tags: dict[str, str], start: float) -> Run:
+    def _run(
+        self, client: MlflowClient, experiment: str, key: str, name: str, tags: dict[str, str], start: float
+    ) -> Run:
         """The run whose tag helix.key is `key`, made now if there is none."""
         runs = self._runs[experiment]
         if key not in runs:
@@ -139,7 +141,9 @@ class Tracker:
             if state.result is not None:
                 end = int(state.result["finished"] * 1000)
                 chosen = state.result["accuracy"]
-                client.log_batch(run_id, metrics=[Metric(f"{rule}_accuracy", 100 * chosen[rule], end, 0) for rule in chosen])
+                client.log_batch(
+                    run_id, metrics=[Metric(f"{rule}_accuracy", 100 * chosen[rule], end, 0) for rule in chosen]
+                )
                 self._tag(client, run, "helix.weights_sha256", state.result["weights_sha256"])
             if state.error:
                 self._tag(client, run, "helix.error", state.error[:5000])
@@ -152,7 +156,7 @@ class Tracker:
             self._settled.add(trial.trial_id)
 
     def _summary(self, client: MlflowClient, summary: CellSummary, parent: Run) -> None:
-        """Mean, standard deviation and n of the cell. A sweep of fewer folds than an earlier one does not replace them."""
+        """Mean, standard deviation and n of the cell. A sweep of fewer folds than an earlier one replaces nothing."""
         known = int(parent.data.tags.get("helix.done", 0))
         if summary.done <= known:
             return
@@ -219,7 +223,11 @@ def _runs_by_key(client: MlflowClient, experiment: str) -> dict[str, Run]:
     token = None
     while True:
         page = client.search_runs(
-            [experiment], run_view_type=ViewType.ACTIVE_ONLY, max_results=1000, order_by=["start_time"], page_token=token
+            [experiment],
+            run_view_type=ViewType.ACTIVE_ONLY,
+            max_results=1000,
+            order_by=["start_time"],
+            page_token=token,
         )
         for run in page:
             if "helix.key" in run.data.tags:

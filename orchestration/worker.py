@@ -82,11 +82,12 @@ def run_trial(
     *,
     sweep_id: str,
     device: str = "cpu",
-    on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda _row: None,
     budget: Budget | None = None,
 ) -> bool:
     """Attempt a trial until it is done or its budget is spent; True when its result is stored."""
     name = trial_id(spec, recordings.manifest_sha256)
+    _close_lost(storage, name)
     while not is_done(storage, name):
         history = _history(storage, name, sweep_id)
         decision = decide(history, budget or Budget())
@@ -152,8 +153,18 @@ def _attempts(storage: Storage, name: str, sweep_id: str) -> list[dict[str, Any]
     return [record for record in records if record["sweep_id"] == sweep_id]
 
 
+def _close_lost(storage: Storage, name: str) -> None:
+    """Write down the end of attempts that ended without a word: their last heartbeat is the last that is known."""
+    heartbeat = storage.get_json(f"{trial_folder(name)}/heartbeat.json") or {}
+    for key in storage.keys(f"{trial_folder(name)}/attempts"):
+        record = storage.get_json(key)
+        if "ended" not in record:
+            heard = heartbeat.get("time") if heartbeat.get("attempt_id") == record["attempt_id"] else None
+            storage.put_json(key, record | {"ended": heard or record["started"], "outcome": "lost"})
+
+
 def _history(storage: Storage, name: str, sweep_id: str) -> list[Ended]:
-    """How the earlier attempts of this sweep ended. One without an end was lost, since only one works at a time."""
+    """How the earlier attempts of this sweep ended; a lost one has no error."""
     return [
         Ended(error=record.get("error_type"), step=record["from_step"]) for record in _attempts(storage, name, sweep_id)
     ]

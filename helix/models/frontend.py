@@ -118,7 +118,7 @@ class MelSpectrogram:
     top_db: float = 80.0
 
     def __post_init__(self) -> None:
-        if self.n_mels % self.patch:
+        if self.patch > 0 and self.n_mels % self.patch:
             raise ValueError(f"frontend 'mel': {self.n_mels} mel bins do not divide into patches of {self.patch}")
 
     def build(self, *, width: int, protocol: Protocol) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Step-level checkpoints: files first, their checksums in a manifest put last, so a checkpoint is whole or is not there.
+"""Step-level checkpoints: files first, their checksums in a manifest put last, so one is whole or is not there.
 
     <prefix>/step-00000070/model.safetensors
     <prefix>/step-00000070/optimizer.safetensors
@@ -74,7 +74,9 @@ def save_checkpoint(
     `identity` (trial_id, versions) is kept in the manifest; a checkpoint of another trial is never loaded.
     """
     folder = f"{prefix}/step-{total_step:08d}"
-    contents = dict(zip(FILES, (model_bytes(model), _optimizer_bytes(model, optimizer), _progress_bytes(progress)), strict=True))
+    contents = dict(
+        zip(FILES, (model_bytes(model), _optimizer_bytes(model, optimizer), _progress_bytes(progress)), strict=True)
+    )
     for name, data in contents.items():
         storage.put(f"{folder}/{name}", data)
     files = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in contents.items()}
@@ -92,22 +94,25 @@ def load_checkpoint(
 ) -> Progress | None:
     """Restore the newest checkpoint that verifies into `model` and `optimizer`; None where none was ever committed.
 
-    Raises CheckpointError where checkpoints were committed and none of them verifies.
+    Raises CheckpointError where checkpoints were committed and none of them verifies. Once one does, the damaged ones
+    after it lose their manifest: training will pass their steps again, and they must not take a place among those kept.
     """
-    problems: list[str] = []
+    problems: dict[str, str] = {}
     for folder in reversed(committed(storage, prefix)):
         try:
             contents = _verified(storage, f"{prefix}/{folder}", trial_id)
         except ValueError as error:
-            problems.append(f"{folder}: {error}")
+            problems[folder] = str(error)
             logger.warning("checkpoint %s/%s is not used: %s", prefix, folder, error)
             continue
         model.load_state_dict(load(contents["model.safetensors"]))
         _load_optimizer(model, optimizer, load(contents["optimizer.safetensors"]))
+        for damaged in problems:
+            storage.delete(f"{prefix}/{damaged}/manifest.json")
         progress = json.loads(contents["progress.json"])
         return Progress(**{**progress, "losses": tuple(progress["losses"])})
     if problems:
-        raise CheckpointError(prefix, problems)
+        raise CheckpointError(prefix, [f"{folder}: {problem}" for folder, problem in problems.items()])
     return None
 
 

@@ -55,8 +55,8 @@ class Fit:
     device: str = "cpu"
     save_every_s: float = 300.0
     save_now: Callable[[], bool] = lambda: False
-    on_step: Callable[[int], None] = lambda total_step: None
-    on_epoch: Callable[[dict[str, Any]], None] = lambda row: None
+    on_step: Callable[[int], None] = lambda _total_step: None
+    on_epoch: Callable[[dict[str, Any]], None] = lambda _row: None
     clock: Callable[[], float] = time.time
 
 
@@ -91,9 +91,7 @@ class _Trial:
         clips = self.dataset.split(recordings.index, fold=self.spec.data.fold, validation=self.spec.protocol.validation)
         self.test_clips, self.validation_clips = clips.test, clips.validation
         self.half_a = halves(recordings.index, clips.test)
-        self.batches = Batches(
-            recordings, clips.train, batch_size=self.spec.training.batch_size, seed=self.spec.seed
-        )
+        self.batches = Batches(recordings, clips.train, batch_size=self.spec.training.batch_size, seed=self.spec.seed)
         self.steps_per_epoch = self.batches.steps_per_epoch
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.spec.seed, "initial weights"))
@@ -233,9 +231,7 @@ class _Trial:
         storage = self.how.storage
         rows = [storage.get_json(row_key(self.id, epoch)) for epoch in range(1, self.spec.training.epochs + 1)]
         chosen = select(rows)
-        price = cost(
-            self.spec.model, self.spec.protocol, classes=self.classes, samples=self.dataset.clip_samples
-        )
+        price = cost(self.spec.model, self.spec.protocol, classes=self.classes, samples=self.dataset.clip_samples)
         result = {
             "trial_id": self.id,
             **identity(self.spec, self.recordings.manifest_sha256),

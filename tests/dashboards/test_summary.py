@@ -184,10 +184,12 @@ def test_a_trial_in_one_go_lost_nothing_and_a_resumed_one_what_its_training_does
     finished, trained = trial.state.result["finished"], trial.state.result["train_seconds"]
     assert attempts(trial) == 1
     assert lost_seconds(trial) == 0.0
-    again = ({"started": finished - trained - 500.0}, {"started": finished - 100.0})
+    # the first one worked for as long as all of the training takes; a night later, the second one for 20 s more
+    first = {"started": finished - 90_000.0, "ended": finished - 90_000.0 + trained}
+    again = (first, {"started": finished - 20.0, "ended": finished})
     resumed = replace(trial, state=replace(trial.state, attempts=again))
     assert attempts(resumed) == 2
-    assert lost_seconds(resumed) == pytest.approx(500.0)
+    assert lost_seconds(resumed) == pytest.approx(20.0)
 
 
 def test_samples_are_called_what_they_are(make_view: MakeView):

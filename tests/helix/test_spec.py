@@ -274,6 +274,7 @@ def test_the_later_override_wins():
         ("model.pool_tokens=9", "model.pool_tokens", 9),
         ("model.pattern=[mamba, attention]", "model.pattern", ("mamba", "attention")),
         ("data.options.clips_per_class=4", "data.options", {"clips_per_class": 4}),
+        ("data.options.note=A is B=c", "data.options", {"note": "A is B=c"}),
         ("protocol.raw_norm=rms", "protocol.raw_norm", "rms"),
         ("protocol.mel_norm=none", "protocol.mel_norm", "none"),
     ],
@@ -384,6 +385,8 @@ def test_a_value_that_makes_no_sense_is_refused_in_words(override: str, complain
     ("override", "key"),
     [
         ("training.epochs=???", "training.epochs"),
+        ("training={epochs: '???'}", "training"),
+        ("model.options.mamba.d_state='???'", "model.options.mamba.d_state"),
         ("training.epochs=${nowhere}", "training.epochs"),
         ("model.width=${model.width}", "model.width"),
         ("model.pattern.0=attention", "model.pattern"),
@@ -397,7 +400,7 @@ def test_what_omegaconf_reads_as_something_else_than_a_value_is_refused(override
 
 @pytest.mark.parametrize("override", ["protocol={profile: fair}", "protocol[profile]=fair"])
 def test_a_profile_is_not_claimed_without_its_switches(override: str):
-    with pytest.raises(ValueError, match="profile"):
+    with pytest.raises(ValueError, match="protocol"):
         apply_overrides(TrialSpec(), [override])
 
 

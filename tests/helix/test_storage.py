@@ -1,5 +1,6 @@
 """Storage keeps a whole value or none, whoever is killed, whoever races, and however full the disk is."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -133,6 +134,21 @@ def test_listing_is_sorted_and_complete(storage: Storage):
 def test_listing_what_is_not_there_is_empty(storage: Storage):
     assert list(storage.keys("trials")) == []
     assert storage.children("trials") == []
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_and_not_an_empty_one(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    storage.put(KEY, b"x")
+    monkeypatch.setattr(os, "scandir", broken)
+    monkeypatch.setattr(os, "listdir", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        list(storage.keys("trials"))
+    with pytest.raises(OSError, match="Input/output error"):
+        storage.children("trials")
 
 
 def test_listing_does_not_show_what_is_still_being_written(storage: Storage):

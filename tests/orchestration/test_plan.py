@@ -97,6 +97,25 @@ def test_what_cannot_be_built_is_refused_before_there_are_data():
         check_trials(expand(load_grid("demo"), overrides=["model.width=66"]))
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "mamba.d_state=-3",
+        "mamba.d_conv=0",
+        "mamba.expand=0",
+        "attention.heads=0",
+        "attention.heads=-2",
+        "raw.samples_per_token=0",
+        "mel.hop=0",
+        "mel.patch=0",
+        "mel.n_fft=0",
+    ],
+)
+def test_an_option_that_makes_no_sense_is_refused_by_name(option: str):
+    with pytest.raises(ValueError, match=option.partition("=")[0].partition(".")[2]):
+        check_trials(expand(load_grid("demo"), folds=[1], overrides=[f"model.options.{option}"]))
+
+
 # The plan
 
 

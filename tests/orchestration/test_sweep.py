@@ -28,7 +28,9 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, **extra}
 
 
-def run(arguments: Sequence[str], *, cwd: Path, timeout_s: float = 240, **extra: str) -> subprocess.CompletedProcess[str]:
+def run(
+    arguments: Sequence[str], *, cwd: Path, timeout_s: float = 240, **extra: str
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SWEEP), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=timeout_s)
 
@@ -133,7 +135,6 @@ def test_a_sweep_that_is_killed_and_run_again_ends_as_if_nothing_had_happened(tm
     assert "2 trials: 2 done, 0 to train" in third.stdout
     assert {name: storage.path(f"trials/{name}/result.json").stat().st_mtime_ns for name in after} == weights
     assert (storage.root / "reports" / "demo.html").stat().st_size > 10_000
-    assert not (storage.root / "ray").exists() or not list((storage.root / "ray").iterdir())
 
 
 @pytest.mark.ray

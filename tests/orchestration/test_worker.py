@@ -98,3 +98,12 @@ def test_an_attempt_under_way_shows_as_running_until_it_falls_silent(attempt, st
     record = read(storage, name, now=0.0).attempts[0]
     assert read(storage, name, now=record["started"] + 10).status == "running"
     assert read(storage, name, now=record["started"] + 1000).status == "partial"
+
+
+def test_an_attempt_that_ended_without_a_word_is_closed_by_the_next_one(attempt):
+    with pytest.raises(SystemExit):
+        attempt(SystemExit(9))
+    done, state, _ = attempt(sweep_id="s2")
+    assert done
+    assert [record["outcome"] for record in state.attempts] == ["lost", "done"]
+    assert state.attempts[0]["started"] <= state.attempts[0]["ended"] <= state.attempts[1]["started"]
