@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from helix.data.dataset import Dataset
-from helix.data.shards import Prepared, Recordings, find, open_prepared, prepare
+from helix.data.shards import Prepared, Recordings, check_source, find, open_prepared, prepare
 from helix.registry import DATASETS
 from helix.spec import DataSpec
 from helix.storage import Storage
@@ -38,9 +38,8 @@ def prepared_data(
     given, where what is prepared is partial and that was not allowed, or where it is not clear which one is meant.
     """
     dataset: Dataset = DATASETS.make(data.dataset, data.options)
+    _refuse_needless(source, dataset, data.dataset)
     if source is not None or not dataset.needs_source:
-        if source is not None and not dataset.needs_source:
-            raise ValueError(f"{data.dataset} is made on the fly and takes no --source; leave it out")
         prepared = prepare_with_ray(data, source=source, storage=storage, allow_partial=allow_partial)
     else:
         prepared = _found(data, dataset, storage, allow_partial=allow_partial)
@@ -53,9 +52,15 @@ def prepared_data(
     return open_prepared(storage, prepared.prefix)
 
 
-def rehearsed_data(data: DataSpec, *, storage: Storage, allow_partial: bool) -> Recordings | None:
-    """The same recordings without writing to `storage`, for a plan; None where only a preparation could tell."""
+def rehearsed_data(data: DataSpec, *, source: Path | None, storage: Storage, allow_partial: bool) -> Recordings | None:
+    """The same recordings without writing to `storage`, for a plan; None where only a preparation could tell.
+
+    Raises what `prepared_data` would raise, as far as that can be known without decoding.
+    """
     dataset: Dataset = DATASETS.make(data.dataset, data.options)
+    _refuse_needless(source, dataset, data.dataset)
+    if source is not None:
+        check_source(data.dataset, data.options, source=source, allow_partial=allow_partial)
     if dataset.needs_source:
         found = find(storage, data.dataset, data.options)
         return (
@@ -65,6 +70,11 @@ def rehearsed_data(data: DataSpec, *, storage: Storage, allow_partial: bool) -> 
         )
     aside = Storage(Path(tempfile.mkdtemp(prefix="helix-plan-")))
     return open_prepared(aside, prepare(data.dataset, data.options, source=None, storage=aside).prefix)
+
+
+def _refuse_needless(source: Path | None, dataset: Dataset, name: str) -> None:
+    if source is not None and not dataset.needs_source:
+        raise ValueError(f"{name} is made on the fly and takes no --source; leave it out")
 
 
 def _found(data: DataSpec, dataset: Dataset, storage: Storage, *, allow_partial: bool) -> Prepared:

@@ -124,7 +124,7 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
     check_trials(trials)
     data, partial = trials[0].spec.data, options.allow_partial
     if options.dry_run:
-        recordings = rehearsed_data(data, storage=storage, allow_partial=partial)
+        recordings = rehearsed_data(data, source=options.source, storage=storage, allow_partial=partial)
         _print_plan(options.grid, grid, trials, recordings, storage, console)
         return None
     storage.check_writable()

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from helix.data.audio import AudioError
-from helix.data.dataset import Dataset, DatasetError, Index, Recording
+from helix.data.dataset import Dataset, DatasetError, Index, Recording, Scan
 from helix.registry import DATASETS
 from helix.storage import Storage, json_bytes
 
@@ -208,6 +208,21 @@ def write_shard(task: ShardTask) -> ShardReport:
     return report
 
 
+def check_source(
+    name: str, options: Mapping[str, Any] | None = None, *, source: Path | None, allow_partial: bool = False
+) -> Scan:
+    """What `source` holds by its metadata, decoding nothing. Raises DatasetError with everything that is wrong."""
+    dataset: Dataset = DATASETS.make(name, options)
+    listing = dataset.listing(source, allow_missing=allow_partial)
+    if not listing.recordings:
+        raise DatasetError(f"{name} from {source}:", [*_listed(listing.missing), "no recording is left to prepare"])
+    shortfall = dataset.shortfall((row.fold, row.label) for row in listing.recordings)
+    if shortfall and not allow_partial:
+        count = f"{len(listing.recordings)} of {dataset.expected_recordings} recordings"
+        raise DatasetError(f"{name} is not complete, {count} (--allow-partial accepts a partial set):", shortfall)
+    return listing
+
+
 def prepare(
     name: str,
     options: Mapping[str, Any] | None = None,
@@ -229,19 +244,13 @@ def prepare(
     source = None if source is None else source.resolve()
     dataset: Dataset = DATASETS.make(name, options)
     resolved = DATASETS.resolve(name, options)
-    listing = dataset.listing(source, allow_missing=allow_partial)
-    if not listing.recordings:
-        raise DatasetError(f"{name} from {source}:", [*_listed(listing.missing), "no recording is left to prepare"])
-    shortfall = dataset.shortfall((row.fold, row.label) for row in listing.recordings)
-    if shortfall and not allow_partial:
-        count = f"{len(listing.recordings)} of {dataset.expected_recordings} recordings"
-        raise DatasetError(f"{name} is not complete, {count} (allow a partial set if that is meant):", shortfall)
+    listing = check_source(name, options, source=source, allow_partial=allow_partial)
     per_shard = max(1, int(shard_mib * 2**20) // (2 * dataset.clip_samples))
     prefix = f"{FOLDER}/{name}-{_key(name, resolved, listing.recordings, source, per_shard)[:12]}"
     published = _manifest(storage, prefix)
     if published is not None and published.manifest["missing"] and not allow_partial:
         raise DatasetError(
-            f"{prefix} was prepared without some recordings; allow a partial set, or delete it and prepare again:",
+            f"{prefix} was prepared without some recordings; --allow-partial accepts that, or delete it and start anew:",
             _listed(published.manifest["missing"]),
         )
     if published is not None and not _damaged(storage, published):

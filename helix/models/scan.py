@@ -7,14 +7,23 @@ For every batch entry and channel e a state h of N numbers runs along the tokens
 Semantics and argument names follow `selective_scan_fn` of mamba-ssm; here the tokens stand before the channels, and
 `reverse` runs the recurrence from the last token to the first in place, so that no caller flips anything.
 
+`selective_scan` chooses between this reference and the kernels of a backend; HELIX_SCAN in the environment overrides it.
+
 Legend: B batch, L tokens, E inner channels, N state; R batch entries and Q tokens of one chunk.
 """
 
+import importlib
+import logging
+import os
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 #: Tokens per chunk. The state at the start of each is kept for the backward: N / CHUNK tensors of [B, L, E].
 CHUNK = 16
@@ -34,15 +43,48 @@ def selective_scan(
     *,
     dt_bias_E: Tensor,
     reverse: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """y_BLE, differentiable in every tensor and deterministic. Every model scans through this one function.
 
     Computed in the dtype of `A_EN`, which under autocast is still the parameters'; returned in the dtype of `u_BLE`.
+    Raises ValueError where the backend is unknown or cannot do this.
     """
-    inputs = (u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E)
+    chosen = scan_backend(u_BLE.device, A_EN.dtype, backend=backend)
     with torch.autocast(u_BLE.device.type, enabled=False):
-        y_BLE = _ChunkedScan.apply(*(x.to(A_EN.dtype) for x in inputs), reverse)
+        inputs = [x.to(A_EN.dtype) for x in (u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E)]
+        kernels = _numba_kernels() if chosen == "numba" else None
+        scan = _ChunkedScan.apply if kernels is None else kernels.selective_scan
+        y_BLE = scan(*inputs, reverse)
     return y_BLE.to(u_BLE.dtype)
+
+
+def scan_backend(device: torch.device, dtype: torch.dtype, *, backend: str = "auto") -> str:
+    """The backend that `selective_scan` takes: the fastest, unless the caller or else HELIX_SCAN names one.
+
+    Raises ValueError where that is unknown or cannot do this.
+    """
+    possible = ["reference"]
+    if device.type == "cpu" and dtype == torch.float32 and _numba_kernels() is not None:
+        possible.append("numba")
+    wanted = os.environ.get("HELIX_SCAN", "auto") if backend == "auto" else backend
+    if wanted == "auto":
+        return possible[-1]
+    if wanted not in possible:
+        raise ValueError(
+            f"scan backend {wanted!r} cannot scan {dtype} on {device.type}; possible: auto, {', '.join(possible)}"
+        )
+    return wanted
+
+
+@cache
+def _numba_kernels() -> ModuleType | None:
+    """helix.models.scan_numba, imported on first use: numba takes a second and may be missing."""
+    try:
+        return importlib.import_module("helix.models.scan_numba")
+    except ImportError as error:
+        logger.warning("numba cannot be imported (%s): the scan takes its much slower reference", error)
+        return None
 
 
 def selective_scan_sequential(

@@ -1,6 +1,7 @@
 """The register of switches: complete in every profile, true to its sources, and without an option that does nothing."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,7 @@ def test_only_what_summarises_results_is_reporting():
     assert {name for name, row in SWITCHES.items() if row["reporting"]} == {"select", "std"}
 
 
+@cache
 def readers() -> dict[str, set[str]]:
     """attribute name -> the files that read it from something called `protocol`."""
     found: dict[str, set[str]] = {}

@@ -62,6 +62,7 @@ TABLE: dict[str, tuple[Mapping[str, Any], str, int, int]] = {
         0,
     ),
     "said to be done without a result": (attempt(**DONE) | rows(3), "partial", 3, 30),
+    "just ended without a result": (attempt(**DONE) | beat(time=LATELY, step=30), "partial", 0, 30),
     "records of attempts gone": (rows(2) | beat(time=LATELY, step=27), "partial", 2, 27),
     "done": (SPEC | attempt(**DONE) | rows(3) | result(3), "done", 3, 30),
     "done, rows gone": (attempt(**DONE) | result(3), "done", 3, 30),

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from torch import nn
 
+from helix.data.shards import Recordings
 from helix.protocol import Protocol
-from helix.spec import TrainingSpec
+from helix.spec import TrainingSpec, TrialSpec, apply_overrides
 from helix.storage import Storage
 from helix.training.checkpoint import (
     FILES,
@@ -28,6 +29,7 @@ from helix.training.checkpoint import (
     weights_sha256,
 )
 from helix.training.optim import build_optimizer
+from helix.training.trainer import Fit, fit
 
 TRIAL = "0123456789abcdef"
 PREFIX = f"trials/{TRIAL}/checkpoints"
@@ -376,6 +378,25 @@ def test_killed_at_any_moment_of_saving_there_is_the_old_state_or_the_new(tmp_pa
     else:
         mind.save(storage, 30, keep=1)
     assert restored(Storage(tmp_path)) == (20 if moment < 4 else 30)
+
+
+def test_a_trial_killed_at_any_write_goes_on_to_the_same_weights(
+    tiny_spec: TrialSpec, tiny_data: Recordings, tmp_path: Path
+):
+    """With a preemption notice at the last step of an epoch: that step is saved twice, with an evaluation between."""
+    spec = apply_overrides(tiny_spec, {"model.pattern": ["attention"], "training.epochs": 1})
+
+    def run(storage: Storage) -> str:
+        steps: list[int] = []
+        how = Fit(storage=storage, on_step=steps.append, save_now=lambda: steps[-1] == 3)
+        return fit(spec, tiny_data, how)["weights_sha256"]
+
+    whole = Watched(tmp_path / "whole")
+    weights = run(whole)
+    for moment in range(len(whole.done)):
+        with pytest.raises(Kill):
+            run(Watched(tmp_path / str(moment), dies_at=moment))
+        assert run(Storage(tmp_path / str(moment))) == weights, f"killed before {whole.done[moment]}"
 
 
 # What is kept
