@@ -221,19 +221,21 @@ def finish(sweep: Sweep, console: Console) -> int:
     report = sweep.storage.path(f"reports/{view.grid}.html")
     write_report(view, report)
     console.print(summary_table(view))
-    states = [trial.state for _, trial in view.trials()]
-    undone = [state for state in states if state.status != "done"]
-    for state in undone:
-        console.print(
-            f"not done: trial {state.trial_id}, {state.status}: {state.error or 'no error recorded'}", markup=False
-        )
+    states = [(cell.variant, trial) for cell, trial in view.trials()]
+    undone = [(variant, trial) for variant, trial in states if trial.state.status != "done"]
+    for variant, trial in undone:
+        if trial.state.error is not None:
+            console.print(f"failed: {variant} fold {trial.fold} seed {trial.seed}: {trial.state.error}", markup=False)
     if undone:
-        console.print(f"{len(undone)} of {len(states)} trials are not done; the same command tries them again")
+        console.print(f"{len(undone)} of {len(states)} trials are not done; the same command goes on with them")
     console.print(f"\nreport:  {shlex.join([sys.executable, '-m', 'webbrowser', report.as_uri()])}", markup=False)
     if problem:
         console.print(f"MLflow:  {_mlflow_trouble(tracker.uri, problem)}", markup=False)
     elif tracker.uri.startswith("sqlite:"):
-        command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracker.uri, "--workers", "1"]
+        # Without the variable MLflow starts a dozen processes for jobs of language models, which take a gigabyte.
+        command = ["env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", sys.executable, "-m", "mlflow", "ui"]
+        command += ["--backend-store-uri", tracker.uri]
+        command += ["--host", "127.0.0.1", "--port", "5000", "--workers", "1"]
         console.print(f"MLflow:  {shlex.join(command)}    then open http://127.0.0.1:5000", markup=False)
     else:
         console.print(f"MLflow:  {without_secrets(tracker.uri)}", markup=False)

@@ -161,10 +161,12 @@ class Tracker:
         if summary.done <= known:
             return
         now = int(time.time() * 1000)
-        values: dict[str, float | None] = {"n": summary.done}
+        # The compare page of the UI opens with the metric that was logged first.
+        values: dict[str, float | None] = {}
         for rule in SELECTIONS:
             values[f"{rule}_accuracy"] = _percent(summary.accuracy[rule].mean)
             values[f"{rule}_accuracy_std"] = _percent(summary.accuracy[rule].std)
+        values["n"] = summary.done
         metrics = [Metric(name, value, now, summary.done) for name, value in values.items() if value is not None]
         client.log_batch(parent.info.run_id, metrics=metrics)
         if summary.done == summary.asked:

@@ -21,6 +21,7 @@ from helix.data.dataset import Dataset, halves
 from helix.data.loader import Batches, in_order
 from helix.data.shards import Recordings
 from helix.models.classifier import Classifier, build_classifier, cost
+from helix.models.scan import scan_backend
 from helix.registry import DATASETS
 from helix.spec import TrialSpec, derive_seed, identity, resolve, trial_id
 from helix.storage import Storage, json_bytes
@@ -249,6 +250,7 @@ class _Trial:
             "finished": self.how.clock(),
             "device": self.how.device,
             "threads": torch.get_num_threads(),
+            "scan": scan_backend(torch.device(self.how.device), torch.float32),
             "versions": versions(),
             "rows": rows,
         }

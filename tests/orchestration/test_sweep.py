@@ -157,6 +157,7 @@ def test_one_trial_that_fails_does_not_stop_the_others_and_mlflow_may_be_away(tm
     assert len(done) == 1
     assert name not in done
     assert "1 of 2 trials are not done" in second.stdout
+    assert "failed: mamba-mel fold 1 seed 0: CheckpointError" in second.stdout
 
 
 def _rows(storage: Storage):
