@@ -28,7 +28,7 @@ class Registry(Generic[Member]):
 
         def add(member: Any) -> Any:
             known = self._members.get(name)
-            if known is not None and _origin(known) != _origin(member):
+            if known is not None and known != member and _origin(known) != _origin(member):
                 raise ValueError(
                     f"two members are called {self.kind} {name!r}: {_origin(known)} and {_origin(member)}; rename one"
                 )
@@ -92,8 +92,10 @@ class Registry(Generic[Member]):
 
 
 def _origin(member: Any) -> str:
-    """Where a member was defined; the same file imported twice is the same member."""
-    return f"{getattr(member, '__module__', type(member).__module__)}.{getattr(member, '__qualname__', repr(member))}"
+    """Where a class was defined, so that one file that is imported twice counts once; of an object, what it is."""
+    if isinstance(member, type):
+        return f"{member.__module__}.{member.__qualname__}"
+    return f"a {type(member).__name__} (object {id(member)})"
 
 
 BLOCKS: Registry[Any] = Registry("block", "helix.models.blocks", least=1)

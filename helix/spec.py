@@ -225,6 +225,8 @@ def _require_single_value(key: str, value: Any) -> None:
     """Refuse what would set a whole part at once, or in another spelling than key.key=value: it could go unnoticed."""
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, str) and "${" in value:  # OmegaConf would fill in what the environment holds
+        raise ValueError(f"override {key!r}: ${{...}} is not filled in here; write the value itself")
     if value == "???":  # OmegaConf reads it as "not given" and would leave the key as it is
         raise ValueError(f"override {key!r}: '???' is not a value")
     if isinstance(value, dict) or "[" in key:

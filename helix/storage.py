@@ -6,11 +6,12 @@ linking instead of renaming makes it put-if-absent.
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import unquote, urlparse
+from urllib.parse import quote, unquote
 
 TEMPORARY = ".partial-"
 
@@ -22,12 +23,12 @@ class Storage:
         self.root = root
 
     def __repr__(self) -> str:
-        return f"file://{self.root}"
+        return f"file://{quote(str(self.root))}"
 
     def path(self, key: str) -> Path:
         """The file behind `key`, for memory maps. Keys that would leave the folder are refused."""
-        parts = PurePosixPath(key).parts
-        if not parts or key.startswith("/") or "\\" in key or any(part in ("..", ".") for part in parts):
+        parts = key.split("/")
+        if "\\" in key or any(part in ("", ".", "..") or part.startswith(TEMPORARY) for part in parts):
             raise ValueError(f"{key!r} is not a storage key; wanted a relative path without '..'")
         return self.root.joinpath(*parts)
 
@@ -94,6 +95,10 @@ class Storage:
             except OSError:  # it is not empty, or another process removed it or put a key there just now
                 return
 
+    def delete_folder(self, prefix: str) -> None:
+        """Remove the folder `prefix` with all that is in it, also what a killed writer left behind."""
+        shutil.rmtree(self.path(prefix), ignore_errors=True)
+
     def get_json(self, key: str) -> Any:
         """The JSON value of `key`, or None where there is no such key."""
         try:
@@ -137,10 +142,11 @@ def json_bytes(value: Any) -> bytes:
 
 def open_storage(address: str) -> Storage:
     """The storage at `address`: a folder, as a path or as file:///path."""
-    url = urlparse(address)
-    if url.scheme == "file" and url.netloc in ("", "localhost"):
-        return Storage(Path(unquote(url.path)).resolve())
-    if "://" not in address and address:
+    scheme, separator, rest = address.partition("://")
+    rest = rest.removeprefix("localhost")
+    if scheme == "file" and rest.startswith("/") and rest != "/":
+        return Storage(Path(unquote(rest)).resolve())
+    if address and not separator:
         return Storage(Path(address).expanduser().resolve())
     raise ValueError(f"storage {address!r} is not supported; wanted a folder, as a path or as file:///path")
 

@@ -41,6 +41,10 @@ def check_trials(trials: Sequence[Trial]) -> None:
     """Refuse what could not be built or would not be a fair comparison; needs no data, so it comes before any work."""
     counts: dict[str, tuple[str, int]] = {}
     for trial in trials:
+        data = trial.spec.data
+        folds = DATASETS.make(data.dataset, data.options).folds
+        if data.fold not in folds:
+            raise ValueError(f"{data.dataset} has no fold {data.fold}; it has {', '.join(map(str, folds))}")
         if trial.variant.name not in counts:
             counts[trial.variant.name] = (trial.spec.model.frontend, price(trial).parameters)
     check_band(counts)

@@ -39,6 +39,12 @@ class Decision:
     reason: str
 
 
+def kind(error: BaseException) -> str:
+    """What `Ended.error` calls an error: its class, or the permanent one that it is a kind of."""
+    names = [cls.__name__ for cls in type(error).__mro__]
+    return next((name for name in names if name in PERMANENT), names[0])
+
+
 def decide(history: Sequence[Ended], budget: Budget) -> Decision:
     """The decision after the last of `history`, the attempts of one trial in one sweep, oldest first."""
     if not history:

@@ -20,7 +20,7 @@ from helix.training.checkpoint import committed
 from helix.training.trainer import Fit, fit, trial_folder
 from orchestration.connection import POLL_S
 from orchestration.ledger import is_done
-from orchestration.recovery import Budget, Ended, decide
+from orchestration.recovery import Budget, Ended, decide, kind
 
 #: A heartbeat this often is enough for people to see steps pass, and little enough for object storage.
 HEARTBEAT_S = 2.0
@@ -136,7 +136,7 @@ class Attempt:
         self.record |= {"ended": time.time(), "outcome": outcome}
         if error is not None:
             self.record |= {
-                "error_type": type(error).__name__,
+                "error_kind": kind(error),
                 "error": f"{type(error).__name__}: {error}",
                 "traceback": "".join(traceback.format_exception(error))[-8000:],
             }
@@ -166,7 +166,7 @@ def _close_lost(storage: Storage, name: str) -> None:
 def _history(storage: Storage, name: str, sweep_id: str) -> list[Ended]:
     """How the earlier attempts of this sweep ended; a lost one has no error."""
     return [
-        Ended(error=record.get("error_type"), step=record["from_step"]) for record in _attempts(storage, name, sweep_id)
+        Ended(error=record.get("error_kind"), step=record["from_step"]) for record in _attempts(storage, name, sweep_id)
     ]
 
 

@@ -250,7 +250,7 @@ def prepare(
     published = _manifest(storage, prefix)
     if published is not None and published.manifest["missing"] and not allow_partial:
         raise DatasetError(
-            f"{prefix} was prepared without some recordings; --allow-partial accepts that, or delete it and start anew:",
+            f"{prefix} was prepared without some recordings; --allow-partial accepts that, or delete it first:",
             _listed(published.manifest["missing"]),
         )
     if published is not None and not _damaged(storage, published):

@@ -2,14 +2,14 @@
 
     <prefix>/step-00000070/model.safetensors
     <prefix>/step-00000070/optimizer.safetensors
-    <prefix>/step-00000070/progress.json
-    <prefix>/step-00000070/manifest.json       sha256 and size of the three; without it there is no checkpoint
+    <prefix>/step-00000070/manifest.json       their sha256 and size, where the trial stands, and a sha256 of itself
 
-Tensors are safetensors and the rest is JSON: nothing read here can run code.
+Where the trial stands is in the manifest because a step may be saved twice, before and after its epoch is evaluated:
+the tensors are the same bytes then, and one atomic put moves from the one state to the other. Tensors are safetensors
+and the rest is JSON: nothing read here can run code.
 """
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
@@ -24,7 +25,7 @@ from helix.storage import Storage, json_bytes
 
 logger = logging.getLogger(__name__)
 
-FILES = ("model.safetensors", "optimizer.safetensors", "progress.json")
+FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 class CheckpointError(Exception):
@@ -73,14 +74,15 @@ def save_checkpoint(
 
     `identity` (trial_id, versions) is kept in the manifest; a checkpoint of another trial is never loaded.
     """
+    if not all(math.isfinite(loss) for loss in progress.losses):
+        raise ValueError("a checkpoint with a loss that is not finite would be useless")
     folder = f"{prefix}/step-{total_step:08d}"
-    contents = dict(
-        zip(FILES, (model_bytes(model), _optimizer_bytes(model, optimizer), _progress_bytes(progress)), strict=True)
-    )
+    contents = dict(zip(FILES, (model_bytes(model), _optimizer_bytes(model, optimizer)), strict=True))
     for name, data in contents.items():
         storage.put(f"{folder}/{name}", data)
     files = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in contents.items()}
-    storage.put_json(f"{folder}/manifest.json", {"identity": dict(identity), "total_step": total_step, "files": files})
+    body = {"identity": dict(identity), "total_step": total_step, "progress": asdict(progress), "files": files}
+    storage.put_json(f"{folder}/manifest.json", {"body": body, "sha256": _sha256(json_bytes(body))})
     prune(storage, prefix, keep=keep)
 
 
@@ -100,17 +102,16 @@ def load_checkpoint(
     problems: dict[str, str] = {}
     for folder in reversed(committed(storage, prefix)):
         try:
-            contents = _verified(storage, f"{prefix}/{folder}", trial_id)
+            weights, state, progress = _verified(storage, f"{prefix}/{folder}", trial_id)
         except ValueError as error:
             problems[folder] = str(error)
             logger.warning("checkpoint %s/%s is not used: %s", prefix, folder, error)
             continue
-        model.load_state_dict(load(contents["model.safetensors"]))
-        _load_optimizer(model, optimizer, load(contents["optimizer.safetensors"]))
+        model.load_state_dict(weights)
+        _load_optimizer(model, optimizer, state)
         for damaged in problems:
             storage.delete(f"{prefix}/{damaged}/manifest.json")
-        progress = json.loads(contents["progress.json"])
-        return Progress(**{**progress, "losses": tuple(progress["losses"])})
+        return progress
     if problems:
         raise CheckpointError(prefix, [f"{folder}: {problem}" for folder, problem in problems.items()])
     return None
@@ -127,8 +128,8 @@ def prune(storage: Storage, prefix: str, *, keep: int) -> None:
     for folder in storage.children(prefix):
         if kept and folder < kept[0]:
             # The manifest goes first: a checkpoint that is half deleted is one that does not exist.
-            for name in ("manifest.json", *FILES):
-                storage.delete(f"{prefix}/{folder}/{name}")
+            storage.delete(f"{prefix}/{folder}/manifest.json")
+            storage.delete_folder(f"{prefix}/{folder}")
 
 
 def model_bytes(model: nn.Module) -> bytes:
@@ -160,23 +161,24 @@ def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors:
             optimizer.state[parameter] = {what: tensor.to(parameter.device) for what, tensor in state[name].items()}
 
 
-def _progress_bytes(progress: Progress) -> bytes:
-    if not all(math.isfinite(loss) for loss in progress.losses):
-        raise ValueError("a checkpoint with a loss that is not finite would be useless")
-    return json_bytes(asdict(progress))
-
-
-def _verified(storage: Storage, folder: str, trial_id: str) -> dict[str, bytes]:
-    """The files of a checkpoint whose sizes and checksums agree with its manifest; ValueError says what does not."""
+def _verified(
+    storage: Storage, folder: str, trial_id: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Progress]:
+    """Weights, optimiser state and progress of a checkpoint as its manifest has them; ValueError says what is wrong."""
     try:
         manifest = storage.get_json(f"{folder}/manifest.json")
-        owner, listed = manifest["identity"]["trial_id"], manifest["files"]
-        wanted = {name: (listed[name]["bytes"], listed[name]["sha256"]) for name in FILES}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        body = manifest["body"]
+        whole = _sha256(json_bytes(body)) == manifest["sha256"]
+        owner = body["identity"]["trial_id"]
+        wanted = {name: (body["files"][name]["bytes"], body["files"][name]["sha256"]) for name in FILES}
+        progress = Progress(**{**body["progress"], "losses": tuple(body["progress"]["losses"])})
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its manifest cannot be read ({error!r})") from error
+    if not whole:
+        raise ValueError("its manifest does not match its own checksum")
     if owner != trial_id:
         raise ValueError(f"it belongs to trial {owner}, not to {trial_id}")
-    contents = {}
+    tensors = []
     for name, (size, sha256) in wanted.items():
         try:
             data = storage.get(f"{folder}/{name}")
@@ -184,8 +186,11 @@ def _verified(storage: Storage, folder: str, trial_id: str) -> dict[str, bytes]:
             raise ValueError(f"{name} is missing") from error
         if len(data) != size or _sha256(data) != sha256:
             raise ValueError(f"{name} does not match its checksum ({len(data)} bytes, {size} written)")
-        contents[name] = data
-    return contents
+        try:
+            tensors.append(load(data))
+        except SafetensorError as error:
+            raise ValueError(f"{name} is not a safetensors file ({error})") from error
+    return tensors[0], tensors[1], progress
 
 
 def _sha256(data: bytes) -> str:

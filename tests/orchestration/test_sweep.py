@@ -59,7 +59,7 @@ def science(result: dict) -> tuple[str, str]:
         (["--grid", "demo", "data.dataset=esc50"], "data.dataset is set by the grid"),
         (["--grid", "demo", "--profile", "best"], "unknown profile 'best'; known: authors, paper, fair"),
         (["--grid", "demo", "--preset", "huge"], "unknown preset 'huge'; known: paper, small"),
-        (["--grid", "demo", "--folds", "9"], "fold 9 is not among the prepared recordings; present: 1, 2, 3, 4"),
+        (["--grid", "demo", "--folds", "9"], "tones has no fold 9; it has 1, 2, 3, 4"),
         (["--grid", "demo", "model.options.attention.heads=7"], "heads"),
         (["--grid", "demo", "model.width=16", "model.options.mamba.d_state=4"], "would not be fair"),
         (["--grid", "demo", "training.batch_size=9999"], "do not fill one batch of 9999"),

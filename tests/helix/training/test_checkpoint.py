@@ -10,13 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError
 from torch import nn
 
 from helix.data.shards import Recordings
 from helix.protocol import Protocol
 from helix.spec import TrainingSpec, TrialSpec, apply_overrides
-from helix.storage import TEMPORARY, Storage
+from helix.storage import TEMPORARY, Storage, json_bytes
 from helix.training.checkpoint import (
     FILES,
     CheckpointError,
@@ -211,7 +210,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(storage: Storage, dama
 
 def test_the_newest_of_those_that_verify_wins(storage: Storage):
     DAMAGE["a flipped bit"](storage, key(30, "model.safetensors"))
-    DAMAGE["a missing file"](storage, key(20, "progress.json"))
+    DAMAGE["a missing file"](storage, key(20, "optimizer.safetensors"))
     mind, first = Mind.new(seed=1), Mind.new()
     first.step(10)
     assert mind.load(storage) == Progress(epoch=1, step=0, hits=10, seconds=1.5)
@@ -221,13 +220,13 @@ def test_the_newest_of_those_that_verify_wins(storage: Storage):
 def test_where_none_verifies_training_does_not_start_again(storage: Storage):
     DAMAGE["a flipped bit"](storage, key(10, "optimizer.safetensors"))
     DAMAGE["a cut end"](storage, key(20, "model.safetensors"))
-    DAMAGE["a missing file"](storage, key(30, "progress.json"))
+    DAMAGE["a missing file"](storage, key(30, "optimizer.safetensors"))
     sizes = {(step, name): len(storage.get(key(step, name))) for step, name in ((10, FILES[1]), (20, FILES[0]))}
     mind, before = Mind.new(seed=1), weights_sha256(Mind.new(seed=1).model)
     with pytest.raises(CheckpointError) as refused:
         mind.load(storage)
     problems = [
-        "step-00000030: progress.json is missing",
+        "step-00000030: optimizer.safetensors is missing",
         f"step-00000020: model.safetensors does not match its checksum "
         f"({sizes[20, FILES[0]]} bytes, {sizes[20, FILES[0]] + 1} written)",
         f"step-00000010: optimizer.safetensors does not match its checksum "
@@ -302,7 +301,7 @@ class Exploit:
         return Path.touch, (self.mark,)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "progress.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
 @pytest.mark.parametrize("signed", [False, True], ids=["as found", "with a manifest that vouches for it"])
 def test_a_pickle_is_never_opened(tmp_path: Path, name: str, signed: bool):
     storage, mark = Storage(tmp_path / "runs"), tmp_path / "executed"
@@ -310,10 +309,11 @@ def test_a_pickle_is_never_opened(tmp_path: Path, name: str, signed: bool):
     data = pickle.dumps(Exploit(mark))
     storage.put(key(10, name), data)
     if signed:
-        manifest = storage.get_json(key(10, "manifest.json"))
-        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        storage.put_json(key(10, "manifest.json"), manifest)
-    with pytest.raises((SafetensorError, ValueError) if signed else CheckpointError):
+        body = storage.get_json(key(10, "manifest.json"))["body"]
+        body["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        signature = hashlib.sha256(json_bytes(body)).hexdigest()
+        storage.put_json(key(10, "manifest.json"), {"body": body, "sha256": signature})
+    with pytest.raises(CheckpointError, match="is not a safetensors file" if signed else "checksum"):
         restored(storage)
     assert not mark.exists()
     pickle.loads(data)
@@ -344,6 +344,10 @@ class Watched(Storage):
         self._note("delete", key)
         super().delete(key)
 
+    def delete_folder(self, prefix: str) -> None:
+        self._note("delete folder", prefix)
+        super().delete_folder(prefix)
+
 
 def test_the_manifest_is_put_last(tmp_path: Path):
     storage = Watched(tmp_path)
@@ -355,13 +359,14 @@ def test_the_manifest_is_deleted_first(storage: Storage):
     watched = Watched(storage.root)
     prune(watched, PREFIX, keep=1)
     for step in (10, 20):
-        of_step = [key for what, key in watched.done if key.startswith(f"step-{step:08d}/")]
-        assert of_step[0] == f"step-{step:08d}/manifest.json"
-        assert sorted(of_step) == sorted(f"step-{step:08d}/{name}" for name in (*FILES, "manifest.json"))
+        folder = f"step-{step:08d}"
+        of_step = [operation for operation in watched.done if operation[1].startswith(folder)]
+        assert of_step == [("delete", f"{folder}/manifest.json"), ("delete folder", folder)]
 
 
-#: Four files are put, and then two old checkpoints of four files each are deleted.
-OPERATIONS_OF_A_SAVE = 12
+#: Three files are put, and then two old checkpoints are deleted, the manifest and then the folder of each.
+FILES_OF_A_SAVE = 3
+OPERATIONS_OF_A_SAVE = FILES_OF_A_SAVE + 2 * 2
 
 
 @pytest.mark.parametrize("moment", range(OPERATIONS_OF_A_SAVE + 1))
@@ -377,7 +382,7 @@ def test_killed_at_any_moment_of_saving_there_is_the_old_state_or_the_new(tmp_pa
             mind.save(storage, 30, keep=1)
     else:
         mind.save(storage, 30, keep=1)
-    assert restored(Storage(tmp_path)) == (20 if moment < 4 else 30)
+    assert restored(Storage(tmp_path)) == (20 if moment < FILES_OF_A_SAVE else 30)
 
 
 def test_a_trial_killed_at_any_write_goes_on_to_the_same_weights(
