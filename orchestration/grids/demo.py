@@ -18,6 +18,6 @@ GRID = GRIDS.register("demo")(
         dataset="tones",
         folds=(1, 2),
         preset="small",
-        overrides={"training.epochs": 12, "training.lr": 0.002},
+        overrides={"training.epochs": 8, "training.batch_size": 16, "training.lr": 0.006},
     )
 )

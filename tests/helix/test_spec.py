@@ -110,12 +110,12 @@ def test_trial_ids_are_pinned():
     """A change here renames every trial that was ever stored: results are trained again. Was that meant?"""
     pinned = {
         "demo": {
-            "mamba-raw": "793a354c6a5c7dc5",
-            "mamba-mel": "af25e2c61aec6845",
-            "helix-raw": "0079bac6dcfd1fcb",
-            "helix-mel": "7c6b822b78dc4526",
-            "attention-raw": "7674444e90d0053f",
-            "attention-mel": "93135cad5d3ea861",
+            "mamba-raw": "e059093ee88c74bd",
+            "mamba-mel": "277e5e0eb7a3c908",
+            "helix-raw": "c51392fbbff03441",
+            "helix-mel": "9a6e2812d73030d6",
+            "attention-raw": "127e3ba1abec6a66",
+            "attention-mel": "ffd97d146c7c518b",
         },
         "esc50": {
             "mamba-raw": "abdc8c71516d1cd6",
