@@ -14,7 +14,7 @@ from typing import Any, Literal
 from helix.storage import Storage
 
 #: An attempt that has not been heard of for this long is taken for dead when the state is shown.
-SILENCE_S = 60.0
+SILENCE_S = 120.0
 
 Status = Literal["done", "running", "failed", "partial", "missing"]
 

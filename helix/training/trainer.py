@@ -49,7 +49,8 @@ class Fit:
 
     `save_every_s`: seconds of training between checkpoints inside an epoch (each epoch ends with one anyway).
     `save_now`: asked at every step; True (a preemption notice, say) saves at this step and training goes on.
-    `on_step`, `on_epoch`: told (total_step) and (row) as they happen.
+    `on_step`: told the optimiser steps so far after each step, and again after each batch that is evaluated, so that
+    whoever listens knows that work goes on. `on_epoch`: told each row once its epoch is safe.
     """
 
     storage: Storage
@@ -94,6 +95,7 @@ class _Trial:
         self.half_a = halves(recordings.index, clips.test)
         self.batches = Batches(recordings, clips.train, batch_size=self.spec.training.batch_size, seed=self.spec.seed)
         self.steps_per_epoch = self.batches.steps_per_epoch
+        self.tested: Evaluation | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.spec.seed, "initial weights"))
             model = build_classifier(self.spec.model, self.spec.protocol, classes=self.classes)
@@ -102,6 +104,9 @@ class _Trial:
 
     def run(self) -> dict[str, Any]:
         storage = self.how.storage
+        result = storage.get_json(f"{self.folder}/result.json")
+        if result is not None:
+            return result
         progress = load_checkpoint(
             storage, f"{self.folder}/checkpoints", model=self.model, optimizer=self.optimizer, trial_id=self.id
         )
@@ -182,7 +187,7 @@ class _Trial:
 
     def _row(self, epoch: int, losses: tuple[float, ...], hits: float, began: float) -> dict[str, Any]:
         training, protocol = self.spec.training, self.spec.protocol
-        test = self._evaluate(self.test_clips)
+        test = self.tested = self._evaluate(self.test_clips, total_step=(epoch + 1) * self.steps_per_epoch)
         if not np.isfinite(test.loss):
             raise DivergedError(self.id, (epoch + 1) * self.steps_per_epoch)
         row: dict[str, Any] = {
@@ -198,13 +203,13 @@ class _Trial:
             "test_half_b": test.hits(~self.half_a),
         }
         if len(self.validation_clips):
-            validation = self._evaluate(self.validation_clips)
+            validation = self._evaluate(self.validation_clips, total_step=(epoch + 1) * self.steps_per_epoch)
             row |= {"validation_accuracy": validation.accuracy, "validation_loss": validation.loss}
         now = self.how.clock()
         return row | {"seconds": now - began, "time": now}
 
     @torch.no_grad()
-    def _evaluate(self, clips: np.ndarray) -> Evaluation:
+    def _evaluate(self, clips: np.ndarray, *, total_step: int) -> Evaluation:
         self.model.eval()
         labels, guesses, losses = [], [], []
         for batch in in_order(self.recordings, clips, batch_size=self.spec.training.batch_size):
@@ -213,6 +218,7 @@ class _Trial:
             losses.append(F.cross_entropy(logits_BC, label_B, reduction="none").double())
             guesses.append(logits_BC.argmax(dim=1))
             labels.append(label_B)
+            self.how.on_step(total_step)
         loss = torch.cat(losses).mean().item()
         return Evaluation(label=torch.cat(labels).cpu().numpy(), predicted=torch.cat(guesses).cpu().numpy(), loss=loss)
 
@@ -232,6 +238,8 @@ class _Trial:
         storage = self.how.storage
         rows = [storage.get_json(row_key(self.id, epoch)) for epoch in range(1, self.spec.training.epochs + 1)]
         chosen = select(rows)
+        # The last epoch's predictions are at hand, unless this process only came to finish what another one trained.
+        tested = self.tested or self._evaluate(self.test_clips, total_step=rows[-1]["step"])
         price = cost(self.spec.model, self.spec.protocol, classes=self.classes, samples=self.dataset.clip_samples)
         result = {
             "trial_id": self.id,
@@ -244,7 +252,7 @@ class _Trial:
             "test_clips": len(self.test_clips),
             "accuracy": {"best_test": chosen.best_test, "last": chosen.last, "validation": chosen.validation},
             "best_epoch": {"best_test": chosen.best_test_epoch, "validation": list(chosen.validation_epochs)},
-            "confusion": self._evaluate(self.test_clips).confusion(),
+            "confusion": tested.confusion(),
             "weights_sha256": weights_sha256(self.model),
             "train_seconds": sum(row["seconds"] for row in rows),
             "finished": self.how.clock(),

@@ -116,8 +116,8 @@ def test_other_trials_have_no_say(tmp_path: Path):
 
 def test_what_is_half_written_is_not_read(tmp_path: Path):
     storage = write(tmp_path, rows(2))
-    storage.path(f"trials/{TRIAL}/metrics/.partial-0123").write_bytes(b'{"epoch":')
-    storage.path(f"trials/{TRIAL}/.partial-0123").write_bytes(b'{"rows":')
+    (storage.root / f"trials/{TRIAL}/metrics/.partial-0123").write_bytes(b'{"epoch":')
+    (storage.root / f"trials/{TRIAL}/.partial-0123").write_bytes(b'{"rows":')
     assert read(storage, TRIAL, now=NOW).epochs_done == 2
 
 
