@@ -131,14 +131,16 @@ def test_a_planned_trial_has_its_name_its_steps_and_its_price():
 def test_a_held_out_fold_takes_steps_away():
     trials = expand(load_grid("demo"), variants=["mamba-raw"], folds=[1], overrides=["protocol.validation=held_out"])
     (entry,) = make_plan(trials, prepared())
-    assert entry.steps_per_epoch == 2 * 144 // 32
+    assert entry.steps_per_epoch == 2 * 144 // entry.trial.spec.training.batch_size
 
 
 def test_clips_that_fill_no_batch_are_refused_in_words():
+    size = TRIAL.spec.training.batch_size
     with pytest.raises(ValueError) as refused:
-        make_plan([TRIAL], prepared(clips_per_fold=10))
+        make_plan([TRIAL], prepared(clips_per_fold=size // 4))
     assert str(refused.value) == (
-        "mamba-raw fold 1 seed 0: 30 training clips do not fill one batch of 32; lower training.batch_size"
+        f"mamba-raw fold 1 seed 0: {size // 4 * 3} training clips do not fill one batch of {size}; "
+        "lower training.batch_size"
     )
 
 
