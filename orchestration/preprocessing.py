@@ -68,8 +68,10 @@ def rehearsed_data(data: DataSpec, *, source: Path | None, storage: Storage, all
             if found
             else None
         )
-    aside = Storage(Path(tempfile.mkdtemp(prefix="helix-plan-")))
-    return open_prepared(aside, prepare(data.dataset, data.options, source=None, storage=aside).prefix)
+    with tempfile.TemporaryDirectory(prefix="helix-plan-") as folder:
+        aside = Storage(Path(folder))
+        # A plan reads the index alone, which is in memory once it is opened.
+        return open_prepared(aside, prepare(data.dataset, data.options, source=None, storage=aside).prefix)
 
 
 def _refuse_needless(source: Path | None, dataset: Dataset, name: str) -> None:
