@@ -3,14 +3,13 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from helix.registry import DATASETS
 from helix.spec import TrialSpec, apply_overrides
-from helix.storage import open_storage
 from orchestration import sweep
+from orchestration.connection import ClusterError
 from orchestration.preprocessing import prepared_data
 
 
@@ -46,10 +45,16 @@ def prepare(arguments: Sequence[str]) -> int:
     try:
         base = apply_overrides(TrialSpec(), {"data.dataset": given.dataset})
         spec = apply_overrides(base, [f"data.options.{option}" for option in given.options])
-        storage = open_storage(given.storage)
+        storage, storage_named = sweep.chosen_storage(given)
         storage.check_writable()
-        source: Path | None = given.source
-        prepared_data(spec.data, source=source, storage=storage, allow_partial=given.allow_partial, say=console.print)
-    except (ValueError, OSError) as error:
+        prepared_data(
+            spec.data,
+            source=given.source,
+            storage=storage,
+            storage_named=storage_named,
+            allow_partial=given.allow_partial,
+            say=console.print,
+        )
+    except (ValueError, OSError, ClusterError) as error:
         return sweep.refuse(error)
     return 0

@@ -2,11 +2,10 @@
 
 import logging
 import os
+import socket
 from pathlib import Path
 
 import ray
-
-from helix.storage import Storage
 
 #: The folder that holds the packages helix, orchestration and dashboards.
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,6 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 POLL_S = "0.2"
 
 OBJECT_STORE_BYTES = 128 * 2**20
+
+
+class ClusterError(Exception):
+    """The cluster that is to be joined cannot run a sweep."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
 
 
 def cpu_count() -> int:
@@ -27,11 +33,11 @@ def joins_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
 
 
-def connect(storage: Storage) -> None:
+def connect(*, storage_named: bool) -> None:
     """Make Ray ready: join the cluster of RAY_ADDRESS or of this job, or else start one on this machine, on loopback.
 
-    Raises ConnectionError where RAY_ADDRESS does not answer, and ValueError where several machines would be asked to
-    share a folder that was never named.
+    Raises ConnectionError where RAY_ADDRESS does not answer, and ClusterError where a cluster of several machines would
+    work on a folder that the user did not name, which can only be a folder of one of them.
     """
     if ray.is_initialized():
         return
@@ -50,16 +56,31 @@ def connect(storage: Storage) -> None:
             **quiet,
         )
         return
+    _probe(os.environ.get("RAY_ADDRESS", ""))
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     packages = [str(ROOT / name) for name in ("helix", "orchestration", "dashboards")]
     ray.init(address="auto", runtime_env=None if in_job else {"py_modules": packages}, **quiet)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) > 1 and "HELIX_STORAGE" not in os.environ:
+    machines = sum(node["Alive"] for node in ray.nodes())
+    if machines > 1 and not storage_named:
         ray.shutdown()
-        raise ValueError(
-            f"this cluster has {len(nodes)} machines and {storage!r} is a folder of one of them; name storage that all "
-            "of them share with --storage or HELIX_STORAGE"
+        raise ClusterError(
+            f"this cluster has {machines} machines, and the default storage is a folder of this one; name storage that "
+            "all of them share with --storage or HELIX_STORAGE"
         )
+
+
+def _probe(address: str) -> None:
+    """Raise ConnectionError at once where nobody listens; Ray itself tries for minutes."""
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    if not separator or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); start it, correct the address, or unset "
+            "RAY_ADDRESS to run on this machine"
+        ) from error
 
 
 def driver_resources() -> dict[str, float]:

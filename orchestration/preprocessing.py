@@ -15,14 +15,16 @@ from helix.storage import Storage
 from orchestration.connection import connect
 
 
-def prepare_with_ray(data: DataSpec, *, source: Path | None, storage: Storage, allow_partial: bool) -> Prepared:
+def prepare_with_ray(
+    data: DataSpec, *, source: Path | None, storage: Storage, storage_named: bool, allow_partial: bool
+) -> Prepared:
     """Prepare a data set, one Ray task per shard. What is prepared already and verifies is left alone."""
 
     def run(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         todo = list(items)
         if len(todo) < 2:
             return map(function, todo)
-        connect(storage)
+        connect(storage_named=storage_named)
         task = ray.remote(function)
         return iter(ray.get([task.remote(item) for item in todo]))
 
@@ -30,7 +32,13 @@ def prepare_with_ray(data: DataSpec, *, source: Path | None, storage: Storage, a
 
 
 def prepared_data(
-    data: DataSpec, *, source: Path | None, storage: Storage, allow_partial: bool, say: Callable[[str], None]
+    data: DataSpec,
+    *,
+    source: Path | None,
+    storage: Storage,
+    storage_named: bool,
+    allow_partial: bool,
+    say: Callable[[str], None],
 ) -> Recordings:
     """The prepared recordings that a sweep of `data` reads: prepared now from `source`, or found in storage.
 
@@ -40,7 +48,9 @@ def prepared_data(
     dataset: Dataset = DATASETS.make(data.dataset, data.options)
     _refuse_needless(source, dataset, data.dataset)
     if source is not None or not dataset.needs_source:
-        prepared = prepare_with_ray(data, source=source, storage=storage, allow_partial=allow_partial)
+        prepared = prepare_with_ray(
+            data, source=source, storage=storage, storage_named=storage_named, allow_partial=allow_partial
+        )
     else:
         prepared = _found(data, dataset, storage, allow_partial=allow_partial)
     manifest = prepared.manifest

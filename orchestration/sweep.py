@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import ray
 import ray.tune
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +40,7 @@ from helix.data.shards import Recordings
 from helix.protocol import PROFILES
 from helix.spec import to_json
 from helix.storage import Storage, open_storage
-from orchestration.connection import connect, cpu_count, driver_resources, joins_cluster
+from orchestration.connection import ClusterError, connect, cpu_count, driver_resources, joins_cluster
 from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
 from orchestration.ledger import TrialState, read
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, pack, price
@@ -62,10 +63,11 @@ class Sweep:
     """One execution of a grid, checked and planned: nothing has been trained yet."""
 
     storage: Storage
+    storage_named: bool
     recordings: Recordings
     plan: list[Planned]
     snapshot: Snapshot
-    workers: int
+    workers: int | None
     threads: int
     gpu: bool
 
@@ -82,13 +84,15 @@ def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) 
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
     try:
         sweep = plan_sweep(options, command=["python", "orchestration/sweep.py", *arguments], console=console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ClusterError) as error:
         return refuse(error)
     if sweep is None:
         return 0
     try:
         if train_missing:
             run_sweep(sweep, console)
+    except (ConnectionError, ClusterError) as error:
+        return refuse(error)
     except KeyboardInterrupt:
         console.print("interrupted; the same command continues where this one stopped")
         return INTERRUPTED
@@ -106,7 +110,7 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
 
     None after a dry run, which prints the plan and writes nothing.
     """
-    storage = open_storage(options.storage)
+    storage, storage_named = chosen_storage(options)
     grid = load_grid(options.grid)
     trials = expand(
         grid,
@@ -119,8 +123,12 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
     )
     if _positive("--threads", options.threads) > cpu_count() and not joins_cluster():
         raise ValueError(f"--threads is {options.threads}, but this machine has {cpu_count()} cores")
-    workers = max(1, cpu_count() // options.threads) if options.workers is None else options.workers
-    _positive("--workers", workers)
+    if options.workers is not None:
+        _positive("--workers", options.workers)
+    if options.device == "cuda" and not joins_cluster() and not torch.cuda.is_available():
+        raise ValueError(
+            "--device is cuda, but torch finds no CUDA device on this machine; leave it out to train on CPU"
+        )
     check_trials(trials)
     data, partial = trials[0].spec.data, options.allow_partial
     if options.dry_run:
@@ -128,10 +136,18 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
         _print_plan(options.grid, grid, trials, recordings, storage, console)
         return None
     storage.check_writable()
-    recordings = prepared_data(data, source=options.source, storage=storage, allow_partial=partial, say=console.print)
+    recordings = prepared_data(
+        data,
+        source=options.source,
+        storage=storage,
+        storage_named=storage_named,
+        allow_partial=partial,
+        say=console.print,
+    )
     plan = make_plan(trials, recordings)
     return Sweep(
         storage=storage,
+        storage_named=storage_named,
         recordings=recordings,
         plan=plan,
         snapshot=Snapshot(
@@ -142,7 +158,7 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
             storage=storage,
             command=shlex.join(command),
         ),
-        workers=workers,
+        workers=options.workers,
         threads=options.threads,
         gpu=options.device == "cuda",
     )
@@ -158,7 +174,7 @@ def run_sweep(sweep: Sweep, console: Console) -> None:
     problem = attempt_replay(tracker, sweep.snapshot())
     if problem:
         console.print(_mlflow_trouble(tracker.uri, problem), markup=False)
-    connect(sweep.storage)
+    connect(storage_named=sweep.storage_named)
     with BackgroundTracker(tracker, sweep.snapshot), LiveView(sweep.snapshot, console=console):
         errors = train(sweep, missing)
     for error in errors:
@@ -183,7 +199,7 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
             "gpu": sweep.gpu,
             "scratch": str(scratch),
         }
-        for entries in pack(missing, workers=sweep.workers)
+        for entries in pack(missing, workers=sweep.workers or _slots(sweep, missing))
     ]
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(drive, driver_resources()),
@@ -202,6 +218,14 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
         shutil.rmtree(scratch, ignore_errors=True)
     errors = [result.error for result in results if result.error is not None]
     return sorted({str(error).strip().splitlines()[-1] for error in errors})
+
+
+def _slots(sweep: Sweep, missing: Sequence[Planned]) -> int:
+    """How many workers the cluster can run at once; as many as there are trials where it has yet to start its GPUs."""
+    resources = ray.cluster_resources()
+    if sweep.gpu:
+        return int(resources.get("GPU", 0)) or len(missing)
+    return max(1, int(resources.get("CPU", 0)) // sweep.threads)
 
 
 class RayMessages(io.TextIOBase):
@@ -310,7 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--verbose", action="store_true", help="show what Ray says as well")
-    parser.add_argument("--workers", type=int, help="how many trials train at once (default: cores / threads)")
+    parser.add_argument("--workers", type=int, help="how many trials train at once (default: what the machines hold)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each worker (default: 1)")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="what a trial trains on (default: cpu)"
@@ -322,11 +346,16 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """What every command needs that touches a data set."""
     parser.add_argument(
         "--storage",
-        default=os.environ.get("HELIX_STORAGE", "runs"),
         help="the folder that holds data, trials and reports (default: HELIX_STORAGE, or ./runs)",
     )
     parser.add_argument("--source", type=Path, help="the folder of the data set's own files, to prepare it from")
     parser.add_argument("--allow-partial", action="store_true", help="accept a data set that is not complete")
+
+
+def chosen_storage(options: argparse.Namespace) -> tuple[Storage, bool]:
+    """The storage, and whether the user named it: with --storage, with HELIX_STORAGE, or else ./runs."""
+    named = options.storage or os.environ.get("HELIX_STORAGE")
+    return open_storage(named or "runs"), bool(named)
 
 
 def _numbers(text: str) -> list[int]:

@@ -7,7 +7,8 @@ For every batch entry and channel e a state h of N numbers runs along the tokens
 Semantics and argument names follow `selective_scan_fn` of mamba-ssm; here the tokens stand before the channels, and
 `reverse` runs the recurrence from the last token to the first in place, so that no caller flips anything.
 
-`selective_scan` chooses between this reference and the kernels of a backend; HELIX_SCAN in the environment overrides it.
+`selective_scan` chooses between this reference and the kernels of a backend; HELIX_SCAN in the environment overrides
+it.
 
 Legend: B batch, L tokens, E inner channels, N state; R batch entries and Q tokens of one chunk.
 """
@@ -53,7 +54,7 @@ def selective_scan(
     chosen = scan_backend(u_BLE.device, A_EN.dtype, backend=backend)
     with torch.autocast(u_BLE.device.type, enabled=False):
         inputs = [x.to(A_EN.dtype) for x in (u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E)]
-        kernels = _numba_kernels() if chosen == "numba" else None
+        kernels = numba_kernels() if chosen == "numba" else None
         scan = _ChunkedScan.apply if kernels is None else kernels.selective_scan
         y_BLE = scan(*inputs, reverse)
     return y_BLE.to(u_BLE.dtype)
@@ -65,7 +66,7 @@ def scan_backend(device: torch.device, dtype: torch.dtype, *, backend: str = "au
     Raises ValueError where that is unknown or cannot do this.
     """
     possible = ["reference"]
-    if device.type == "cpu" and dtype == torch.float32 and _numba_kernels() is not None:
+    if device.type == "cpu" and dtype == torch.float32 and numba_kernels() is not None:
         possible.append("numba")
     wanted = os.environ.get("HELIX_SCAN", "auto") if backend == "auto" else backend
     if wanted == "auto":
@@ -78,7 +79,7 @@ def scan_backend(device: torch.device, dtype: torch.dtype, *, backend: str = "au
 
 
 @cache
-def _numba_kernels() -> ModuleType | None:
+def numba_kernels() -> ModuleType | None:
     """helix.models.scan_numba, imported on first use: numba takes a second and may be missing."""
     try:
         return importlib.import_module("helix.models.scan_numba")

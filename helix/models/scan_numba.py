@@ -1,14 +1,14 @@
 """The selective scan on a CPU, forward and backward, as vector code that numba compiles once and keeps on disk.
 
 The equations and the meaning of the arguments stand in helix.models.scan. What differs is the order of the work: a task
-is one batch entry and VECTORS x LANES channels. The states of its channels run along the tokens and are kept at the start
-of every chunk only; the backward takes the chunks from the last to the first, recomputes the states of one and runs the
+is one batch entry and CHANNELS channels. The states of its channels run along the tokens and are kept at the start of
+every chunk only; the backward takes the chunks from the last to the first, recomputes the states of one and runs the
 adjoint recurrence over it.
 
 Tasks are fixed by the shapes, and sums over tasks are taken in their order, so no number depends on how many threads
-there are. The threads are plain ones that call compiled code without the GIL, torch.get_num_threads() of them. Numba's own
-threading layers would not do: 'omp' aborts a process that was forked after its first use, and 'workqueue' aborts one that
-enters it twice at a time.
+there are. The threads are plain ones that call compiled code without the GIL, torch.get_num_threads() of them. Numba's
+own threading layers would not do: 'omp' aborts a process that was forked after its first use, and 'workqueue' aborts
+one that enters it twice at a time.
 
 Legend: B batch, L tokens, E channels, N state.
 """
@@ -20,8 +20,7 @@ import operator
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -29,48 +28,64 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import event
 from numba.core.cgutils import get_or_insert_function
-from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-#: Channels in a vector. One register of AVX-512, two of AVX2, four of NEON: the same numbers on all of them.
-LANES = 16
+#: Channels of a task. What is done to every channel and token for itself is done to all of them at once.
+CHANNELS = 128
 
-#: Vectors in a task: as many as share one sum of the gradients of B and C.
-VECTORS = 8
+#: Channels of a task whose states run side by side: as many as a core has registers for, so that none waits for long.
+LANES = 32
+
+#: Tokens of a chunk of the convolution's backward, at least as many as taps.
+CONV_CHUNK = 16
+
+#: Tokens for which the convolution asks before it needs them.
+AHEAD = 8
 
 _SIZE = 4
 _ROW = LANES * _SIZE
+_WIDE_ROW = CHANNELS * _SIZE
+_LINE = 64
 
 
-# --- A vector of LANES floats as a type that numba knows, and what can be done with it.
+# --- Vectors of floats as types that numba knows, and what kernels can do with them.
 
 
 class _Vector(types.Type):
-    def __init__(self) -> None:
-        super().__init__(name=f"Vector{LANES}")
+    def __init__(self, lanes: int) -> None:
+        super().__init__(name=f"Vector{lanes}")
+        self.lanes = lanes
 
 
 @register_model(_Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Any):
-        super().__init__(dmm, fe_type, _FLOATS)
+        super().__init__(dmm, fe_type, _floats(fe_type.lanes))
 
 
-_vector, _address, _int, _float = _Vector(), types.int64, types.int64, types.float32
+_narrow, _wide = _Vector(LANES), _Vector(CHANNELS)
+_address, _count, _number = types.int64, types.int64, types.float32
 
 
-def _instruction(returns: types.Type, *takes: types.Type, name: Callable | None = None) -> Callable:
-    """Makes of a function that writes LLVM code one that kernels may call, by its own name or by another."""
+def _floats(lanes: int) -> ir.VectorType:
+    return ir.VectorType(ir.FloatType(), lanes)
+
+
+def _ints(lanes: int) -> ir.VectorType:
+    return ir.VectorType(ir.IntType(32), lanes)
+
+
+def _instruction(returns: types.Type, *takes: types.Type) -> Callable[[Callable], Callable[..., Any]]:
+    """Makes of a function that writes LLVM code one that kernels may call, without its `builder`."""
 
     def declare(write: Callable) -> Callable:
-        key = name or write
-        typing = {"key": key, "cases": [signature(returns, *takes)]}
-        infer_global(key, types.Function(type("Instruction", (ConcreteTemplate,), typing)))
+        _declare(write, lambda given: signature(returns, *takes) if given == takes else None)
 
-        @lower_builtin(key, *takes)
+        @lower_builtin(write, *takes)
         def lower(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
             value = write(builder, *arguments)
             return context.get_dummy_value() if returns is types.void else value
@@ -80,118 +95,216 @@ def _instruction(returns: types.Type, *takes: types.Type, name: Callable | None 
     return declare
 
 
-_instruction(_vector, _vector, _vector, name=operator.add)(lambda builder, a, b: builder.fadd(a, b))
-_instruction(_vector, _vector, _vector, name=operator.sub)(lambda builder, a, b: builder.fsub(a, b))
-_instruction(_vector, _vector, _vector, name=operator.mul)(lambda builder, a, b: builder.fmul(a, b))
-_instruction(_vector, _vector, _vector, name=operator.truediv)(lambda builder, a, b: builder.fdiv(a, b))
+def _elementwise(write: Callable, name: Callable | None = None) -> Callable[..., Any]:
+    """The same for one that takes vectors of one length and returns another; a number stands for a vector of it."""
+    arity = write.__code__.co_argcount - 1
+
+    def typing(given: tuple[types.Type, ...]) -> Any:
+        vectors = {x for x in given if isinstance(x, _Vector)}
+        others = [x for x in given if not isinstance(x, (_Vector, types.Float))]
+        return signature(*vectors, *given) if len(vectors) == 1 and not others and len(given) == arity else None
+
+    _declare(name or write, typing)
+    for takes in itertools.product((_Vector, types.Float), repeat=arity):
+        if _Vector in takes:
+
+            @lower_builtin(name or write, *takes)
+            def lower(_: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+                lanes = sig.return_type.lanes
+                return write(builder, *(_spread(builder, x, lanes) for x in arguments))
+
+    return write
 
 
-@_instruction(_vector, _address)
-def _load(builder, address):
-    return builder.load(builder.inttoptr(address, _POINTER), align=_SIZE)
+def _declare(key: Callable, typing: Callable) -> None:
+    body = {"key": key, "generic": lambda _, given, __: typing(given)}
+    infer_global(key, types.Function(type("Instruction", (AbstractTemplate,), body)))
 
 
-@_instruction(types.void, _address, _vector)
-def _store(builder, address, value):
-    builder.store(value, builder.inttoptr(address, _POINTER), align=_SIZE)
+_elementwise(lambda builder, a, b: builder.fadd(a, b), operator.add)
+_elementwise(lambda builder, a, b: builder.fsub(a, b), operator.sub)
+_elementwise(lambda builder, a, b: builder.fmul(a, b), operator.mul)
+_elementwise(lambda builder, a, b: builder.fdiv(a, b), operator.truediv)
 
 
-@_instruction(_vector, _address, _int)
-def _load_part(builder, address, live):
-    """The first `live` lanes; nothing beyond them is touched, they are 0."""
-    arguments = [builder.inttoptr(address, _POINTER), _constant(_SIZE), _mask(builder, live), _all_of(0.0)]
-    return _call(builder, f"llvm.masked.load.v{LANES}f32.p0", _FLOATS, arguments)
-
-
-@_instruction(types.void, _address, _vector, _int)
-def _store_part(builder, address, value, live):
-    arguments = [value, builder.inttoptr(address, _POINTER), _constant(_SIZE), _mask(builder, live)]
-    _call(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), arguments)
-
-
-@_instruction(_float, _address)
-def _load_scalar(builder, address):
-    return builder.load(builder.inttoptr(address, ir.PointerType(ir.FloatType())))
-
-
-@_instruction(types.void, _address, _float)
-def _store_scalar(builder, address, value):
-    builder.store(value, builder.inttoptr(address, ir.PointerType(ir.FloatType())))
-
-
-@_instruction(_vector, _float)
-def _all(builder, value):
-    """The number in every lane."""
-    return _spread(builder, value, _FLOATS)
-
-
-@_instruction(_vector, _vector, _vector, _vector)
+@_elementwise
 def _fma(builder, a, b, c):
     """a b + c, rounded once."""
-    return _call(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [a, b, c])
+    return _call(builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
 
 
-@_instruction(_vector, _vector, _vector)
+@_elementwise
 def _larger(builder, a, b):
     """The larger of both, and b where either is nan."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-@_instruction(_vector, _vector, _vector)
+@_elementwise
 def _smaller(builder, a, b):
     """The smaller of both, and b where either is nan."""
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
 
-@_instruction(_vector, _vector, _vector, _vector)
+@_elementwise
 def _where_negative(builder, x, a, b):
     """a where x < 0, else b."""
-    return builder.select(builder.fcmp_ordered("<", x, _all_of(0.0)), a, b)
+    return builder.select(builder.fcmp_ordered("<", x, ir.Constant(x.type, [0.0] * x.type.count)), a, b)
 
 
-@_instruction(_vector, _vector, _vector)
+@_elementwise
 def _scale(builder, x, shifted):
     """x times two to the power that stands in the lowest bits of `shifted`."""
-    exponent = builder.shl(builder.bitcast(shifted, _INTS), ir.Constant(_INTS, [23] * LANES))
-    return builder.bitcast(builder.add(builder.bitcast(x, _INTS), exponent), _FLOATS)
+    ints = _ints(x.type.count)
+    exponent = builder.shl(builder.bitcast(shifted, ints), ir.Constant(ints, [23] * ints.count))
+    return builder.bitcast(builder.add(builder.bitcast(x, ints), exponent), x.type)
 
 
-@_instruction(_float, _vector)
-def _total(builder, x):
-    """The sum of the lanes, always in one order: halves onto halves."""
+@_instruction(_narrow, _address)
+def _load(builder, address):
+    return builder.load(_pointer(builder, address, LANES), align=_SIZE)
+
+
+@_instruction(types.void, _address, _narrow)
+def _store(builder, address, value):
+    builder.store(value, _pointer(builder, address, LANES), align=_SIZE)
+
+
+@_instruction(_narrow, _address, _count)
+def _load_part(builder, address, live):
+    """The first `live` lanes; nothing beyond them is touched, they are 0."""
+    return _masked_load(builder, address, live, LANES)
+
+
+@_instruction(types.void, _address, _narrow, _count)
+def _store_part(builder, address, value, live):
+    pointer = _pointer(builder, address, LANES)
+    _call(
+        builder,
+        f"llvm.masked.store.v{LANES}f32.p0",
+        ir.VoidType(),
+        value,
+        pointer,
+        _int(_SIZE),
+        _mask(builder, live, LANES),
+    )
+
+
+@_instruction(_wide, _address, _count)
+def _load_wide(builder, address, live):
+    """The first `live` lanes; nothing beyond them is touched, they are 0."""
+    with builder.if_else(builder.icmp_signed("<", live, ir.Constant(live.type, CHANNELS))) as (some, all_of_them):
+        with some:
+            part, after_some = _masked_load(builder, address, live, CHANNELS), builder.block
+        with all_of_them:
+            whole, after_all = builder.load(_pointer(builder, address, CHANNELS), align=_SIZE), builder.block
+    value = builder.phi(_floats(CHANNELS))
+    value.add_incoming(part, after_some)
+    value.add_incoming(whole, after_all)
+    return value
+
+
+@_instruction(types.void, _address, _wide)
+def _store_wide(builder, address, value):
+    builder.store(value, _pointer(builder, address, CHANNELS), align=_SIZE)
+
+
+@_instruction(types.void, _address, _wide, _count)
+def _store_wide_part(builder, address, value, live):
+    pointer = _pointer(builder, address, CHANNELS)
+    with builder.if_else(builder.icmp_signed("<", live, ir.Constant(live.type, CHANNELS))) as (some, all_of_them):
+        with some:
+            mask = _mask(builder, live, CHANNELS)
+            _call(builder, f"llvm.masked.store.v{CHANNELS}f32.p0", ir.VoidType(), value, pointer, _int(_SIZE), mask)
+        with all_of_them:
+            builder.store(value, pointer, align=_SIZE)
+
+
+@_instruction(_number, _address)
+def _load_number(builder, address):
+    return builder.load(builder.inttoptr(address, ir.PointerType(ir.FloatType())))
+
+
+@_instruction(types.void, _address, _number)
+def _store_number(builder, address, value):
+    builder.store(value, builder.inttoptr(address, ir.PointerType(ir.FloatType())))
+
+
+@_instruction(types.void, _address)
+def _expect(builder, address):
+    """Asks for the cache lines of LANES numbers that will be read. The address may lie outside of all memory."""
+    _prefetch(builder, address, 0)
+
+
+@_instruction(types.void, _address)
+def _expect_to_write(builder, address):
+    """Asks for the cache lines of LANES numbers that will be written."""
+    _prefetch(builder, address, 1)
+
+
+@_instruction(types.void, _address, _narrow, _narrow)
+def _accumulate(builder, address, a, b):
+    """Adds the products, the upper half after the lower, to the LANES / 2 sums at an address."""
     half = LANES // 2
-    while half:
-        upper = ir.Constant(_INTS, [(lane + half) % LANES for lane in range(LANES)])
-        x = builder.fadd(x, builder.shuffle_vector(x, x, upper))
-        half //= 2
-    return builder.extract_element(x, _constant(0))
+    pointer = _pointer(builder, address, half)
+    total = builder.load(pointer, align=_SIZE)
+    for first in (0, half):
+        lanes = ir.Constant(_ints(half), list(range(first, first + half)))
+        factors = (builder.shuffle_vector(x, x, lanes) for x in (a, b))
+        total = _call(builder, f"llvm.fma.v{half}f32", total.type, *factors, total)
+    builder.store(total, pointer, align=_SIZE)
 
 
-_FLOATS, _INTS, _BITS = (ir.VectorType(kind, LANES) for kind in (ir.FloatType(), ir.IntType(32), ir.IntType(1)))
-_POINTER = ir.PointerType(_FLOATS)
+@_instruction(_number, _address)
+def _total(builder, address):
+    """The sum of LANES / 2 numbers, always in one order: halves onto halves."""
+    count = LANES // 2
+    total = builder.load(_pointer(builder, address, count), align=_SIZE)
+    while count > 1:
+        count //= 2
+        lower, upper = (ir.Constant(_ints(count), list(range(first, first + count))) for first in (0, count))
+        total = builder.fadd(*(builder.shuffle_vector(total, total, lanes) for lanes in (lower, upper)))
+    return builder.extract_element(total, _int(0))
 
 
-def _constant(value: int) -> ir.Constant:
+def _int(value: int) -> ir.Constant:
     return ir.Constant(ir.IntType(32), value)
 
 
-def _all_of(value: float) -> ir.Constant:
-    return ir.Constant(_FLOATS, [value] * LANES)
+def _pointer(builder: Any, address: Any, lanes: int) -> Any:
+    return builder.inttoptr(address, ir.PointerType(_floats(lanes)))
 
 
-def _spread(builder: Any, scalar: Any, kind: ir.VectorType) -> Any:
-    empty = ir.Constant(kind, ir.Undefined)
-    first = builder.insert_element(empty, scalar, _constant(0))
-    return builder.shuffle_vector(first, empty, ir.Constant(_INTS, [0] * LANES))
+def _spread(builder: Any, x: Any, lanes: int) -> Any:
+    """A number, of whatever type, in every lane; a vector stays."""
+    if isinstance(x.type, ir.VectorType):
+        return x
+    if isinstance(x.type, ir.DoubleType):
+        x = builder.fptrunc(x, ir.FloatType())
+    kind = ir.VectorType(x.type, lanes)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), x, _int(0))
+    return builder.shuffle_vector(first, first, ir.Constant(_ints(lanes), [0] * lanes))
 
 
-def _mask(builder: Any, live: Any) -> Any:
+def _mask(builder: Any, live: Any, lanes: int) -> Any:
     """Which lanes are among the first `live`."""
-    bound = _spread(builder, builder.trunc(live, ir.IntType(32)), _INTS)
-    return builder.icmp_signed("<", ir.Constant(_INTS, list(range(LANES))), bound)
+    bound = _spread(builder, builder.trunc(live, ir.IntType(32)), lanes)
+    return builder.icmp_signed("<", ir.Constant(_ints(lanes), list(range(lanes))), bound)
 
 
-def _call(builder: Any, intrinsic: str, returns: ir.Type, arguments: list[Any]) -> Any:
+def _masked_load(builder: Any, address: Any, live: Any, lanes: int) -> Any:
+    dead = ir.Constant(_floats(lanes), [0.0] * lanes)
+    arguments = (_pointer(builder, address, lanes), _int(_SIZE), _mask(builder, live, lanes), dead)
+    return _call(builder, f"llvm.masked.load.v{lanes}f32.p0", dead.type, *arguments)
+
+
+def _prefetch(builder: Any, address: Any, write: int) -> None:
+    for line in range(0, _ROW, _LINE):
+        pointer = builder.inttoptr(builder.add(address, ir.Constant(address.type, line)), ir.PointerType(ir.IntType(8)))
+        # Into the second-level cache, and of data: the first level is full of what is being worked on.
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, _int(write), _int(2), _int(1))
+
+
+def _call(builder: Any, intrinsic: str, returns: ir.Type, *arguments: Any) -> Any:
     kind = ir.FunctionType(returns, [argument.type for argument in arguments])
     return builder.call(get_or_insert_function(builder.module, kind, intrinsic), arguments)
 
@@ -203,6 +316,9 @@ LOG2_E, LN_2 = math.log2(math.e), math.log(2)
 #: Adding it rounds a number to an integer, which then stands in the lowest bits.
 ROUNDER = 1.5 * 2**23
 
+#: A step beyond which every decay is 0. Longer ones are kept from _exp2, whose argument must stay below 2**40.
+LONGEST = 2.0**20
+
 #: 2**f = 1 + f (P0 + f (P1 + ...)) for |f| <= 1/2, minimax: 2e-9 relative.
 P0, P1, P2, P3, P4, P5 = (
     0.6931471824645996,
@@ -213,60 +329,80 @@ P0, P1, P2, P3, P4, P5 = (
     0.00015353361959569156,
 )
 
-#: atanh(r) = r (1 + x (Q0 + x (Q1 + ...))) for x = r**2 <= 1/9, minimax: 5e-9 relative.
-Q0, Q1, Q2, Q3 = 0.33333206566280854, 0.2001084953311586, 0.13999570488692764, 0.14012229636438564
+#: log(1 + w) = w (1 + w (Q0 + w (Q1 + ...))) for 0 <= w <= 1, minimax: 8e-10 relative.
+Q0, Q1, Q2, Q3, Q4, Q5, Q6, Q7, Q8, Q9 = (
+    -0.4999998729096612,
+    0.33332689782149033,
+    -0.24988579074736197,
+    0.19897932338053761,
+    -0.16129336907883027,
+    0.12467125213463542,
+    -0.08307411002228118,
+    0.04198139662814969,
+    -0.013631496983719233,
+    0.0020729508929434974,
+)
 
 
 @njit(forceinline=True)
-def _exp2(x):
-    """Two to the power of x, to about one ulp; beyond 2**-125 and 2**127 it stays there. nan stays nan."""
-    x = _larger(_all(-125.0), _smaller(_all(127.0), x))
-    shifted = x + _all(ROUNDER)
-    f = x - (shifted - _all(ROUNDER))
-    p = _fma(_all(P5), f, _all(P4))
-    p = _fma(p, f, _all(P3))
-    p = _fma(p, f, _all(P2))
-    p = _fma(p, f, _all(P1))
-    p = _fma(p, f, _all(P0))
-    return _scale(_fma(p, f, _all(1.0)), shifted)
+def _exp2(a, b):
+    """Two to the power of a b, to about one ulp, for |a b| < 2**40. Beyond 2**-125 and 2**127 it stays there."""
+    shifted = _fma(a, b, ROUNDER)
+    f = _fma(a, b, ROUNDER - shifted)
+    p = _fma(P5, f, P4)
+    p = _fma(p, f, P3)
+    p = _fma(p, f, P2)
+    p = _fma(p, f, P1)
+    p = _fma(p, f, P0)
+    p = _fma(p, f, 1.0)
+    return _scale(p, _larger(ROUNDER - 125, _smaller(ROUNDER + 127, shifted)))
+
+
+@njit(forceinline=True)
+def _exp_minus_abs(x):
+    return _exp2(_smaller(x, 0.0 - x), LOG2_E)
 
 
 @njit(forceinline=True)
 def _sigmoid(x):
-    return _all(1.0) / (_all(1.0) + _exp2(x * _all(-LOG2_E)))
+    w = _exp_minus_abs(x)
+    return _where_negative(x, w, 1.0) / (w + 1.0)
 
 
 @njit(forceinline=True)
-def _softplus(x):
-    """log(1 + exp(x)) and its slope."""
-    w = _exp2(_smaller(x, _all(0.0) - x) * _all(LOG2_E))
-    r = w / (_all(2.0) + w)
-    s = r * r
-    p = _fma(_all(Q3), s, _all(Q2))
-    p = _fma(p, s, _all(Q1))
-    p = _fma(p, s, _all(Q0))
-    p = _fma(p, s, _all(1.0))
-    slope = _where_negative(x, w, _all(1.0)) / (_all(1.0) + w)
-    return _larger(_all(0.0), x) + _all(2.0) * r * p, slope
+def _softplus(x, w):
+    """log(1 + exp(x)), where w is exp(-|x|)."""
+    p = _fma(Q9, w, Q8)
+    p = _fma(p, w, Q7)
+    p = _fma(p, w, Q6)
+    p = _fma(p, w, Q5)
+    p = _fma(p, w, Q4)
+    p = _fma(p, w, Q3)
+    p = _fma(p, w, Q2)
+    p = _fma(p, w, Q1)
+    p = _fma(p, w, Q0)
+    p = _fma(p, w, 1.0)
+    return _fma(p, w, _larger(0.0, x))
 
 
 # --- The kernels. Addresses and strides are in bytes; they run the tasks from `first` to before `last`.
 
 
 @njit(forceinline=True)
-def _clear(address, vectors):
-    for k in range(vectors):
-        _store(address + k * _ROW, _all(0.0))
+def _clear(address, rows):
+    for k in range(rows):
+        for lane in range(LANES):
+            _store_number(address + k * _ROW + lane * _SIZE, types.float32(0.0))
 
 
 @njit(forceinline=True)
-def _gather_rates(A, rates, e, live, N):
-    """A in powers of two, N vectors of the channels from e on, for which A_EN lies the wrong way."""
-    _clear(rates, N)
-    for lane in range(live):
+def _gather_rates(A, rates, live, N):
+    """A in powers of two, N vectors for each LANES channels, for which A_EN lies the wrong way."""
+    _clear(rates, CHANNELS // LANES * N)
+    for e in range(live):
         for n in range(N):
-            a = _load_scalar(A + ((e + lane) * N + n) * _SIZE)
-            _store_scalar(rates + n * _ROW + lane * _SIZE, a * types.float32(LOG2_E))
+            rate = rates + (e // LANES * N + n) * _ROW + e % LANES * _SIZE
+            _store_number(rate, _load_number(A + (e * N + n) * _SIZE) * types.float32(LOG2_E))
 
 
 @njit(forceinline=True)
@@ -279,263 +415,398 @@ def _add_compensated(total, part, count):
         new = old + term
         _store(at, new)
         _store(at + _ROW, (new - old) - term)
-        _store(part + k * _ROW, _all(0.0))
+    _clear(part, count)
 
 
 def _forward(
-    first, last, u, u_b, u_l, dt, dt_b, dt_l, A, B, B_b, B_l, C, C_b, C_l, D, z, z_b, z_l, bias, y,
-    starts, keep, scratch, L, E, N, chunk, reverse,
+    first, last, scratch, u, u_b, u_l, dt, dt_b, dt_l, A, B, B_b, B_l, C, C_b, C_l, D, z, z_b, z_l, bias,
+    y, starts, keep, L, E, N, chunk, reverse,
 ):  # fmt: skip
-    vectors = (E + LANES - 1) // LANES
-    blocks = (vectors + VECTORS - 1) // VECTORS
+    blocks = (E + CHANNELS - 1) // CHANNELS
     chunks = (L + chunk - 1) // chunk
     rates = scratch
-    states = rates + VECTORS * N * _ROW
+    states = rates + N * _WIDE_ROW
+    steps = states + N * _WIDE_ROW
+    inputs = steps + chunk * _WIDE_ROW
+    skips = inputs + chunk * _WIDE_ROW
+    gates = skips + chunk * _WIDE_ROW
     for task in range(first, last):
         b = task // blocks
-        v_first = task % blocks * VECTORS
-        v_last = min(v_first + VECTORS, vectors)
-        for v in range(v_first, v_last):
-            _gather_rates(A, rates + (v - v_first) * N * _ROW, v * LANES, min(LANES, E - v * LANES), N)
-        _clear(states, VECTORS * N)
+        block = task % blocks
+        e = block * _WIDE_ROW
+        live = min(CHANNELS, E - block * CHANNELS)
+        groups = (live + LANES - 1) // LANES
+        _gather_rates(A + e * N, rates, live, N)
+        _clear(states, groups * N)
         for c in range(chunks):
-            for v in range(v_first, v_last):
-                e = v * _ROW
-                live = min(LANES, E - v * LANES)
-                rate = rates + (v - v_first) * N * _ROW
-                state = states + (v - v_first) * N * _ROW
-                start = starts + ((b * vectors + v) * chunks + c) * N * _ROW
+            i_first = c * chunk
+            size = min(chunk, L - i_first)
+            for i in range(size):
+                t = L - 1 - i_first - i if reverse else i_first + i
+                s = _load_wide(dt + b * dt_b + t * dt_l + e, live) + _load_wide(bias + e, live)
+                d = _softplus(s, _exp_minus_abs(s))
+                u_t = _load_wide(u + b * u_b + t * u_l + e, live)
+                _store_wide(steps + i * _WIDE_ROW, _smaller(LONGEST, d))
+                _store_wide(inputs + i * _WIDE_ROW, d * u_t)
+                _store_wide(skips + i * _WIDE_ROW, u_t * _load_wide(D + e, live))
+                z_t = _load_wide(z + b * z_b + t * z_l + e, live)
+                _store_wide(gates + i * _WIDE_ROW, z_t * _sigmoid(z_t))
+            for g in range(groups):
+                rate = rates + g * N * _ROW
+                state = states + g * N * _ROW
                 if keep:
+                    start = starts + ((task * chunks + c) * CHANNELS // LANES + g) * N * _ROW
                     for n in range(N):
                         _store(start + n * _ROW, _load(state + n * _ROW))
-                D_v = _load_part(D + e, live)
-                bias_v = _load_part(bias + e, live)
-                for i in range(c * chunk, min(c * chunk + chunk, L)):
-                    t = L - 1 - i if reverse else i
-                    u_v = _load_part(u + b * u_b + t * u_l + e, live)
-                    d, _ = _softplus(_load_part(dt + b * dt_b + t * dt_l + e, live) + bias_v)
-                    x = d * u_v
+                for i in range(size):
+                    t = L - 1 - i_first - i if reverse else i_first + i
+                    at = i * _WIDE_ROW + g * _ROW
+                    d = _load(steps + at)
+                    x = _load(inputs + at)
+                    t_next = t - chunk if reverse else t + chunk
+                    here = e + g * _ROW
+                    _expect(u + b * u_b + t_next * u_l + here)
+                    _expect(dt + b * dt_b + t_next * dt_l + here)
+                    _expect(z + b * z_b + t_next * z_l + here)
+                    _expect_to_write(y + (b * L + t_next) * E * _SIZE + here)
+                    total = _load(skips + at)
                     B_t = B + b * B_b + t * B_l
                     C_t = C + b * C_b + t * C_l
-                    sum_v = D_v * u_v
                     for n in range(N):
-                        decay = _exp2(d * _load(rate + n * _ROW))
-                        h = _fma(decay, _load(state + n * _ROW), x * _all(_load_scalar(B_t + n * _SIZE)))
+                        decay = _exp2(d, _load(rate + n * _ROW))
+                        h = _fma(decay, _load(state + n * _ROW), x * _load_number(B_t + n * _SIZE))
                         _store(state + n * _ROW, h)
-                        sum_v = _fma(h, _all(_load_scalar(C_t + n * _SIZE)), sum_v)
-                    z_v = _load_part(z + b * z_b + t * z_l + e, live)
-                    _store_part(y + (b * L + t) * E * _SIZE + e, sum_v * z_v * _sigmoid(z_v), live)
+                        total = _fma(h, _load_number(C_t + n * _SIZE), total)
+                    _store_part(y + (b * L + t) * E * _SIZE + here, total * _load(gates + at), live - g * LANES)
 
 
 def _backward(
-    first, last, u, u_b, u_l, dt, dt_b, dt_l, A, B, B_b, B_l, C, C_b, C_l, D, z, z_b, z_l, bias, dy, dy_b, dy_l,
-    starts, du, ddt, dz, dB, dC, dparameters, scratch, L, E, N, chunk, reverse,
+    first, last, scratch, u, u_b, u_l, dt, dt_b, dt_l, A, B, B_b, B_l, C, C_b, C_l, D, z, z_b, z_l, bias,
+    dy, dy_b, dy_l, starts, du, ddt, dz, dB, dC, dparameters, L, E, N, chunk, reverse,
 ):  # fmt: skip
-    vectors = (E + LANES - 1) // LANES
-    blocks = (vectors + VECTORS - 1) // VECTORS
+    blocks = (E + CHANNELS - 1) // CHANNELS
     chunks = (L + chunk - 1) // chunk
     rates = scratch
-    carries = rates + VECTORS * N * _ROW
+    carries = rates + N * _WIDE_ROW
     # The sums over tokens of the gradients of A, D and the bias: of a chunk, and of all with their rounding errors.
-    parts = carries + VECTORS * N * _ROW
+    parts = carries + N * _WIDE_ROW
     totals = parts + (N + 2) * _ROW
-    decays = totals + VECTORS * (N + 2) * 2 * _ROW
+    steps = totals + 2 * (N + 2) * _WIDE_ROW
+    slopes = steps + chunk * _WIDE_ROW
+    inputs = slopes + chunk * _WIDE_ROW
+    dys = inputs + chunk * _WIDE_ROW
+    dzs = dys + chunk * _WIDE_ROW
+    decays = dzs + chunk * _WIDE_ROW
     states = decays + chunk * N * _ROW
     dBs = states + (chunk + 1) * N * _ROW
-    dCs = dBs + chunk * N * _ROW
-    tokens = dCs + chunk * N * _ROW
+    dCs = dBs + chunk * N * _ROW // 2
     for task in range(first, last):
         b = task // blocks
-        v_first = task % blocks * VECTORS
-        v_last = min(v_first + VECTORS, vectors)
-        for v in range(v_first, v_last):
-            _gather_rates(A, rates + (v - v_first) * N * _ROW, v * LANES, min(LANES, E - v * LANES), N)
-        _clear(carries, VECTORS * N)
+        block = task % blocks
+        e = block * _WIDE_ROW
+        live = min(CHANNELS, E - block * CHANNELS)
+        groups = (live + LANES - 1) // LANES
+        _gather_rates(A + e * N, rates, live, N)
+        _clear(carries, groups * N)
         _clear(parts, N + 2)
-        _clear(totals, VECTORS * (N + 2) * 2)
+        _clear(totals, groups * (N + 2) * 2)
         for c in range(chunks - 1, -1, -1):
-            _clear(dBs, chunk * N)
-            _clear(dCs, chunk * N)
             i_first = c * chunk
             size = min(chunk, L - i_first)
-            for v in range(v_first, v_last):
-                e = v * _ROW
-                live = min(LANES, E - v * LANES)
-                rate = rates + (v - v_first) * N * _ROW
-                carry = carries + (v - v_first) * N * _ROW
-                start = starts + ((b * vectors + v) * chunks + c) * N * _ROW
+            _clear(dBs, chunk * N)
+            for i in range(size):
+                t = L - 1 - i_first - i if reverse else i_first + i
+                s = _load_wide(dt + b * dt_b + t * dt_l + e, live) + _load_wide(bias + e, live)
+                w = _exp_minus_abs(s)
+                _store_wide(steps + i * _WIDE_ROW, _softplus(s, w))
+                _store_wide(inputs + i * _WIDE_ROW, _load_wide(u + b * u_b + t * u_l + e, live))
+                # Both sigmoids, of s and of z, from one division, which takes as long as ten products.
+                z_t = _load_wide(z + b * z_b + t * z_l + e, live)
+                w_z = _exp_minus_abs(z_t)
+                ratio = 1.0 / ((w + 1.0) * (w_z + 1.0))
+                _store_wide(slopes + i * _WIDE_ROW, _where_negative(s, w, 1.0) * ((w_z + 1.0) * ratio))
+                sigmoid = _where_negative(z_t, w_z, 1.0) * ((w + 1.0) * ratio)
+                silu = z_t * sigmoid
+                dy_t = _load_wide(dy + b * dy_b + t * dy_l + e, live)
+                _store_wide(dys + i * _WIDE_ROW, dy_t * silu)
+                _store_wide(dzs + i * _WIDE_ROW, dy_t * _fma(silu, 1.0 - sigmoid, sigmoid))
+            for g in range(groups):
+                rate = rates + g * N * _ROW
+                carry = carries + g * N * _ROW
+                start = starts + ((task * chunks + c) * CHANNELS // LANES + g) * N * _ROW
                 for n in range(N):
                     _store(states + n * _ROW, _load(start + n * _ROW))
-                D_v = _load_part(D + e, live)
-                bias_v = _load_part(bias + e, live)
+                alive = live - g * LANES
+                D_g = _load_part(D + e + g * _ROW, alive)
                 for i in range(size):
                     t = L - 1 - i_first - i if reverse else i_first + i
-                    u_v = _load_part(u + b * u_b + t * u_l + e, live)
-                    d, slope = _softplus(_load_part(dt + b * dt_b + t * dt_l + e, live) + bias_v)
-                    x = d * u_v
+                    at = i * _WIDE_ROW + g * _ROW
+                    u_t = _load(inputs + at)
+                    d = _load(steps + at)
+                    x = d * u_t
+                    d = _smaller(LONGEST, d)
                     B_t = B + b * B_b + t * B_l
                     C_t = C + b * C_b + t * C_l
-                    sum_v = D_v * u_v
-                    decay_i = decays + i * N * _ROW
-                    state_i = states + i * N * _ROW
+                    # The chunk that comes next is the one before, in the order of the tokens.
+                    t_next = t + chunk if reverse else t - chunk
+                    here = e + g * _ROW
+                    _expect(u + b * u_b + t_next * u_l + here)
+                    _expect(dt + b * dt_b + t_next * dt_l + here)
+                    _expect(z + b * z_b + t_next * z_l + here)
+                    _expect(dy + b * dy_b + t_next * dy_l + here)
+                    token = (b * L + t) * E * _SIZE + here
+                    _expect_to_write(du + token)
+                    _expect_to_write(ddt + token)
+                    _expect_to_write(dz + (b * L + t_next) * E * _SIZE + here)
+                    total = D_g * u_t
+                    decay_t = decays + i * N * _ROW
+                    state_t = states + i * N * _ROW
                     for n in range(N):
-                        decay = _exp2(d * _load(rate + n * _ROW))
-                        h = _fma(decay, _load(state_i + n * _ROW), x * _all(_load_scalar(B_t + n * _SIZE)))
-                        _store(decay_i + n * _ROW, decay)
-                        _store(state_i + (N + n) * _ROW, h)
-                        sum_v = _fma(h, _all(_load_scalar(C_t + n * _SIZE)), sum_v)
-                    z_v = _load_part(z + b * z_b + t * z_l + e, live)
-                    dy_v = _load_part(dy + b * dy_b + t * dy_l + e, live)
-                    sigmoid = _sigmoid(z_v)
-                    silu = z_v * sigmoid
-                    silu_slope = _fma(silu, _all(1.0) - sigmoid, sigmoid)
-                    _store_part(dz + (b * L + t) * E * _SIZE + e, dy_v * sum_v * silu_slope, live)
-                    token = tokens + i * 4 * _ROW
-                    _store(token, d)
-                    _store(token + _ROW, slope)
-                    _store(token + 2 * _ROW, u_v)
-                    _store(token + 3 * _ROW, dy_v * silu)
-                dD_v = _all(0.0)
-                dbias_v = _all(0.0)
+                        decay = _exp2(d, _load(rate + n * _ROW))
+                        h = _fma(decay, _load(state_t + n * _ROW), x * _load_number(B_t + n * _SIZE))
+                        _store(decay_t + n * _ROW, decay)
+                        _store(state_t + (N + n) * _ROW, h)
+                        total = _fma(h, _load_number(C_t + n * _SIZE), total)
+                    _store_part(dz + token, total * _load(dzs + at), alive)
+                dD = D_g * 0.0
+                dbias = dD
                 for i in range(size - 1, -1, -1):
                     t = L - 1 - i_first - i if reverse else i_first + i
-                    token = tokens + i * 4 * _ROW
-                    d = _load(token)
-                    u_v = _load(token + 2 * _ROW)
-                    dy_v = _load(token + 3 * _ROW)
-                    x = d * u_v
+                    at = i * _WIDE_ROW + g * _ROW
+                    u_t = _load(inputs + at)
+                    d = _load(steps + at)
+                    dy_t = _load(dys + at)
+                    x = d * u_t
                     B_t = B + b * B_b + t * B_l
                     C_t = C + b * C_b + t * C_l
-                    decay_i = decays + i * N * _ROW
-                    state_i = states + i * N * _ROW
-                    dx = _all(0.0)
-                    dd = _all(0.0)
+                    decay_t = decays + i * N * _ROW
+                    state_t = states + i * N * _ROW
+                    dx = x * 0.0
+                    dd = dx
                     for n in range(N):
-                        g = _fma(dy_v, _all(_load_scalar(C_t + n * _SIZE)), _load(carry + n * _ROW))
-                        dB_in = dBs + (i * N + n) * _ROW
-                        dC_in = dCs + (i * N + n) * _ROW
-                        _store(dB_in, _fma(g, x, _load(dB_in)))
-                        _store(dC_in, _fma(_load(state_i + (N + n) * _ROW), dy_v, _load(dC_in)))
-                        dx = _fma(g, _all(_load_scalar(B_t + n * _SIZE)), dx)
-                        g = g * _load(decay_i + n * _ROW)
-                        _store(carry + n * _ROW, g)
+                        g_n = _fma(dy_t, _load_number(C_t + n * _SIZE), _load(carry + n * _ROW))
+                        _accumulate(dBs + (i * N + n) * _ROW // 2, g_n, x)
+                        _accumulate(dCs + (i * N + n) * _ROW // 2, _load(state_t + (N + n) * _ROW), dy_t)
+                        dx = _fma(g_n, _load_number(B_t + n * _SIZE), dx)
+                        g_n = g_n * _load(decay_t + n * _ROW)
+                        _store(carry + n * _ROW, g_n)
                         # Of the exponent d A.
-                        dp = g * _load(state_i + n * _ROW)
+                        dp = g_n * _load(state_t + n * _ROW)
                         dd = _fma(dp, _load(rate + n * _ROW), dd)
                         _store(parts + n * _ROW, _fma(dp, d, _load(parts + n * _ROW)))
-                    dt_v = _fma(dd, _all(LN_2), dx * u_v) * _load(token + _ROW)
-                    _store_part(ddt + (b * L + t) * E * _SIZE + e, dt_v, live)
-                    _store_part(du + (b * L + t) * E * _SIZE + e, _fma(dx, d, dy_v * D_v), live)
-                    dD_v = _fma(dy_v, u_v, dD_v)
-                    dbias_v = dbias_v + dt_v
-                _store(parts + N * _ROW, dD_v)
-                _store(parts + (N + 1) * _ROW, dbias_v)
-                _add_compensated(totals + (v - v_first) * (N + 2) * 2 * _ROW, parts, N + 2)
+                    ddt_t = _fma(dd, LN_2, dx * u_t) * _load(slopes + at)
+                    token = (b * L + t) * E * _SIZE + e + g * _ROW
+                    _store_part(ddt + token, ddt_t, alive)
+                    _store_part(du + token, _fma(dx, d, dy_t * D_g), alive)
+                    dD = _fma(dy_t, u_t, dD)
+                    dbias = dbias + ddt_t
+                _store(parts + N * _ROW, dD)
+                _store(parts + (N + 1) * _ROW, dbias)
+                _add_compensated(totals + g * (N + 2) * 2 * _ROW, parts, N + 2)
             for i in range(size):
                 t = L - 1 - i_first - i if reverse else i_first + i
                 for n in range(N):
                     at = ((task * L + t) * N + n) * _SIZE
-                    _store_scalar(dB + at, _total(_load(dBs + (i * N + n) * _ROW)))
-                    _store_scalar(dC + at, _total(_load(dCs + (i * N + n) * _ROW)))
-        for v in range(v_first, v_last):
+                    _store_number(dB + at, _total(dBs + (i * N + n) * _ROW // 2))
+                    _store_number(dC + at, _total(dCs + (i * N + n) * _ROW // 2))
+        for g in range(groups):
             for n in range(N + 2):
-                total = _load(totals + ((v - v_first) * (N + 2) + n) * 2 * _ROW)
-                _store(dparameters + ((b * vectors + v) * (N + 2) + n) * _ROW, total)
+                total = _load(totals + (g * (N + 2) + n) * 2 * _ROW)
+                _store(dparameters + (task * (N + 2) + n) * _WIDE_ROW + g * _ROW, total)
 
 
-def _sum_parameters(dparameters, dA, dD, dbias, batch, E, N):
-    """The sums over the batch, from [B, vectors, N + 2, LANES] to [E, N], [E] and [E]."""
-    vectors = (E + LANES - 1) // LANES
-    for e in range(E):
-        for n in range(N + 2):
+def _forward_conv(first, last, taps, u, u_b, u_l, weight, bias, y, L, E, K, reverse):
+    blocks = (E + CHANNELS - 1) // CHANNELS
+    for task in range(first, last):
+        b = task // blocks
+        block = task % blocks
+        e = block * _WIDE_ROW
+        live = min(CHANNELS, E - block * CHANNELS)
+        u_e = u + b * u_b + e
+        _gather_taps(weight + e * K, taps, live, K)
+        for i in range(L):
+            t = L - 1 - i if reverse else i
+            t_next = t - AHEAD if reverse else t + AHEAD
+            for g in range(0, live, LANES):
+                _expect(u_e + t_next * u_l + g * _SIZE)
+                _expect_to_write(y + (b * L + t_next) * E * _SIZE + e + g * _SIZE)
+            s = _convolve(u_e, u_l, taps, bias + e, live, L, K, i, reverse)
+            _store_wide_part(y + (b * L + t) * E * _SIZE + e, s * _sigmoid(s), live)
+
+
+def _backward_conv(
+    first, last, taps, u, u_b, u_l, weight, bias, dy, dy_b, dy_l, du, dparameters, L, E, K, chunk, reverse,
+):  # fmt: skip
+    blocks = (E + CHANNELS - 1) // CHANNELS
+    chunks = (L + chunk - 1) // chunk
+    # The sums over tokens of the gradients of the taps and the bias: of a chunk, and of all with their rounding errors.
+    parts = taps + K * _WIDE_ROW
+    totals = parts + (K + 1) * _WIDE_ROW
+    # Gradients of what enters the SiLU, of a chunk and of the K - 1 tokens after it.
+    slopes = totals + 2 * (K + 1) * _WIDE_ROW
+    for task in range(first, last):
+        b = task // blocks
+        block = task % blocks
+        e = block * _WIDE_ROW
+        live = min(CHANNELS, E - block * CHANNELS)
+        u_e = u + b * u_b + e
+        _gather_taps(weight + e * K, taps, live, K)
+        _clear(parts, 3 * (K + 1) * (CHANNELS // LANES))
+        _clear(slopes, (chunk + K - 1) * (CHANNELS // LANES))
+        for c in range(chunks - 1, -1, -1):
+            i_first = c * chunk
+            size = min(chunk, L - i_first)
+            for k in range(K - 2, -1, -1):
+                _store_wide(slopes + (size + k) * _WIDE_ROW, _load_wide(slopes + k * _WIDE_ROW, CHANNELS))
+            for i in range(size):
+                t = L - 1 - i_first - i if reverse else i_first + i
+                t_next = t + chunk if reverse else t - chunk
+                for g in range(0, live, LANES):
+                    _expect(u_e + t_next * u_l + g * _SIZE)
+                    _expect(dy + b * dy_b + t_next * dy_l + e + g * _SIZE)
+                    _expect_to_write(du + (b * L + t) * E * _SIZE + e + g * _SIZE)
+                s = _convolve(u_e, u_l, taps, bias + e, live, L, K, i_first + i, reverse)
+                sigmoid = _sigmoid(s)
+                ds = _load_wide(dy + b * dy_b + t * dy_l + e, live) * _fma(s * sigmoid, 1.0 - sigmoid, sigmoid)
+                _store_wide(slopes + i * _WIDE_ROW, ds)
+                for k in range(max(0, K - 1 - i_first - i), K):
+                    u_k = _load_wide(u_e + (t + K - 1 - k if reverse else t - K + 1 + k) * u_l, live)
+                    part = parts + k * _WIDE_ROW
+                    _store_wide(part, _fma(ds, u_k, _load_wide(part, CHANNELS)))
+                part = parts + K * _WIDE_ROW
+                _store_wide(part, ds + _load_wide(part, CHANNELS))
+            for i in range(size):
+                t = L - 1 - i_first - i if reverse else i_first + i
+                du_t = _load_wide(taps, CHANNELS) * _load_wide(slopes + (i + K - 1) * _WIDE_ROW, CHANNELS)
+                for k in range(1, K):
+                    ds = _load_wide(slopes + (i + K - 1 - k) * _WIDE_ROW, CHANNELS)
+                    du_t = _fma(_load_wide(taps + k * _WIDE_ROW, CHANNELS), ds, du_t)
+                _store_wide_part(du + (b * L + t) * E * _SIZE + e, du_t, live)
+            _add_compensated(totals, parts, (K + 1) * (CHANNELS // LANES))
+        for k in range(K + 1):
+            for g in range(CHANNELS // LANES):
+                total = _load(totals + (k * (CHANNELS // LANES) + g) * 2 * _ROW)
+                _store(dparameters + (task * (K + 1) + k) * _WIDE_ROW + g * _ROW, total)
+
+
+@njit(forceinline=True)
+def _gather_taps(weight, taps, live, K):
+    """The weights [E, K] as K rows of channels."""
+    _clear(taps, K * (CHANNELS // LANES))
+    for e in range(live):
+        for k in range(K):
+            _store_number(taps + k * _WIDE_ROW + e * _SIZE, _load_number(weight + (e * K + k) * _SIZE))
+
+
+@njit(forceinline=True)
+def _convolve(u, u_l, taps, bias, live, L, K, i, reverse):
+    """The convolution at the token that comes as the i-th."""
+    s = _load_wide(bias, live)
+    for k in range(max(0, K - 1 - i), K):
+        i_k = i - K + 1 + k
+        t = L - 1 - i_k if reverse else i_k
+        s = _fma(_load_wide(taps + k * _WIDE_ROW, CHANNELS), _load_wide(u + t * u_l, live), s)
+    return s
+
+
+def _sum_batch(parts, sums, batch, rows, E):
+    """The sums over the batch, from [B, blocks, rows, CHANNELS] to [rows, E]."""
+    blocks = (E + CHANNELS - 1) // CHANNELS
+    for row in range(rows):
+        for e in range(E):
             total = 0.0
             for b in range(batch):
-                row = (b * vectors + e // LANES) * (N + 2) + n
-                total += _load_scalar(dparameters + row * _ROW + e % LANES * _SIZE)
-            if n < N:
-                _store_scalar(dA + (e * N + n) * _SIZE, types.float32(total))
-            elif n == N:
-                _store_scalar(dD + e * _SIZE, types.float32(total))
-            else:
-                _store_scalar(dbias + e * _SIZE, types.float32(total))
+                at = ((b * blocks + e // CHANNELS) * rows + row) * CHANNELS + e % CHANNELS
+                total += _load_number(parts + at * _SIZE)
+            _store_number(sums + (row * E + e) * _SIZE, types.float32(total))
 
 
 # --- Compiled once, kept on disk.
 
+#: What it takes to compile the kernels, on a core of 2023.
+COMPILE_S = 5
+
+_lock = threading.Lock()
+_compiled: dict[Callable, Callable] = {}
+
 
 class _Announcement(event.Listener):
-    """Says once that numba compiles, which a kernel from the disk does not."""
+    """Says that numba compiles, which it does not where it finds its work of an earlier day on the disk."""
 
     def __init__(self) -> None:
-        self.silent = True
+        self.said = False
 
-    def on_start(self, event: Any) -> None:
-        if self.silent:
-            self.silent = False
+    def on_start(self, event: Any) -> None:  # noqa: ARG002  (the contract's)
+        if not self.said:
             logger.warning("compiling the CPU scan, once on this machine, about %d s", COMPILE_S)
+        self.said = True
 
     def on_end(self, event: Any) -> None:
         pass
 
 
-#: What the kernels take to compile.
-COMPILE_S = 10
-
-_lock = threading.Lock()
-
-
-@cache
-def _kernels() -> dict[str, Callable]:
-    """Each kernel, compiled for addresses and sizes in int64, the only types it is ever called with."""
-    with _lock, event.install_listener("numba:compile", _Announcement()):
-        return {function.__name__: _compile(function) for function in (_forward, _backward, _sum_parameters)}
+def _kernel(function: Callable) -> Callable:
+    """The kernel, compiled for addresses and sizes in int64, the only types that it is ever called with."""
+    with _lock:
+        if not _compiled:
+            with event.install_listener("numba:compile", _Announcement()):
+                for kernel in (_forward, _backward, _forward_conv, _backward_conv, _sum_batch):
+                    _compiled[kernel] = _compile(kernel)
+        return _compiled[function]
 
 
 def _compile(function: Callable) -> Callable:
     given = types.void(*(types.int64,) * function.__code__.co_argcount)
     try:
         return njit([given], cache=True, nogil=True, error_model="numpy")(function)
-    except RuntimeError:
-        # Numba finds no folder to write to.
+    except (RuntimeError, OSError) as error:
+        logger.warning("the compiled CPU scan cannot be kept for other processes: %s", error)
         return njit([given], nogil=True, error_model="numpy")(function)
 
 
 # --- Threads.
 
+#: Steps of the recurrence, or as much other work, for which it pays to wake a thread: some 50 microseconds.
+GRAIN = 2**18
+
 _pool: ThreadPoolExecutor | None = None
 
 
 def _forget_threads() -> None:
-    """A forked process has none of its parent's threads."""
-    global _pool
-    _pool = None
+    """A forked process has none of its parent's threads, and whoever held the lock is not among them."""
+    global _lock, _pool
+    _lock, _pool = threading.Lock(), None
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
 
 
-def _run(kernel: Callable, tasks: int, arguments: Sequence[int], *, scratch: int, at: int) -> None:
-    """All tasks, each by whichever thread comes first. `scratch` floats for each thread become the argument `at`."""
-    threads = min(torch.get_num_threads(), tasks)
-
-    def call(first: int, last: int, memory: Tensor) -> None:
-        kernel(first, last, *arguments[:at], memory.data_ptr(), *arguments[at:])
-
-    if threads == 1:
-        call(0, tasks, torch.empty(scratch))
-        return
+def _run(function: Callable, *arguments: int, tasks: int, work: int, scratch: int) -> None:
+    """All tasks, each by the next free thread. `work` is what they are together; `scratch` the floats of a thread."""
+    kernel = _kernel(function)
+    threads = max(1, min(torch.get_num_threads(), tasks, work // GRAIN))
+    # Taking the next number is one instruction of the interpreter: no two threads get the same.
     following = itertools.count()
 
-    def work() -> None:
-        memory = torch.empty(scratch)
+    def take_tasks() -> None:
+        memory = torch.empty(scratch, dtype=torch.float32, device="cpu")
         while (task := next(following)) < tasks:
-            call(task, task + 1, memory)
+            kernel(task, task + 1, memory.data_ptr(), *arguments)
 
-    others = [_threads(threads - 1).submit(work) for _ in range(threads - 1)]
-    work()
-    for other in others:
-        other.result()
+    if threads == 1:
+        memory = torch.empty(scratch, dtype=torch.float32, device="cpu")
+        kernel(0, tasks, memory.data_ptr(), *arguments)
+        return
+    helpers = [_threads(threads - 1).submit(take_tasks) for _ in range(threads - 1)]
+    try:
+        take_tasks()
+    finally:
+        # Whatever interrupts this thread, the caller must not free what others still work on.
+        wait([helper for helper in helpers if not helper.cancel()])
+    for helper in helpers:
+        if not helper.cancelled():
+            helper.result()
 
 
 def _threads(count: int) -> ThreadPoolExecutor:
@@ -546,43 +817,33 @@ def _threads(count: int) -> ThreadPoolExecutor:
         return _pool
 
 
-# --- The operators.
+# --- The operators. They are registered without their gradients, which would cost every call 0.1 ms more than the two
+# Functions around them; torch.compile sees through both.
 
 
 def chunk_of(state: int) -> int:
-    """Tokens in a chunk: what the backward recomputes of it stays in the caches next to the core."""
+    """Tokens in a chunk of the scan: what the backward recomputes of one stays in the caches next to the core."""
     return 16 if state <= 8 else 32
 
 
-def _vectors(channels: int) -> int:
-    return -(-channels // LANES)
-
-
 def _blocks(channels: int) -> int:
-    return -(-_vectors(channels) // VECTORS)
-
-
-def _rows(x_BLX: Tensor) -> tuple[Tensor, list[int]]:
-    """The tensor, or a copy if its last dimension does not lie side by side; its address and strides in bytes."""
-    if x_BLX.stride(-1) != 1:
-        x_BLX = x_BLX.contiguous()
-    return x_BLX, [x_BLX.data_ptr(), x_BLX.stride(0) * _SIZE, x_BLX.stride(1) * _SIZE]
-
-
-def _inputs(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor
-) -> tuple[list[Tensor], list[int]]:
-    """The tensors to hold on to, and what the kernels take of them."""
-    (u, u_at), (dt, dt_at), (B, B_at), (C, C_at), (z, z_at) = (_rows(x) for x in (u, dt, B, C, z))
-    A, D, dt_bias = A.contiguous(), D.contiguous(), dt_bias.contiguous()
-    given = [*u_at, *dt_at, A.data_ptr(), *B_at, *C_at, D.data_ptr(), *z_at, dt_bias.data_ptr()]
-    return [u, dt, A, B, C, D, z, dt_bias], given
+    return -(-channels // CHANNELS)
 
 
 def _starts_shape(u: Tensor, A: Tensor, *, keep: bool) -> tuple[int, ...]:
-    batch, tokens, channels = u.shape
-    state = A.shape[1]
-    return (batch, _vectors(channels), -(-tokens // chunk_of(state)), state, LANES) if keep else (0,)
+    (batch, tokens, channels), state = u.shape, A.shape[1]
+    return (batch, _blocks(channels), -(-tokens // chunk_of(state)), CHANNELS * state) if keep else (0,)
+
+
+def _rows(x_BLX: Tensor) -> Tensor:
+    """The tensor, or a copy where its last dimension does not lie side by side."""
+    return x_BLX if x_BLX.stride(-1) == 1 or x_BLX.shape[-1] == 1 else x_BLX.contiguous()
+
+
+def _where(*tensors: Tensor) -> list[int]:
+    """What the kernels take of tensors: the address, and the strides in bytes of those that run along the tokens."""
+    strides = ([x.stride(0) * _SIZE, x.stride(1) * _SIZE] if x.ndim == 3 else [] for x in tensors)
+    return [number for x, given in zip(tensors, strides, strict=True) for number in (x.data_ptr(), *given)]
 
 
 @torch.library.custom_op("helix::selective_scan", mutates_args=(), device_types="cpu")
@@ -599,24 +860,25 @@ def selective_scan_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """y [B, L, E], and with `keep` the states at the start of every chunk, which the backward needs."""
-    (batch, tokens, channels), state = u.shape, A.shape[1]
-    held, given = _inputs(u, dt, A, B, C, D, z, dt_bias)
+    (batch, tokens, channels), state, chunk = u.shape, A.shape[1], chunk_of(A.shape[1])
+    inputs = [_rows(x) for x in (u, dt)] + [A.contiguous()] + [_rows(x) for x in (B, C)]
+    inputs += [D.contiguous(), _rows(z), dt_bias.contiguous()]
     y = u.new_empty(u.shape)
     starts = u.new_empty(_starts_shape(u, A, keep=keep))
-    sizes = [tokens, channels, state, chunk_of(state), reverse]
     _run(
-        _kernels()["_forward"],
-        batch * _blocks(channels),
-        [*given, y.data_ptr(), starts.data_ptr(), keep, *sizes],
-        scratch=2 * VECTORS * state * LANES,
-        at=-len(sizes),
+        _forward,
+        *_where(*inputs),
+        *(y.data_ptr(), starts.data_ptr(), int(keep)),
+        *(tokens, channels, state, chunk, int(reverse)),
+        tasks=batch * _blocks(channels),
+        work=u.numel() * state,
+        scratch=CHANNELS * (2 * state + 4 * chunk),
     )
-    del held
     return y, starts
 
 
 @selective_scan_forward.register_fake
-def _(u, dt, A, B, C, D, z, dt_bias, reverse, keep):
+def _(u, dt, A, B, C, D, z, dt_bias, reverse, keep):  # noqa: ARG001  (the contract's)
     return u.new_empty(u.shape), u.new_empty(_starts_shape(u, A, keep=keep))
 
 
@@ -636,56 +898,129 @@ def selective_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the eight inputs, in their order."""
     (batch, tokens, channels), state, chunk = u.shape, A.shape[1], chunk_of(A.shape[1])
-    held, given = _inputs(u, dt, A, B, C, D, z, dt_bias)
-    dy, dy_at = _rows(dy)
+    inputs = [_rows(x) for x in (u, dt)] + [A.contiguous()] + [_rows(x) for x in (B, C)]
+    inputs += [D.contiguous(), _rows(z), dt_bias.contiguous(), _rows(dy)]
     du, ddt, dz = (u.new_empty(u.shape) for _ in range(3))
-    dA, dD, dbias = u.new_empty(A.shape), u.new_empty(D.shape), u.new_empty(D.shape)
     dB, dC = (u.new_empty(batch, _blocks(channels), tokens, state) for _ in range(2))
-    dparameters = u.new_empty(batch, _vectors(channels), state + 2, LANES)
-    results = [x.data_ptr() for x in (starts, du, ddt, dz, dB, dC, dparameters)]
-    sizes = [tokens, channels, state, chunk, reverse]
+    dparameters = u.new_empty(batch, _blocks(channels), state + 2, CHANNELS)
     _run(
-        _kernels()["_backward"],
-        batch * _blocks(channels),
-        [*given, *dy_at, *results, *sizes],
-        scratch=LANES * (2 * VECTORS * state + (1 + 2 * VECTORS) * (state + 2) + (4 * chunk + 1) * state + 4 * chunk),
-        at=-len(sizes),
+        _backward,
+        *_where(*inputs),
+        *(x.data_ptr() for x in (starts, du, ddt, dz, dB, dC, dparameters)),
+        *(tokens, channels, state, chunk, int(reverse)),
+        tasks=batch * _blocks(channels),
+        work=2 * u.numel() * state,
+        scratch=CHANNELS * (4 * state + 4 + 5 * chunk) + LANES * (state + 2 + (3 * chunk + 1) * state),
     )
-    del held
-    _kernels()["_sum_parameters"](
-        dparameters.data_ptr(), dA.data_ptr(), dD.data_ptr(), dbias.data_ptr(), batch, channels, state
+    parameters = _sum_over_batch(dparameters, channels)
+    dA, dD, dbias = (
+        parameters[:state].t().clone(memory_format=torch.contiguous_format),
+        parameters[state].clone(),
+        parameters[state + 1].clone(),
     )
-    return du, ddt, dA, _sum_blocks(dB), _sum_blocks(dC), dD, dz, dbias
-
-
-def _sum_blocks(parts: Tensor) -> Tensor:
-    """[B, blocks, L, N] -> [B, L, N], one block after the other."""
-    total = parts[:, 0]
-    for block in range(1, parts.shape[1]):
-        total = total + parts[:, block]
-    return total.clone() if parts.shape[1] == 1 else total
+    return du, ddt, dA, _sum_over_blocks(dB), _sum_over_blocks(dC), dD, dz, dbias
 
 
 @selective_scan_backward.register_fake
-def _(dy, starts, u, dt, A, B, C, D, z, dt_bias, reverse):
+def _(dy, starts, u, dt, A, B, C, D, z, dt_bias, reverse):  # noqa: ARG001  (the contract's)
     return tuple(x.new_empty(x.shape) for x in (u, dt, A, B, C, D, z, dt_bias))
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.reverse, _ = inputs
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.set_materialize_grads(False)
+@torch.library.custom_op("helix::conv_silu", mutates_args=(), device_types="cpu")
+def conv_silu_forward(u: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+    """y [B, L, E] from u [B, L, E] and weight [E, K]."""
+    (batch, tokens, channels), taps = u.shape, weight.shape[1]
+    inputs = [_rows(u), weight.contiguous(), bias.contiguous()]
+    y = u.new_empty(u.shape)
+    _run(
+        _forward_conv,
+        *(*_where(*inputs), y.data_ptr()),
+        *(tokens, channels, taps, int(reverse)),
+        tasks=batch * _blocks(channels),
+        work=2 * u.numel(),
+        scratch=CHANNELS * taps,
+    )
+    return y
 
 
-def _pull(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 10
-    gradients = selective_scan_backward(dy, *ctx.saved_tensors, ctx.reverse)
-    wanted = (x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad, strict=False))
-    return (*wanted, None, None)
+@conv_silu_forward.register_fake
+def _(u, weight, bias, reverse):  # noqa: ARG001  (the contract's)
+    return u.new_empty(u.shape)
 
 
-selective_scan_forward.register_autograd(_pull, setup_context=_keep_inputs)
+@torch.library.custom_op("helix::conv_silu_backward", mutates_args=(), device_types="cpu")
+def conv_silu_backward(
+    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of u, weight and bias."""
+    (batch, tokens, channels), taps = u.shape, weight.shape[1]
+    chunk = max(CONV_CHUNK, taps)
+    inputs = [_rows(u), weight.contiguous(), bias.contiguous(), _rows(dy)]
+    du = u.new_empty(u.shape)
+    dparameters = u.new_empty(batch, _blocks(channels), taps + 1, CHANNELS)
+    _run(
+        _backward_conv,
+        *(*_where(*inputs), du.data_ptr(), dparameters.data_ptr()),
+        *(tokens, channels, taps, chunk, int(reverse)),
+        tasks=batch * _blocks(channels),
+        work=4 * u.numel(),
+        scratch=CHANNELS * (5 * taps + 2 + chunk),
+    )
+    parameters = _sum_over_batch(dparameters, channels)
+    return du, parameters[:taps].t().clone(memory_format=torch.contiguous_format), parameters[taps].clone()
+
+
+@conv_silu_backward.register_fake
+def _(dy, u, weight, bias, reverse):  # noqa: ARG001  (the contract's)
+    return tuple(x.new_empty(x.shape) for x in (u, weight, bias))
+
+
+def _sum_over_batch(parts: Tensor, channels: int) -> Tensor:
+    """[B, blocks, rows, CHANNELS] -> [rows, E], one batch entry after the other."""
+    batch, _, rows, _ = parts.shape
+    sums = parts.new_empty(rows, channels)
+    _kernel(_sum_batch)(parts.data_ptr(), sums.data_ptr(), batch, rows, channels)
+    return sums
+
+
+def _sum_over_blocks(parts: Tensor) -> Tensor:
+    """[B, blocks, L, N] -> [B, L, N], one block after the other."""
+    first, *others = parts.unbind(1)
+    total = first.clone()
+    for part in others:
+        total += part
+    return total
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, ctx.reverse = inputs
+        y, starts = selective_scan_forward(*inputs, keep=True)
+        ctx.save_for_backward(starts, *tensors)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        return *selective_scan_backward(dy, *ctx.saved_tensors, ctx.reverse), None
+
+
+class _ConvSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, ctx.reverse = inputs
+        ctx.save_for_backward(*tensors)
+        return conv_silu_forward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        return *conv_silu_backward(dy, *ctx.saved_tensors, ctx.reverse), None
+
+
+def _tracked(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def selective_scan(
@@ -699,7 +1034,31 @@ def selective_scan(
     dt_bias_E: Tensor,
     reverse: bool,
 ) -> Tensor:
-    """y_BLE, in float32 only."""
-    inputs = (u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E)
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return selective_scan_forward(*inputs, reverse, keep)[0]
+    """y_BLE. All tensors are float32 and on the CPU."""
+    tensors = (u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E)
+    _check(tensors, ("BLE", "BLE", "EN", "BLN", "BLN", "E", "BLE", "E"))
+    if _tracked(tensors):
+        return _Scan.apply(*tensors, reverse)
+    return selective_scan_forward(*tensors, reverse, keep=False)[0]
+
+
+def conv_silu(u_BLE: Tensor, weight_EK: Tensor, bias_E: Tensor, reverse: bool) -> Tensor:
+    """silu of each channel's convolution over its own past tokens, or with `reverse` over those to come.
+
+    All tensors are float32 and on the CPU. Of the results in between nothing is kept.
+    """
+    tensors = (u_BLE, weight_EK, bias_E)
+    _check(tensors, ("BLE", "EK", "E"))
+    if _tracked(tensors):
+        return _ConvSilu.apply(*tensors, reverse)
+    return conv_silu_forward(*tensors, reverse)
+
+
+def _check(tensors: Sequence[Tensor], shapes: Sequence[str]) -> None:
+    """The kernels believe every shape that they are told, so shapes that disagree end here."""
+    sizes: dict[str, int] = {}
+    for x, letters in zip(tensors, shapes, strict=True):
+        given = tuple(x.shape)
+        wanted = tuple(sizes.setdefault(letter, size) for letter, size in zip(letters, given, strict=False))
+        if len(given) != len(letters) or given != wanted or x.dtype != torch.float32:
+            raise ValueError(f"a tensor [{', '.join(letters)}] is {list(given)} in {x.dtype}; sizes so far: {sizes}")

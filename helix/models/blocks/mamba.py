@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from helix.models.block import Layer
-from helix.models.scan import selective_scan
+from helix.models.scan import numba_kernels, scan_backend, selective_scan
 from helix.protocol import Protocol
 from helix.registry import BLOCKS
 
@@ -88,7 +88,7 @@ class Mamba(nn.Module):
 
     def forward(self, h_BLD: Tensor) -> Tensor:
         u_BLE, z_BLE = self.in_proj(h_BLD).chunk(2, dim=-1)
-        u_BLE = nn.functional.silu(depthwise_conv(u_BLE, self.conv1d.weight, self.conv1d.bias, reverse=self.reverse))
+        u_BLE = conv_silu(u_BLE, self.conv1d.weight, self.conv1d.bias, reverse=self.reverse)
         dt_BLR, B_BLN, C_BLN = self.x_proj(u_BLE).split(self.splits, dim=-1)
         y_BLE = selective_scan(
             u_BLE,
@@ -107,6 +107,15 @@ class Mamba(nn.Module):
         """The matrix products and the convolution, two for each weight; and nine for each number of the states."""
         weights = (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj)
         return tokens * (2 * sum(layer.weight.numel() for layer in weights) + 9 * self.A_log.numel())
+
+
+def conv_silu(u_BLE: Tensor, weight_E1K: Tensor, bias_E: Tensor | None, *, reverse: bool) -> Tensor:
+    """silu(depthwise_conv(...)), by the same backend as the scan where that can do it."""
+    kernels = numba_kernels() if scan_backend(u_BLE.device, weight_E1K.dtype) == "numba" else None
+    if kernels is None or bias_E is None:
+        return nn.functional.silu(depthwise_conv(u_BLE, weight_E1K, bias_E, reverse=reverse))
+    y_BLE = kernels.conv_silu(u_BLE.to(weight_E1K.dtype), weight_E1K.squeeze(1), bias_E, reverse)
+    return y_BLE.to(u_BLE.dtype)
 
 
 def depthwise_conv(u_BLE: Tensor, weight_E1K: Tensor, bias_E: Tensor | None, *, reverse: bool) -> Tensor:
