@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep test check golden clean
+.PHONY: help sweep test check clean
 
 help:
 	@echo "make sweep   train the demo grid on this machine and report (GRID=... for another; ARGS=... for options)"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from helix.data.shards import CorruptShardError
 from helix.registry import DATASETS
 from helix.spec import TrialSpec, apply_overrides
 from orchestration import sweep
@@ -55,6 +56,6 @@ def prepare(arguments: Sequence[str]) -> int:
             allow_partial=given.allow_partial,
             say=console.print,
         )
-    except (ValueError, OSError, ClusterError) as error:
+    except (ValueError, OSError, ClusterError, CorruptShardError) as error:
         return sweep.refuse(error)
     return 0

@@ -9,7 +9,7 @@ from helix.data.dataset import Dataset
 from helix.data.shards import Recordings
 from helix.models.classifier import Cost, cost
 from helix.registry import DATASETS
-from helix.spec import trial_id
+from helix.spec import resolve, trial_id
 from helix.storage import Storage
 from orchestration.grid import Grid, Trial
 from orchestration.ledger import TrialState, read
@@ -45,6 +45,7 @@ def check_trials(trials: Sequence[Trial]) -> None:
         folds = DATASETS.make(data.dataset, data.options).folds
         if data.fold not in folds:
             raise ValueError(f"{data.dataset} has no fold {data.fold}; it has {', '.join(map(str, folds))}")
+        resolve(trial.spec)
         if trial.variant.name not in counts:
             counts[trial.variant.name] = (trial.spec.model.frontend, price(trial).parameters)
     check_band(counts)

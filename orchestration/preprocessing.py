@@ -1,7 +1,8 @@
 """Recordings -> shards as Ray tasks, and which prepared data a sweep reads."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from helix.registry import DATASETS
 from helix.spec import DataSpec
 from helix.storage import Storage
 from orchestration.connection import connect
+from orchestration.grid import Trial
 
 
 def prepare_with_ray(
@@ -60,6 +62,29 @@ def prepared_data(
         f"{len(manifest['classes'])} classes, in {prepared.prefix}"
     )
     return open_prepared(storage, prepared.prefix)
+
+
+def check_listing(trials: Sequence[Trial], *, source: Path | None, allow_partial: bool) -> None:
+    """Refuse what the metadata of a source shows already, before anything is decoded: no such fold, no full batch."""
+    data = trials[0].spec.data
+    dataset: Dataset = DATASETS.make(data.dataset, data.options)
+    _refuse_needless(source, dataset, data.dataset)
+    if source is None and dataset.needs_source:
+        return
+    folds = Counter(
+        row.fold
+        for row in check_source(data.dataset, data.options, source=source, allow_partial=allow_partial).recordings
+    )
+    for trial in trials:
+        fold, size = trial.spec.data.fold, trial.spec.training.batch_size
+        if not folds[fold]:
+            present = ", ".join(sorted(map(str, folds)))
+            raise ValueError(f"the source has no recordings of fold {fold}; it has {present}")
+        if folds.total() - folds[fold] < size:
+            raise ValueError(
+                f"{trial.label}: {folds.total() - folds[fold]} training clips do not fill one batch of {size}; lower "
+                "training.batch_size"
+            )
 
 
 def rehearsed_data(data: DataSpec, *, source: Path | None, storage: Storage, allow_partial: bool) -> Recordings | None:

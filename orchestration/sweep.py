@@ -36,7 +36,7 @@ from rich.table import Table
 from dashboards.live import LiveView
 from dashboards.report import write_report
 from dashboards.terminal import summary_table
-from helix.data.shards import Recordings
+from helix.data.shards import CorruptShardError, Recordings
 from helix.protocol import PROFILES
 from helix.spec import to_json
 from helix.storage import Storage, open_storage
@@ -44,7 +44,7 @@ from orchestration.connection import ClusterError, connect, cpu_count, driver_re
 from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
 from orchestration.ledger import TrialState, read
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, pack, price
-from orchestration.preprocessing import prepared_data, rehearsed_data
+from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
 from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, without_secrets
 from orchestration.worker import drive
 
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) 
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
     try:
         sweep = plan_sweep(options, command=["python", "orchestration/sweep.py", *arguments], console=console)
-    except (ValueError, OSError, ClusterError) as error:
+    except (ValueError, OSError, ClusterError, CorruptShardError) as error:
         return refuse(error)
     if sweep is None:
         return 0
@@ -135,6 +135,7 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
         recordings = rehearsed_data(data, source=options.source, storage=storage, allow_partial=partial)
         _print_plan(options.grid, grid, trials, recordings, storage, console)
         return None
+    check_listing(trials, source=options.source, allow_partial=partial)
     storage.check_writable()
     recordings = prepared_data(
         data,
@@ -217,7 +218,7 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     errors = [result.error for result in results if result.error is not None]
-    return sorted({str(error).strip().splitlines()[-1] for error in errors})
+    return sorted({(str(error).strip().splitlines() or [repr(error)])[-1] for error in errors})
 
 
 def _slots(sweep: Sweep, missing: Sequence[Planned]) -> int:
@@ -268,8 +269,8 @@ def finish(sweep: Sweep, console: Console) -> int:
 
 def _mlflow_trouble(uri: str, problem: str) -> str:
     return (
-        f"the server at {without_secrets(uri)} does not answer ({problem}). Nothing is lost: all rows are in the "
-        "storage, and the same command sends them once the server is back"
+        f"{without_secrets(uri)} does not answer ({problem}). Nothing is lost: all rows are in the storage, and the "
+        "same command sends them later"
     )
 
 

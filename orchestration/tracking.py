@@ -7,16 +7,16 @@ and a row's points carry the time at which the row was made, so that points whic
 import hashlib
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, ViewType
 
-from dashboards.summary import SELECTIONS, CellSummary, summarise
+from dashboards.summary import SELECTIONS, CellSummary, statistic, summarise
 from dashboards.view import CellView, SweepView, TrialView
 from helix.storage import Storage, json_bytes
 
@@ -38,10 +38,9 @@ def tracking_uri(storage: Storage) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.path('mlflow.db')}"
 
 
-def without_secrets(uri: str) -> str:
-    """The address as it may be printed: without user and password."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+def without_secrets(text: str) -> str:
+    """An address, or a text that holds addresses, as it may be printed: without users and passwords."""
+    return re.sub(r"://[^/\s]*@", "://", text)
 
 
 class Tracker:
@@ -57,6 +56,8 @@ class Tracker:
         self._client: MlflowClient | None = None
         self._runs: dict[str, dict[str, Run]] = {}
         self._settled: set[str] = set()
+        self._cells: dict[str, str] = {}
+        self._finished: dict[str, dict[str, float]] = {}
 
     def replay(self, view: SweepView) -> None:
         """Send everything that MLflow lacks. Raises whatever MLflow raises; calling again continues."""
@@ -72,9 +73,9 @@ class Tracker:
                 if described is None:
                     continue
                 parent = parent or self._cell(client, experiment, view, summary, described)
-                self._trial(client, experiment, view, summary.cell, trial, parent)
+                self._trial(client, experiment, view, summary.cell, trial, parent, described)
             if parent is not None:
-                self._summary(client, summary, parent)
+                self._summary(client, view, parent)
 
     def _experiment(self, client: MlflowClient, dataset: str) -> str:
         name = f"helix-{dataset}"
@@ -112,11 +113,18 @@ class Tracker:
         started = min(attempts, default=time.time())
         run = self._run(client, experiment, key, summary.cell.variant, {"helix.level": "cell"}, started)
         if new:
-            client.log_batch(run.info.run_id, params=_params(view, summary.cell))
+            client.log_batch(run.info.run_id, params=_params(view, summary.cell, described))
         return run
 
     def _trial(
-        self, client: MlflowClient, experiment: str, view: SweepView, cell: CellView, trial: TrialView, parent: Run
+        self,
+        client: MlflowClient,
+        experiment: str,
+        view: SweepView,
+        cell: CellView,
+        trial: TrialView,
+        parent: Run,
+        described: dict[str, Any],
     ) -> None:
         if trial.trial_id in self._settled:
             return
@@ -129,7 +137,7 @@ class Tracker:
         run_id = run.info.run_id
         if new:
             own = [Param("fold", str(trial.fold)), Param("seed", str(trial.seed))]
-            client.log_batch(run_id, params=[*_params(view, cell), *own])
+            client.log_batch(run_id, params=[*_params(view, cell, described), *own])
         sent = int(run.data.tags.get("helix.rows", 0))
         if sent < len(state.rows):
             metrics = [metric for row in state.rows[sent:] for metric in _metrics(row)]
@@ -155,23 +163,36 @@ class Tracker:
         if state.status == "done":
             self._settled.add(trial.trial_id)
 
-    def _summary(self, client: MlflowClient, summary: CellSummary, parent: Run) -> None:
-        """Mean, standard deviation and n of the cell. A sweep of fewer folds than an earlier one replaces nothing."""
-        known = int(parent.data.tags.get("helix.done", 0))
-        if summary.done <= known:
+    def _summary(self, client: MlflowClient, view: SweepView, parent: Run) -> None:
+        """Mean, standard deviation and n over every finished trial of the cell, whichever sweep trained it."""
+        found = self._accuracies(parent.data.tags["helix.key"])
+        state = f"{len(found)} {view.std}"
+        if not found or parent.data.tags.get("helix.summary") == state:
             return
         now = int(time.time() * 1000)
         # The compare page of the UI opens with the metric that was logged first.
         values: dict[str, float | None] = {}
         for rule in SELECTIONS:
-            values[f"{rule}_accuracy"] = _percent(summary.accuracy[rule].mean)
-            values[f"{rule}_accuracy_std"] = _percent(summary.accuracy[rule].std)
-        values["n"] = summary.done
-        metrics = [Metric(name, value, now, summary.done) for name, value in values.items() if value is not None]
+            over = statistic([accuracy[rule] for accuracy in found], view.std)
+            values[f"{rule}_accuracy"], values[f"{rule}_accuracy_std"] = _percent(over.mean), _percent(over.std)
+        values["n"] = len(found)
+        metrics = [Metric(name, value, now, len(found)) for name, value in values.items() if value is not None]
         client.log_batch(parent.info.run_id, metrics=metrics)
-        if summary.done == summary.asked:
-            client.set_terminated(parent.info.run_id, "FINISHED")
-        self._tag(client, parent, "helix.done", str(summary.done))
+        client.set_terminated(parent.info.run_id, "FINISHED")
+        self._tag(client, parent, "helix.summary", state)
+
+    def _accuracies(self, key: str) -> list[dict[str, float]]:
+        """The accuracies of every finished trial in storage whose cell is `key`; what is read once is remembered."""
+        for name in self.storage.children("trials"):
+            if name not in self._cells:
+                described = self.storage.get_json(f"trials/{name}/spec.json")
+                if described is not None:
+                    self._cells[name] = f"cell-{cell_id(described)}"
+        for name in [name for name, cell in self._cells.items() if cell == key and name not in self._finished]:
+            result = self.storage.get_json(f"trials/{name}/result.json")
+            if result is not None:
+                self._finished[name] = result["accuracy"]
+        return [accuracy for name, accuracy in sorted(self._finished.items()) if self._cells[name] == key]
 
     def _tag(self, client: MlflowClient, run: Run, key: str, value: str) -> None:
         client.set_tag(run.info.run_id, key, value)
@@ -206,7 +227,7 @@ def attempt_replay(tracker: Tracker, view: SweepView) -> str | None:
         tracker.replay(view)
     except Exception as error:  # MLflow is a view: none of its troubles may stop a sweep
         logger.debug("MLflow replay failed", exc_info=True)
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return without_secrets(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")[:200]
     return None
 
 
@@ -239,7 +260,8 @@ def _runs_by_key(client: MlflowClient, experiment: str) -> dict[str, Run]:
             return runs
 
 
-def _params(view: SweepView, cell: CellView) -> list[Param]:
+def _params(view: SweepView, cell: CellView, described: dict[str, Any]) -> list[Param]:
+    """What the compare page sets side by side: the words for a cell, then every key of its spec but fold and seed."""
     values = {
         "dataset": cell.dataset,
         "frontend": cell.frontend,
@@ -247,10 +269,18 @@ def _params(view: SweepView, cell: CellView) -> list[Param]:
         "pattern": " ".join(cell.pattern),
         "attention_layers": cell.pattern.count("attention"),
         "profile": view.profile,
-        "epochs": cell.epochs,
         "parameters": cell.parameters,
         "tokens": cell.tokens,
     }
+    spec = described["spec"]
+    for part in ("training", "augment", "protocol"):
+        values |= {f"{part}.{key}": value for key, value in spec[part].items()}
+    for part in ("data", "model"):
+        for member, options in spec[part]["options"].items():
+            flat = options if isinstance(options, dict) else {member: options}
+            prefix = f"{part}.{member}" if isinstance(options, dict) else part
+            values |= {f"{prefix}.{key}": value for key, value in flat.items()}
+    values |= {"model.width": spec["model"]["width"], "model.pool_tokens": spec["model"]["pool_tokens"]}
     return [Param(key, str(value)) for key, value in values.items() if value is not None]
 
 

@@ -247,7 +247,10 @@ def prepare(
     listing = check_source(name, options, source=source, allow_partial=allow_partial)
     per_shard = max(1, int(shard_mib * 2**20) // (2 * dataset.clip_samples))
     prefix = f"{FOLDER}/{name}-{_key(name, resolved, listing.recordings, source, per_shard)[:12]}"
-    published = _manifest(storage, prefix)
+    try:
+        published = _manifest(storage, prefix)
+    except CorruptShardError:  # whatever it was, the shards that verify can be published again
+        published = None
     if published is not None and published.manifest["missing"] and not allow_partial:
         raise DatasetError(
             f"{prefix} was prepared without some recordings; --allow-partial accepts that, or delete it first:",

@@ -7,8 +7,7 @@ For every batch entry and channel e a state h of N numbers runs along the tokens
 Semantics and argument names follow `selective_scan_fn` of mamba-ssm; here the tokens stand before the channels, and
 `reverse` runs the recurrence from the last token to the first in place, so that no caller flips anything.
 
-`selective_scan` chooses between this reference and the kernels of a backend; HELIX_SCAN in the environment overrides
-it.
+`selective_scan` chooses between this reference and faster kernels; HELIX_SCAN in the environment overrides it.
 
 Legend: B batch, L tokens, E inner channels, N state; R batch entries and Q tokens of one chunk.
 """
@@ -78,14 +77,29 @@ def scan_backend(device: torch.device, dtype: torch.dtype, *, backend: str = "au
     return wanted
 
 
-@cache
 def numba_kernels() -> ModuleType | None:
-    """helix.models.scan_numba, imported on first use: numba takes a second and may be missing."""
+    """helix.models.scan_numba, or None where numba cannot be imported."""
+    return _kernels if _kernels_are_there() else None
+
+
+_kernels: ModuleType | None = None
+
+
+@torch.compiler.assume_constant_result
+def _kernels_are_there() -> bool:
+    # Where torch.compile meets the import, it must not try to follow it.
+    return _import_kernels()
+
+
+@cache
+def _import_kernels() -> bool:
+    """On first use and not before: numba takes a second, and it may be missing."""
+    global _kernels
     try:
-        return importlib.import_module("helix.models.scan_numba")
+        _kernels = importlib.import_module("helix.models.scan_numba")
     except ImportError as error:
         logger.warning("numba cannot be imported (%s): the scan takes its much slower reference", error)
-        return None
+    return _kernels is not None
 
 
 def selective_scan_sequential(

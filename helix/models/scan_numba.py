@@ -525,11 +525,14 @@ def _backward(
                 w_z = _exp_minus_abs(z_t)
                 ratio = 1.0 / ((w + 1.0) * (w_z + 1.0))
                 _store_wide(slopes + i * _WIDE_ROW, _where_negative(s, w, 1.0) * ((w_z + 1.0) * ratio))
-                sigmoid = _where_negative(z_t, w_z, 1.0) * ((w + 1.0) * ratio)
+                share = (w + 1.0) * ratio
+                sigmoid = _where_negative(z_t, w_z, 1.0) * share
                 silu = z_t * sigmoid
+                # 1 - sigmoid as its own quotient: the difference would lose what a large z makes large again.
+                rest = _where_negative(z_t, 1.0, w_z) * share
                 dy_t = _load_wide(dy + b * dy_b + t * dy_l + e, live)
                 _store_wide(dys + i * _WIDE_ROW, dy_t * silu)
-                _store_wide(dzs + i * _WIDE_ROW, dy_t * _fma(silu, 1.0 - sigmoid, sigmoid))
+                _store_wide(dzs + i * _WIDE_ROW, dy_t * _fma(silu, rest, sigmoid))
             for g in range(groups):
                 rate = rates + g * N * _ROW
                 carry = carries + g * N * _ROW
@@ -666,8 +669,11 @@ def _backward_conv(
                     _expect(dy + b * dy_b + t_next * dy_l + e + g * _SIZE)
                     _expect_to_write(du + (b * L + t) * E * _SIZE + e + g * _SIZE)
                 s = _convolve(u_e, u_l, taps, bias + e, live, L, K, i_first + i, reverse)
-                sigmoid = _sigmoid(s)
-                ds = _load_wide(dy + b * dy_b + t * dy_l + e, live) * _fma(s * sigmoid, 1.0 - sigmoid, sigmoid)
+                w = _exp_minus_abs(s)
+                share = 1.0 / (w + 1.0)
+                sigmoid = _where_negative(s, w, 1.0) * share
+                rest = _where_negative(s, 1.0, w) * share
+                ds = _load_wide(dy + b * dy_b + t * dy_l + e, live) * _fma(s * sigmoid, rest, sigmoid)
                 _store_wide(slopes + i * _WIDE_ROW, ds)
                 for k in range(max(0, K - 1 - i_first - i), K):
                     u_k = _load_wide(u_e + (t + K - 1 - k if reverse else t - K + 1 + k) * u_l, live)

@@ -62,6 +62,7 @@ def science(result: dict) -> tuple[str, str]:
         (["--grid", "demo", "--folds", "9"], "tones has no fold 9; it has 1, 2, 3, 4"),
         (["--grid", "demo", "model.options.attention.heads=7"], "heads"),
         (["--grid", "demo", "model.width=16", "model.options.mamba.d_state=4"], "would not be fair"),
+        (["--grid", "demo", "model.options.mamba.d_state=0"], "option d_state is 0; wanted 1 or more"),
         (["--grid", "demo", "training.batch_size=9999"], "do not fill one batch of 9999"),
         (["--grid", "esc50"], "esc50 is not prepared"),
         (["--grid", "esc50", "--source", "nowhere"], "nowhere"),
@@ -76,6 +77,7 @@ def test_bad_input_is_refused_with_what_was_wanted(arguments, said, tmp_path, mo
     (tmp_path / "a-file").write_text("in the way")
     assert sweep.main(arguments) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "runs" / "data").exists()
     assert not (tmp_path / "runs" / "trials").exists()
 
 

@@ -136,15 +136,33 @@ def test_a_lost_database_is_rebuilt_from_storage(sweep, tiny_data, storage, init
     assert runs(storage)["trial"][0].data.metrics == before
 
 
-def test_a_sweep_of_fewer_folds_does_not_replace_the_mean_of_more(sweep, tiny_data, storage):
+def test_the_mean_of_a_cell_is_over_all_its_trials_whichever_sweep_trained_them(sweep, tiny_data, storage):
     snapshot, plan = sweep
-    for entry in plan:
-        train(entry, tiny_data, storage)
-    Tracker(storage).replay(snapshot())
-    means = {run.info.run_id: run.data.metrics["best_test_accuracy"] for run in runs(storage)["cell"]}
-    snapshot.plan = [entry for entry in plan if entry.trial.spec.data.fold == 1]
-    Tracker(storage).replay(snapshot())
-    assert {run.info.run_id: run.data.metrics["best_test_accuracy"] for run in runs(storage)["cell"]} == means
+    for fold in (1, 2):
+        snapshot.plan = [entry for entry in plan if entry.trial.spec.data.fold == fold]
+        for entry in snapshot.plan:
+            train(entry, tiny_data, storage)
+        Tracker(storage).replay(snapshot())
+    levels = runs(storage)
+    for cell in levels["cell"]:
+        children = [run for run in levels["trial"] if run.data.tags["mlflow.parentRunId"] == cell.info.run_id]
+        values = [run.data.metrics["last_accuracy"] for run in children]
+        assert cell.data.metrics["n"] == len(values) == 2
+        assert cell.data.metrics["last_accuracy"] == pytest.approx(sum(values) / 2)
+        assert cell.data.metrics["last_accuracy_std"] == pytest.approx(abs(values[0] - values[1]) / 2)
+
+
+def test_cells_that_differ_in_anything_differ_in_a_param(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    entry = plan[0]
+    spec = entry.trial.spec
+    other = replace(spec, training=replace(spec.training, lr=5e-4))
+    for trial in (entry.trial, Trial(variant=entry.trial.variant, spec=other)):
+        snapshot.plan = make_plan([trial], tiny_data)
+        train(snapshot.plan[0], tiny_data, storage)
+        Tracker(storage).replay(snapshot())
+    first, second = (run.data.params for run in runs(storage)["cell"])
+    assert {key for key in first if first[key] != second[key]} == {"training.lr"}
 
 
 def test_a_server_that_is_down_is_reported_in_one_line_and_stops_nothing(sweep, tiny_data, storage, monkeypatch):
@@ -159,7 +177,13 @@ def test_a_server_that_is_down_is_reported_in_one_line_and_stops_nothing(sweep, 
     assert len(runs(storage)["trial"]) == 1
 
 
-def test_passwords_are_not_printed():
+def test_passwords_are_not_printed(sweep, tiny_data, storage, monkeypatch):
+    snapshot, plan = sweep
+    train(plan[0], tiny_data, storage)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bob:s3cret@127.0.0.1:9")
+    problem = attempt_replay(Tracker(storage), snapshot())
+    assert problem is not None
+    assert "s3cret" not in problem
     assert without_secrets("https://me:secret@mlflow.example:5000/x") == "https://mlflow.example:5000/x"
     assert without_secrets("sqlite:////a/b.db") == "sqlite:////a/b.db"
 
