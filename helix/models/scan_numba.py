@@ -1,16 +1,18 @@
-"""The selective scan on a CPU, forward and backward, as vector code that numba compiles once and keeps on disk.
+"""The selective scan and the convolution before it on a CPU, as vector code that numba compiles once and keeps on disk.
 
 The equations and the meaning of the arguments stand in helix.models.scan. What differs is the order of the work: a task
 is one batch entry and CHANNELS channels. The states of its channels run along the tokens and are kept at the start of
 every chunk only; the backward takes the chunks from the last to the first, recomputes the states of one and runs the
 adjoint recurrence over it.
 
-Tasks are fixed by the shapes, and sums over tasks are taken in their order, so no number depends on how many threads
-there are. The threads are plain ones that call compiled code without the GIL, torch.get_num_threads() of them. Numba's
-own threading layers would not do: 'omp' aborts a process that was forked after its first use, and 'workqueue' aborts
-one that enters it twice at a time.
+Tasks are fixed by the shapes, sums over tasks are taken in their order, and every product is rounded where it is
+written: no bit depends on how many threads there are, or on which vectors the processor has. The threads are plain ones
+that call compiled code without the GIL, torch.get_num_threads() of them. Numba's own threading layers would not do:
+'omp' aborts a process that was forked after its first use, and 'workqueue' aborts one that enters it twice at a time.
 
-Legend: B batch, L tokens, E channels, N state.
+All of it is one file, since numba looks at the age of a kernel's own file only to know whether to compile it anew.
+
+Legend: B batch, L tokens, E channels, N state, K taps of the convolution.
 """
 
 import itertools
@@ -20,13 +22,13 @@ import operator
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 from llvmlite import ir
 from numba import njit, types
-from numba.core import event
+from numba.core import config, event
 from numba.core.cgutils import get_or_insert_function
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
@@ -43,13 +45,14 @@ LANES = 32
 #: Tokens of a chunk of the convolution's backward, at least as many as taps.
 CONV_CHUNK = 16
 
-#: Tokens for which the convolution asks before it needs them.
+#: How many tokens before it needs them the convolution asks for them.
 AHEAD = 8
 
-_SIZE = 4
-_ROW = LANES * _SIZE
-_WIDE_ROW = CHANNELS * _SIZE
-_LINE = 64
+#: Bytes of a number, of the LANES and of the CHANNELS numbers of a token, and of what a cache moves at once.
+_SIZE, _ROW, _WIDE_ROW, _LINE = 4, 4 * LANES, 4 * CHANNELS, 64
+
+if config.DISABLE_JIT:  # type: ignore[attr-defined]  (numba sets it from the environment)
+    raise ImportError("NUMBA_DISABLE_JIT is set, and these kernels are nothing but what they compile to")
 
 
 # --- Vectors of floats as types that numba knows, and what kernels can do with them.
@@ -159,6 +162,11 @@ def _scale(builder, x, shifted):
     return builder.bitcast(builder.add(builder.bitcast(x, ints), exponent), x.type)
 
 
+@_instruction(_narrow)
+def _zeros(_):
+    return ir.Constant(_floats(LANES), [0.0] * LANES)
+
+
 @_instruction(_narrow, _address)
 def _load(builder, address):
     return builder.load(_pointer(builder, address, LANES), align=_SIZE)
@@ -178,15 +186,8 @@ def _load_part(builder, address, live):
 @_instruction(types.void, _address, _narrow, _count)
 def _store_part(builder, address, value, live):
     pointer = _pointer(builder, address, LANES)
-    _call(
-        builder,
-        f"llvm.masked.store.v{LANES}f32.p0",
-        ir.VoidType(),
-        value,
-        pointer,
-        _int(_SIZE),
-        _mask(builder, live, LANES),
-    )
+    mask = _mask(builder, live, LANES)
+    _call(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), value, pointer, _int(_SIZE), mask)
 
 
 @_instruction(_wide, _address, _count)
@@ -264,6 +265,42 @@ def _total(builder, address):
         lower, upper = (ir.Constant(_ints(count), list(range(first, first + count))) for first in (0, count))
         total = builder.fadd(*(builder.shuffle_vector(total, total, lanes) for lanes in (lower, upper)))
     return builder.extract_element(total, _int(0))
+
+
+@_instruction(types.int64, _address)
+def _take(builder, address):
+    """The number at an address, to which it adds one before any other thread can read it."""
+    pointer = builder.inttoptr(address, ir.PointerType(ir.IntType(64)))
+    return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+
+@_instruction(types.int32)
+def _flush_tiny(builder):
+    """From here on numbers below 2**-126 are 0 for this thread. Returns what `_restore` wants.
+
+    States and adjoints fade through them wherever inputs or their gradients are 0, and x86 is ten times slower there.
+    """
+    if not _is_x86(builder):
+        return _int(0)
+    place = builder.alloca(ir.IntType(32))
+    _call(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), place)
+    mode = builder.load(place)
+    # Of the control register the bits FTZ, for results, and DAZ, for what is given.
+    builder.store(builder.or_(mode, _int(0x8040)), place)
+    _call(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), place)
+    return mode
+
+
+@_instruction(types.void, types.int32)
+def _restore(builder, mode):
+    if _is_x86(builder):
+        place = builder.alloca(ir.IntType(32))
+        builder.store(mode, place)
+        _call(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), place)
+
+
+def _is_x86(builder: Any) -> bool:
+    return builder.module.triple.startswith("x86_64")
 
 
 def _int(value: int) -> ir.Constant:
@@ -385,14 +422,13 @@ def _softplus(x, w):
     return _fma(p, w, _larger(0.0, x))
 
 
-# --- The kernels. Addresses and strides are in bytes; they run the tasks from `first` to before `last`.
+# --- The kernels. Addresses and strides are in bytes; threads share the tasks by taking the next from `following`.
 
 
 @njit(forceinline=True)
 def _clear(address, rows):
     for k in range(rows):
-        for lane in range(LANES):
-            _store_number(address + k * _ROW + lane * _SIZE, types.float32(0.0))
+        _store(address + k * _ROW, _zeros())
 
 
 @njit(forceinline=True)
@@ -419,7 +455,7 @@ def _add_compensated(total, part, count):
 
 
 def _forward(
-    first, last, scratch, u, u_b, u_l, dt, dt_b, dt_l, A, B, B_b, B_l, C, C_b, C_l, D, z, z_b, z_l, bias,
+    following, tasks, scratch, u, u_b, u_l, dt, dt_b, dt_l, A, B, B_b, B_l, C, C_b, C_l, D, z, z_b, z_l, bias,
     y, starts, keep, L, E, N, chunk, reverse,
 ):  # fmt: skip
     blocks = (E + CHANNELS - 1) // CHANNELS
@@ -430,7 +466,11 @@ def _forward(
     inputs = steps + chunk * _WIDE_ROW
     skips = inputs + chunk * _WIDE_ROW
     gates = skips + chunk * _WIDE_ROW
-    for task in range(first, last):
+    mode = _flush_tiny()
+    while True:
+        task = _take(following)
+        if task >= tasks:
+            break
         b = task // blocks
         block = task % blocks
         e = block * _WIDE_ROW
@@ -478,10 +518,11 @@ def _forward(
                         _store(state + n * _ROW, h)
                         total = _fma(h, _load_number(C_t + n * _SIZE), total)
                     _store_part(y + (b * L + t) * E * _SIZE + here, total * _load(gates + at), live - g * LANES)
+    _restore(mode)
 
 
 def _backward(
-    first, last, scratch, u, u_b, u_l, dt, dt_b, dt_l, A, B, B_b, B_l, C, C_b, C_l, D, z, z_b, z_l, bias,
+    following, tasks, scratch, u, u_b, u_l, dt, dt_b, dt_l, A, B, B_b, B_l, C, C_b, C_l, D, z, z_b, z_l, bias,
     dy, dy_b, dy_l, starts, du, ddt, dz, dB, dC, dparameters, L, E, N, chunk, reverse,
 ):  # fmt: skip
     blocks = (E + CHANNELS - 1) // CHANNELS
@@ -500,7 +541,11 @@ def _backward(
     states = decays + chunk * N * _ROW
     dBs = states + (chunk + 1) * N * _ROW
     dCs = dBs + chunk * N * _ROW // 2
-    for task in range(first, last):
+    mode = _flush_tiny()
+    while True:
+        task = _take(following)
+        if task >= tasks:
+            break
         b = task // blocks
         block = task % blocks
         e = block * _WIDE_ROW
@@ -571,8 +616,8 @@ def _backward(
                         _store(state_t + (N + n) * _ROW, h)
                         total = _fma(h, _load_number(C_t + n * _SIZE), total)
                     _store_part(dz + token, total * _load(dzs + at), alive)
-                dD = D_g * 0.0
-                dbias = dD
+                dD = _zeros()
+                dbias = _zeros()
                 for i in range(size - 1, -1, -1):
                     t = L - 1 - i_first - i if reverse else i_first + i
                     at = i * _WIDE_ROW + g * _ROW
@@ -584,8 +629,8 @@ def _backward(
                     C_t = C + b * C_b + t * C_l
                     decay_t = decays + i * N * _ROW
                     state_t = states + i * N * _ROW
-                    dx = x * 0.0
-                    dd = dx
+                    dx = _zeros()
+                    dd = _zeros()
                     for n in range(N):
                         g_n = _fma(dy_t, _load_number(C_t + n * _SIZE), _load(carry + n * _ROW))
                         _accumulate(dBs + (i * N + n) * _ROW // 2, g_n, x)
@@ -616,11 +661,16 @@ def _backward(
             for n in range(N + 2):
                 total = _load(totals + (g * (N + 2) + n) * 2 * _ROW)
                 _store(dparameters + (task * (N + 2) + n) * _WIDE_ROW + g * _ROW, total)
+    _restore(mode)
 
 
-def _forward_conv(first, last, taps, u, u_b, u_l, weight, bias, y, L, E, K, reverse):
+def _forward_conv(following, tasks, taps, u, u_b, u_l, weight, bias, y, L, E, K, reverse):
     blocks = (E + CHANNELS - 1) // CHANNELS
-    for task in range(first, last):
+    mode = _flush_tiny()
+    while True:
+        task = _take(following)
+        if task >= tasks:
+            break
         b = task // blocks
         block = task % blocks
         e = block * _WIDE_ROW
@@ -635,10 +685,11 @@ def _forward_conv(first, last, taps, u, u_b, u_l, weight, bias, y, L, E, K, reve
                 _expect_to_write(y + (b * L + t_next) * E * _SIZE + e + g * _SIZE)
             s = _convolve(u_e, u_l, taps, bias + e, live, L, K, i, reverse)
             _store_wide_part(y + (b * L + t) * E * _SIZE + e, s * _sigmoid(s), live)
+    _restore(mode)
 
 
 def _backward_conv(
-    first, last, taps, u, u_b, u_l, weight, bias, dy, dy_b, dy_l, du, dparameters, L, E, K, chunk, reverse,
+    following, tasks, taps, u, u_b, u_l, weight, bias, dy, dy_b, dy_l, du, dparameters, L, E, K, chunk, reverse,
 ):  # fmt: skip
     blocks = (E + CHANNELS - 1) // CHANNELS
     chunks = (L + chunk - 1) // chunk
@@ -647,7 +698,11 @@ def _backward_conv(
     totals = parts + (K + 1) * _WIDE_ROW
     # Gradients of what enters the SiLU, of a chunk and of the K - 1 tokens after it.
     slopes = totals + 2 * (K + 1) * _WIDE_ROW
-    for task in range(first, last):
+    mode = _flush_tiny()
+    while True:
+        task = _take(following)
+        if task >= tasks:
+            break
         b = task // blocks
         block = task % blocks
         e = block * _WIDE_ROW
@@ -693,6 +748,7 @@ def _backward_conv(
             for g in range(CHANNELS // LANES):
                 total = _load(totals + (k * (CHANNELS // LANES) + g) * 2 * _ROW)
                 _store(dparameters + (task * (K + 1) + k) * _WIDE_ROW + g * _ROW, total)
+    _restore(mode)
 
 
 @njit(forceinline=True)
@@ -715,16 +771,19 @@ def _convolve(u, u_l, taps, bias, live, L, K, i, reverse):
     return s
 
 
-def _sum_batch(parts, sums, batch, rows, E):
-    """The sums over the batch, from [B, blocks, rows, CHANNELS] to [rows, E]."""
-    blocks = (E + CHANNELS - 1) // CHANNELS
-    for row in range(rows):
-        for e in range(E):
-            total = 0.0
-            for b in range(batch):
-                at = ((b * blocks + e // CHANNELS) * rows + row) * CHANNELS + e % CHANNELS
-                total += _load_number(parts + at * _SIZE)
-            _store_number(sums + (row * E + e) * _SIZE, types.float32(total))
+def _sum_parts(parts, sums, outer, count, inner):
+    """The sums [outer, inner] of the parts [outer, count, inner], one after the other and compensated (Kahan)."""
+    for o in range(outer):
+        for first in range(0, inner, LANES):
+            live = inner - first
+            total = _zeros()
+            lost = _zeros()
+            for c in range(count):
+                term = _load_part(parts + ((o * count + c) * inner + first) * _SIZE, live) - lost
+                new = total + term
+                lost = (new - total) - term
+                total = new
+            _store_part(sums + (o * inner + first) * _SIZE, total, live)
 
 
 # --- Compiled once, kept on disk.
@@ -755,9 +814,9 @@ def _kernel(function: Callable) -> Callable:
     """The kernel, compiled for addresses and sizes in int64, the only types that it is ever called with."""
     with _lock:
         if not _compiled:
+            kernels = (_forward, _backward, _forward_conv, _backward_conv, _sum_parts)
             with event.install_listener("numba:compile", _Announcement()):
-                for kernel in (_forward, _backward, _forward_conv, _backward_conv, _sum_batch):
-                    _compiled[kernel] = _compile(kernel)
+                _compiled.update({kernel: _compile(kernel) for kernel in kernels})
         return _compiled[function]
 
 
@@ -772,8 +831,8 @@ def _compile(function: Callable) -> Callable:
 
 # --- Threads.
 
-#: Steps of the recurrence, or as much other work, for which it pays to wake a thread: some 50 microseconds.
-GRAIN = 2**18
+#: Steps of the recurrence, or as much other work, for which it pays to wake a thread: some 0.15 ms.
+GRAIN = 2**19
 
 _pool: ThreadPoolExecutor | None = None
 
@@ -791,21 +850,17 @@ if hasattr(os, "register_at_fork"):
 def _run(function: Callable, *arguments: int, tasks: int, work: int, scratch: int) -> None:
     """All tasks, each by the next free thread. `work` is what they are together; `scratch` the floats of a thread."""
     kernel = _kernel(function)
-    threads = max(1, min(torch.get_num_threads(), tasks, work // GRAIN))
-    # Taking the next number is one instruction of the interpreter: no two threads get the same.
-    following = itertools.count()
+    following = torch.zeros(1, dtype=torch.int64, device="cpu")
 
     def take_tasks() -> None:
         memory = torch.empty(scratch, dtype=torch.float32, device="cpu")
-        while (task := next(following)) < tasks:
-            kernel(task, task + 1, memory.data_ptr(), *arguments)
+        kernel(following.data_ptr(), tasks, memory.data_ptr(), *arguments)
 
-    if threads == 1:
-        memory = torch.empty(scratch, dtype=torch.float32, device="cpu")
-        kernel(0, tasks, memory.data_ptr(), *arguments)
-        return
-    helpers = [_threads(threads - 1).submit(take_tasks) for _ in range(threads - 1)]
+    others = min(torch.get_num_threads(), tasks, work // GRAIN) - 1
+    helpers: list[Future[None]] = []
     try:
+        for _ in range(others):
+            helpers.append(_threads(others).submit(take_tasks))
         take_tasks()
     finally:
         # Whatever interrupts this thread, the caller must not free what others still work on.
@@ -918,13 +973,9 @@ def selective_scan_backward(
         work=2 * u.numel() * state,
         scratch=CHANNELS * (4 * state + 4 + 5 * chunk) + LANES * (state + 2 + (3 * chunk + 1) * state),
     )
-    parameters = _sum_over_batch(dparameters, channels)
-    dA, dD, dbias = (
-        parameters[:state].t().clone(memory_format=torch.contiguous_format),
-        parameters[state].clone(),
-        parameters[state + 1].clone(),
-    )
-    return du, ddt, dA, _sum_over_blocks(dB), _sum_over_blocks(dC), dD, dz, dbias
+    sums = _sum(dparameters, 0)
+    dA, dD, dbias = (_columns(sums, rows, channels) for rows in (slice(state), state, state + 1))
+    return du, ddt, dA, _sum(dB, 1), _sum(dC, 1), dD, dz, dbias
 
 
 @selective_scan_backward.register_fake
@@ -943,7 +994,7 @@ def conv_silu_forward(u: Tensor, weight: Tensor, bias: Tensor, reverse: bool) ->
         *(*_where(*inputs), y.data_ptr()),
         *(tokens, channels, taps, int(reverse)),
         tasks=batch * _blocks(channels),
-        work=2 * u.numel(),
+        work=4 * u.numel(),
         scratch=CHANNELS * taps,
     )
     return y
@@ -969,11 +1020,11 @@ def conv_silu_backward(
         *(*_where(*inputs), du.data_ptr(), dparameters.data_ptr()),
         *(tokens, channels, taps, chunk, int(reverse)),
         tasks=batch * _blocks(channels),
-        work=4 * u.numel(),
+        work=8 * u.numel(),
         scratch=CHANNELS * (5 * taps + 2 + chunk),
     )
-    parameters = _sum_over_batch(dparameters, channels)
-    return du, parameters[:taps].t().clone(memory_format=torch.contiguous_format), parameters[taps].clone()
+    sums = _sum(dparameters, 0)
+    return du, _columns(sums, slice(taps), channels), _columns(sums, taps, channels)
 
 
 @conv_silu_backward.register_fake
@@ -981,21 +1032,19 @@ def _(dy, u, weight, bias, reverse):  # noqa: ARG001  (the contract's)
     return tuple(x.new_empty(x.shape) for x in (u, weight, bias))
 
 
-def _sum_over_batch(parts: Tensor, channels: int) -> Tensor:
-    """[B, blocks, rows, CHANNELS] -> [rows, E], one batch entry after the other."""
-    batch, _, rows, _ = parts.shape
-    sums = parts.new_empty(rows, channels)
-    _kernel(_sum_batch)(parts.data_ptr(), sums.data_ptr(), batch, rows, channels)
+def _sum(parts: Tensor, dim: int) -> Tensor:
+    """The sum over a dimension, always in its order; torch's may depend on its threads."""
+    if parts.shape[dim] == 1:
+        return parts.squeeze(dim)
+    sums = parts.new_empty(parts.shape[:dim] + parts.shape[dim + 1 :])
+    sizes = (math.prod(parts.shape[:dim]), parts.shape[dim], math.prod(parts.shape[dim + 1 :]))
+    _kernel(_sum_parts)(parts.data_ptr(), sums.data_ptr(), *sizes)
     return sums
 
 
-def _sum_over_blocks(parts: Tensor) -> Tensor:
-    """[B, blocks, L, N] -> [B, L, N], one block after the other."""
-    first, *others = parts.unbind(1)
-    total = first.clone()
-    for part in others:
-        total += part
-    return total
+def _columns(sums: Tensor, rows: slice | int, channels: int) -> Tensor:
+    """Of [blocks, rows, CHANNELS] a row as the gradient [E], or several as [E, rows]."""
+    return sums.transpose(1, 2).flatten(0, 1)[:channels, rows].clone(memory_format=torch.contiguous_format)
 
 
 class _Scan(torch.autograd.Function):
