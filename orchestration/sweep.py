@@ -360,7 +360,10 @@ def chosen_storage(options: argparse.Namespace) -> tuple[Storage, bool]:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,2") from error
 
 
 def _names(text: str) -> list[str]:
