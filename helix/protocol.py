@@ -33,6 +33,16 @@ class Protocol:
         says="multi-head attention",
         does="asks for the attention weights, so the L x L matrix is kept in memory; outputs agree to rounding",
     )  # fmt: skip
+    pos: Literal["none", "sinusoidal", "rope"] = switch(
+        authors="none", paper="none", fair="none",
+        says="nothing on positions",
+        does="adds none, so a stack of attention alone does not see the order of tokens",
+    )  # fmt: skip
+    pad_mask: Literal["off", "on"] = switch(
+        authors="off", paper="off", fair="on",
+        says="clips are padded to one length",
+        does="reads and averages the silence that completes a clip like any other token",
+    )  # fmt: skip
     decay: Literal["all", "mamba_groups"] = switch(
         authors="all", paper="all", fair="mamba_groups",
         says="AdamW with weight decay 0.05",
@@ -77,6 +87,26 @@ class Protocol:
         authors="features", paper="waveform", fair="waveform",
         says="mixup, listed with the augmentations of the audio",
         does="mixes what the patch embedding receives: waveforms for raw, normalised spectrograms for mel",
+    )  # fmt: skip
+    concat_shift: Literal["whole", "per_clip"] = switch(
+        authors="whole", paper="per_clip", fair="per_clip",
+        says="circular shift of the audio, and a label that belongs to one of the concatenated clips",
+        does="shifts the whole concatenation, so that up to a tenth of the pooled tokens comes from another clip",
+    )  # fmt: skip
+    stitch: Literal["reshuffle", "disjoint"] = switch(
+        authors="reshuffle", paper="reshuffle", fair="disjoint",
+        says="utterances of one speaker stitched to the length of a clip",
+        does="shuffles anew for every clip, so clips of one speaker overlap",
+    )  # fmt: skip
+    speaker_split: Literal["utterance", "session"] = switch(
+        authors="utterance", paper="utterance", fair="session",
+        says="80/20 split per speaker",
+        does="splits utterances, so one session (chapter) stands on both sides",
+    )  # fmt: skip
+    divergence: Literal["stop", "rollback"] = switch(
+        authors="stop", paper="stop", fair="stop",
+        says="nothing on losses that are not finite",
+        does="trains on with whatever is left (Speech Commands, raw Mamba: 90.3 % to 54.5 %)",
     )  # fmt: skip
     validation: Literal["test_halves", "held_out"] = switch(
         authors="test_halves", paper="test_halves", fair="held_out",

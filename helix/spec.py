@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -39,7 +39,8 @@ class ModelSpec:
     """A frontend and a pattern of blocks. `options` sets fields of members by name, e.g. {"mamba": {"d_state": 16}}.
 
     Every block is sized to the parameter count of the block `reference` at this width (the paper's section 3.2).
-    `pool_tokens` is K of eq. 11: the mean is taken over the first K tokens, or over all where it is None.
+    `pool_tokens` is K of eq. 11: the mean is taken over the first K tokens (the last K where `pool` is "last"), or over
+    all where it is None.
     """
 
     frontend: str = "raw"
@@ -47,6 +48,7 @@ class ModelSpec:
     width: int = 256
     reference: str = "mamba"
     pool_tokens: int | None = None
+    pool: Literal["first", "last"] = "first"
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,7 +77,10 @@ class AugmentSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpec:
-    """Optimisation (section 3.4): AdamW, cosine annealing from `lr` to `lr_min` over `epochs`, gradient clipping."""
+    """Optimisation (section 3.4): AdamW, cosine annealing from `lr` to `lr_min` over `epochs`, gradient clipping.
+
+    `precision` is that of the matrix products (autocast); weights, states of scans and the optimiser are float32.
+    """
 
     epochs: int = 100
     batch_size: int = 32
@@ -83,6 +88,7 @@ class TrainingSpec:
     lr_min: float = 1e-6
     weight_decay: float = 0.05
     clip_norm: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         _require_finite(self, "training")
