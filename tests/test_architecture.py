@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.published": (),
     "helix.storage": (),
     "helix.spec": ("helix.registry", "helix.protocol", "helix.storage"),
-    "helix.data": ("helix.data", "helix.spec", "helix.registry", "helix.storage"),
+    "helix.data": ("helix.data", "helix.spec", "helix.registry", "helix.protocol", "helix.storage"),
     "helix.models": ("helix.models", "helix.spec", "helix.registry", "helix.protocol"),
     "helix.training": ("helix",),
     "dashboards": ("dashboards", "helix", "orchestration.ledger"),
@@ -30,10 +30,11 @@ ONLY_IN = {
     "ray": {f"orchestration.{name}" for name in ("sweep", "worker", "preprocessing", "schedule", "connection")},
     "mlflow": {"orchestration.tracking"},
     "numba": {"helix.models.scan_numba"},
+    "mamba_ssm": {"helix.models.scan_mamba_ssm"},
 }
 
 #: Modules that are imported on first use, by importlib, because their library takes long to import and may be missing.
-MAY_BE_MISSING = {"helix.models.scan_numba"}
+MAY_BE_MISSING = {"helix.models.scan_numba", "helix.models.scan_mamba_ssm"}
 
 #: Modules that plan and read: what they import, directly or not, holds no torch (a laptop answers at once).
 WITHOUT_TORCH = (

@@ -4,7 +4,7 @@ B batch, T samples.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -15,14 +15,15 @@ from helix.spec import derive_seed
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
-    """Waves in [-1, 1), their labels, and the rows of the index that they are."""
+    """Waves in [-1, 1), their labels, how many samples come before the padding, and the rows of the index."""
 
     wave_BT: torch.Tensor  # noqa: N815
     label_B: torch.Tensor  # noqa: N815
+    samples_B: torch.Tensor  # noqa: N815
     clip_B: torch.Tensor  # noqa: N815
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(wave_BT=self.wave_BT.to(device), label_B=self.label_B.to(device), clip_B=self.clip_B.to(device))
+        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 class Batches:
@@ -65,4 +66,6 @@ def gather(recordings: Recordings, rows: np.ndarray) -> Batch:
     """The rows as one batch on the CPU."""
     wave_BT = torch.from_numpy(recordings.waves(rows)).to(torch.float32).mul_(1 / 32768)
     label_B = torch.from_numpy(recordings.index.label[rows].astype(np.int64))
-    return Batch(wave_BT=wave_BT, label_B=label_B, clip_B=torch.from_numpy(np.asarray(rows, dtype=np.int64)))
+    samples_B = torch.from_numpy(recordings.index.samples[rows] - recordings.index.padded_samples[rows])
+    clip_B = torch.from_numpy(np.asarray(rows, dtype=np.int64))
+    return Batch(wave_BT=wave_BT, label_B=label_B, samples_B=samples_B, clip_B=clip_B)

@@ -49,13 +49,15 @@ class Progress:
 
     `losses` and `hits` belong to the epoch under way; `row` is the last finished epoch's row, kept here because the
     row file is put after the checkpoint and may be missing. `seconds` is the time spent on the epoch under way.
+    `skipped` are the optimiser steps (from 1) that a rollback left out; their losses are None.
     """
 
     epoch: int
     step: int
-    losses: tuple[float, ...] = ()
+    losses: tuple[float | None, ...] = ()
     hits: float = 0.0
     seconds: float = 0.0
+    skipped: tuple[int, ...] = ()
     row: dict[str, Any] | None = None
 
 
@@ -74,7 +76,7 @@ def save_checkpoint(
 
     `identity` (trial_id, versions) is kept in the manifest; a checkpoint of another trial is never loaded.
     """
-    if not all(math.isfinite(loss) for loss in progress.losses):
+    if not all(loss is None or math.isfinite(loss) for loss in progress.losses):
         raise ValueError("a checkpoint with a loss that is not finite would be useless")
     folder = f"{prefix}/step-{total_step:08d}"
     contents = dict(zip(FILES, (model_bytes(model), _optimizer_bytes(model, optimizer)), strict=True))
@@ -171,7 +173,8 @@ def _verified(
         whole = _sha256(json_bytes(body)) == manifest["sha256"]
         owner = body["identity"]["trial_id"]
         wanted = {name: (body["files"][name]["bytes"], body["files"][name]["sha256"]) for name in FILES}
-        progress = Progress(**{**body["progress"], "losses": tuple(body["progress"]["losses"])})
+        lists = {name: tuple(body["progress"][name]) for name in ("losses", "skipped")}
+        progress = Progress(**{**body["progress"], **lists})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its manifest cannot be read ({error!r})") from error
     if not whole:

@@ -5,10 +5,11 @@ position. B batch, T samples, C classes.
 """
 
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,22 +32,27 @@ from helix.training.optim import build_optimizer, learning_rate
 
 logger = logging.getLogger(__name__)
 
+#: What of a step is not finite where its training was and its evaluation is not: no single step is to blame.
+TEST_LOSS = "test loss"
+
 
 class DivergedError(Exception):
-    """The loss stopped being finite."""
+    """The `what` of an optimiser step (its loss or gradient, or the test loss after it) stopped being finite."""
 
-    def __init__(self, trial_id: str, step: int):
-        super().__init__(trial_id, step)
-        self.trial_id, self.step = trial_id, step
+    def __init__(self, trial_id: str, step: int, what: str = "loss"):
+        super().__init__(trial_id, step, what)
+        self.trial_id, self.step, self.what = trial_id, step, what
 
     def __str__(self) -> str:
-        return f"trial {self.trial_id} diverged: the loss of step {self.step} is not finite"
+        return f"trial {self.trial_id} diverged: the {self.what} of step {self.step} is not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """What one call of `fit` needs beside the spec, none of which is science.
 
+    `micro_batch`: clips that go through the model at a time, None for the whole batch; gradients add up to those of the
+    batch, each clip weighted the same. `recompute`: see helix.models.classifier.Classifier.
     `save_every_s`: seconds of training between checkpoints inside an epoch (each epoch ends with one anyway).
     `save_now`: asked at every step; True (a preemption notice, say) saves at this step and training goes on.
     `on_step`: told the optimiser steps so far after each step, and again after each batch that is evaluated, so that
@@ -55,6 +61,8 @@ class Fit:
 
     storage: Storage
     device: str = "cpu"
+    micro_batch: int | None = None
+    recompute: bool = False
     save_every_s: float = 300.0
     save_now: Callable[[], bool] = lambda: False
     on_step: Callable[[int], None] = lambda _total_step: None
@@ -96,20 +104,23 @@ class _Trial:
         self.batches = Batches(recordings, clips.train, batch_size=self.spec.training.batch_size, seed=self.spec.seed)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.tested: Evaluation | None = None
+        self.micro_batch = how.micro_batch or self.spec.training.batch_size
+        self.model, self.optimizer = self._initial()
+
+    def _initial(self) -> tuple[Classifier, torch.optim.Optimizer]:
+        """The model and its optimiser before the first step."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.spec.seed, "initial weights"))
-            model = build_classifier(self.spec.model, self.spec.protocol, classes=self.classes)
-        self.model: Classifier = model.to(how.device)
-        self.optimizer = build_optimizer(self.model, self.spec.training, self.spec.protocol)
+            model = build_classifier(self.spec.model, self.spec.protocol, classes=self.classes).to(self.how.device)
+        model.recompute = self.how.recompute
+        return model, build_optimizer(model, self.spec.training, self.spec.protocol)
 
     def run(self) -> dict[str, Any]:
         storage = self.how.storage
         result = storage.get_json(f"{self.folder}/result.json")
         if result is not None:
             return result
-        progress = load_checkpoint(
-            storage, f"{self.folder}/checkpoints", model=self.model, optimizer=self.optimizer, trial_id=self.id
-        )
+        progress = self._restored()
         if progress is None:
             progress = Progress(epoch=0, step=0)
             described = {**identity(self.spec, self.recordings.manifest_sha256), "trial_id": self.id}
@@ -118,85 +129,147 @@ class _Trial:
             # The process may have died between the checkpoint and the row: putting it again writes the same bytes.
             storage.put_json(row_key(self.id, progress.epoch), progress.row)
         while progress.epoch < self.spec.training.epochs:
-            progress = self._epoch(progress)
+            try:
+                progress = self._epoch(progress)
+            except DivergedError as error:
+                progress = self._rolled_back(error, progress)
         return self._finish()
+
+    def _restored(self) -> Progress | None:
+        """The newest checkpoint, loaded; None where there is none."""
+        return load_checkpoint(
+            self.how.storage, f"{self.folder}/checkpoints", model=self.model, optimizer=self.optimizer, trial_id=self.id
+        )
+
+    def _rolled_back(self, error: DivergedError, progress: Progress) -> Progress:
+        """Where to train on from after a divergence, under `protocol.divergence = rollback` and once in a trial.
+
+        The steps since that checkpoint are the same ones again, so the outcome does not depend on which one it is.
+        """
+        switched_on = self.spec.protocol.divergence == "rollback" and self.steps_per_epoch > 1
+        if not switched_on or progress.skipped or error.what == TEST_LOSS:
+            raise error
+        logger.warning("%s; it goes back to the last checkpoint and leaves that step out", error)
+        restored = self._restored()
+        if restored is None:
+            self.model, self.optimizer = self._initial()
+            restored = Progress(epoch=0, step=0)
+        return replace(restored, skipped=(error.step,))
 
     def _epoch(self, progress: Progress) -> Progress:
         """One epoch, or what is left of it: steps, evaluation, checkpoint, row."""
         epoch, began = progress.epoch, self.how.clock() - progress.seconds
         saved = self.how.clock()
-        losses = [torch.tensor(loss, dtype=torch.float64, device=self.how.device) for loss in progress.losses]
-        hits = torch.tensor(progress.hits, dtype=torch.float64, device=self.how.device)
+        # Per step the loss and the norm of the gradient, left on the device; what a checkpoint holds was finite.
+        losses = [self._number(math.nan if loss is None else loss) for loss in progress.losses]
+        norms = [self._number(0.0) for _ in losses]
+        hits = self._number(progress.hits)
         self.model.train()
         for step in range(progress.step, self.steps_per_epoch):
-            loss, step_hits = self._step(epoch, step)
-            losses.append(loss)
-            hits += step_hits
-            self.how.on_step(epoch * self.steps_per_epoch + step + 1)
+            total_step = epoch * self.steps_per_epoch + step + 1
+            if total_step in progress.skipped:
+                losses.append(self._number(math.nan))
+                norms.append(self._number(0.0))
+            else:
+                loss, norm, step_hits = self._step(epoch, step)
+                losses.append(loss)
+                norms.append(norm)
+                hits += step_hits
+            self.how.on_step(total_step)
             now = self.how.clock()
             if self.how.save_now() or now - saved >= self.how.save_every_s:
-                values = self._finite(epoch, losses)
-                position = Progress(
-                    epoch=epoch, step=step + 1, losses=values, hits=hits.item(), seconds=now - began, row=progress.row
+                values = self._finite(epoch, losses, norms, progress.skipped)
+                position = replace(
+                    progress, step=step + 1, losses=values, hits=hits.item(), seconds=now - began, row=progress.row
                 )
                 self._save(position)
                 saved = self.how.clock()
-        values = self._finite(epoch, losses)
+        values = self._finite(epoch, losses, norms, progress.skipped)
         row = self._row(epoch, values, hits.item(), began)
-        position = Progress(epoch=epoch + 1, step=0, row=row)
+        position = Progress(epoch=epoch + 1, step=0, row=row, skipped=progress.skipped)
         self._save(position)
         self.how.storage.put_json(row_key(self.id, epoch + 1), row)
         self.how.on_epoch(row)
         return position
 
-    def _step(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """One optimiser step. Returns the loss and the number of correct predictions, both on the device."""
+    def _number(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=self.how.device)
+
+    def _step(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimiser step. Returns the loss, the gradient's norm and the number of hits, all on the device."""
         training, protocol, seed = self.spec.training, self.spec.protocol, self.spec.seed
         rate = learning_rate(training, protocol, epoch=epoch, step=step, steps_per_epoch=self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = self.batches.batch(epoch, step).to(self.how.device)
-        wave_BT, label_B = batch.wave_BT, batch.label_B
+        wave_BT, label_B, samples_B = batch.wave_BT, batch.label_B, batch.samples_B
         if self.model.frontend.augmented:
             rate_hz = self.dataset.rate_hz
             wave_BT = augment(wave_BT, batch.clip_B, self.spec.augment, seed=seed, epoch=epoch, rate_hz=rate_hz)
         mixing = {"alpha": self.spec.augment.mixup_alpha, "seed": seed, "epoch": epoch, "step": step}
         if protocol.mixup_on == "waveform":
-            mixed, label_B, other_B, share = mixup(wave_BT, label_B, **mixing)
+            mixed, partner_B, share = mixup(wave_BT, **mixing)
             features = self.model.features(mixed)
         else:
-            features, label_B, other_B, share = mixup(self.model.features(wave_BT), label_B, **mixing)
-        logits_BC = self.model.logits(features)
-        loss = share * F.cross_entropy(logits_BC, label_B) + (1 - share) * F.cross_entropy(logits_BC, other_B)
+            features, partner_B, share = mixup(self.model.features(wave_BT), **mixing)
+        other_B, samples_B = label_B[partner_B], torch.maximum(samples_B, samples_B[partner_B])
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
+        total, hits = self._number(0.0), self._number(0.0)
+        for first in range(0, len(features), self.micro_batch):
+            part = slice(first, first + self.micro_batch)
+            logits_BC = self._logits(features[part], samples_B[part])
+            a_B, b_B = (F.cross_entropy(logits_BC, wanted_B[part], reduction="sum") for wanted_B in (label_B, other_B))
+            loss = (share * a_B + (1 - share) * b_B) / len(features)
+            loss.backward()
+            with torch.no_grad():
+                guess_B = logits_BC.argmax(dim=1)
+                total += loss
+                hits += share * (guess_B == label_B[part]).sum() + (1 - share) * (guess_B == other_B[part]).sum()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
         self.optimizer.step()
-        with torch.no_grad():
-            guess_B = logits_BC.argmax(dim=1)
-            hits = share * (guess_B == label_B).sum() + (1 - share) * (guess_B == other_B).sum()
-        return loss.detach().double(), hits.double()
+        return total, norm.double(), hits
 
-    def _finite(self, epoch: int, losses: list[Tensor]) -> tuple[float, ...]:
-        """The losses of the epoch so far as numbers, read from the device in one go; raises DivergedError."""
-        values = torch.stack(losses).cpu().tolist() if losses else []
-        for step, value in enumerate(values):
-            if not np.isfinite(value):
-                raise DivergedError(self.id, epoch * self.steps_per_epoch + step + 1)
+    def _logits(self, features: Tensor, samples_B: Tensor) -> Tensor:
+        """float32 logits [B, C], the matrix products at the precision of the spec."""
+        half = self.spec.training.precision == "bf16"
+        with torch.autocast(torch.device(self.how.device).type, dtype=torch.bfloat16, enabled=half):
+            return self.model.logits(features, samples_B).float()
+
+    def _finite(
+        self, epoch: int, losses: list[Tensor], norms: list[Tensor], skipped: tuple[int, ...]
+    ) -> tuple[float | None, ...]:
+        """The losses of the epoch so far as numbers, read from the device in one go; raises DivergedError.
+
+        A norm that is not finite means that the gradient is not, and it spoils the weights from that step on.
+        """
+        if not losses:
+            return ()
+        values: list[float | None] = []
+        for step, (loss, norm) in enumerate(torch.stack([torch.stack(losses), torch.stack(norms)], 1).cpu().tolist()):
+            total_step = epoch * self.steps_per_epoch + step + 1
+            if total_step in skipped:
+                values.append(None)
+                continue
+            for what, value in (("loss", loss), ("gradient", norm)):
+                if not math.isfinite(value):
+                    raise DivergedError(self.id, total_step, what)
+            values.append(loss)
         return tuple(values)
 
-    def _row(self, epoch: int, losses: tuple[float, ...], hits: float, began: float) -> dict[str, Any]:
+    def _row(self, epoch: int, losses: tuple[float | None, ...], hits: float, began: float) -> dict[str, Any]:
         training, protocol = self.spec.training, self.spec.protocol
         test = self.tested = self._evaluate(self.test_clips, total_step=(epoch + 1) * self.steps_per_epoch)
         if not np.isfinite(test.loss):
-            raise DivergedError(self.id, (epoch + 1) * self.steps_per_epoch)
+            raise DivergedError(self.id, (epoch + 1) * self.steps_per_epoch, TEST_LOSS)
+        taken = [loss for loss in losses if loss is not None]
         row: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": (epoch + 1) * self.steps_per_epoch,
             "lr": learning_rate(training, protocol, epoch=epoch, step=0, steps_per_epoch=self.steps_per_epoch),
-            "train_loss": sum(losses) / len(losses),
+            "train_loss": sum(taken) / len(taken),
             "train_losses": list(losses),
-            "train_accuracy": hits / (len(losses) * training.batch_size),
+            "skipped_steps": [epoch * self.steps_per_epoch + n for n, loss in enumerate(losses, 1) if loss is None],
+            "train_accuracy": hits / (len(taken) * training.batch_size),
             "test_accuracy": test.accuracy,
             "test_loss": test.loss,
             "test_half_a": test.hits(self.half_a),
@@ -212,9 +285,10 @@ class _Trial:
     def _evaluate(self, clips: np.ndarray, *, total_step: int) -> Evaluation:
         self.model.eval()
         labels, guesses, losses = [], [], []
-        for batch in in_order(self.recordings, clips, batch_size=self.spec.training.batch_size):
-            logits_BC = self.model(batch.wave_BT.to(self.how.device))
-            label_B = batch.label_B.to(self.how.device)
+        for batch in in_order(self.recordings, clips, batch_size=self.micro_batch):
+            batch = batch.to(self.how.device)
+            label_B = batch.label_B
+            logits_BC = self._logits(self.model.features(batch.wave_BT), batch.samples_B)
             losses.append(F.cross_entropy(logits_BC, label_B, reduction="none").double())
             guesses.append(logits_BC.argmax(dim=1))
             labels.append(label_B)
@@ -254,10 +328,13 @@ class _Trial:
             "best_epoch": {"best_test": chosen.best_test_epoch, "validation": list(chosen.validation_epochs)},
             "confusion": tested.confusion(),
             "weights_sha256": weights_sha256(self.model),
+            "skipped_steps": [step for row in rows for step in row["skipped_steps"]],
             "train_seconds": sum(row["seconds"] for row in rows),
             "finished": self.how.clock(),
             "device": self.how.device,
             "threads": torch.get_num_threads(),
+            "micro_batch": self.micro_batch,
+            "recompute": self.how.recompute,
             "scan": scan_backend(torch.device(self.how.device), torch.float32),
             "versions": versions(),
             "rows": rows,
