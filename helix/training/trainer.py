@@ -8,7 +8,8 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,9 +25,9 @@ from helix.data.shards import Recordings
 from helix.models.classifier import Classifier, build_classifier, cost
 from helix.models.scan import scan_backend
 from helix.registry import DATASETS
-from helix.spec import TrialSpec, derive_seed, identity, resolve, trial_id
+from helix.spec import TrialSpec, derive_seed, identity, resolve, to_json, trial_id
 from helix.storage import Storage, json_bytes
-from helix.training.checkpoint import Progress, load_checkpoint, prune, save_checkpoint, weights_sha256
+from helix.training.checkpoint import Progress, Saver, load_checkpoint, prune, save_interval_s, weights_sha256
 from helix.training.metrics import Evaluation, select
 from helix.training.optim import build_optimizer, learning_rate
 
@@ -53,10 +54,12 @@ class Fit:
 
     `micro_batch`: clips that go through the model at a time, None for the whole batch; gradients add up to those of the
     batch, each clip weighted the same. `recompute`: see helix.models.classifier.Classifier.
-    `save_every_s`: seconds of training between checkpoints inside an epoch (each epoch ends with one anyway).
-    `save_now`: asked at every step; True (a preemption notice, say) saves at this step and training goes on.
+    `save_every_s`: the most seconds of training between checkpoints; how many it is follows from what a checkpoint
+    costs and from `between_losses_s`, the mean time after which a machine is lost. The end of an epoch is saved as soon
+    as the checkpoint before it is written. `save_now`: asked at every step; True (a preemption notice, say) saves at
+    this step and training goes on.
     `on_step`: told the optimiser steps so far after each step, and again after each batch that is evaluated, so that
-    whoever listens knows that work goes on. `on_epoch`: told each row once its epoch is safe.
+    whoever listens knows that work goes on. `on_epoch`: told each row once it is stored.
     """
 
     storage: Storage
@@ -64,6 +67,7 @@ class Fit:
     micro_batch: int | None = None
     recompute: bool = False
     save_every_s: float = 300.0
+    between_losses_s: float = 4 * 3600.0
     save_now: Callable[[], bool] = lambda: False
     on_step: Callable[[int], None] = lambda _total_step: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda _row: None
@@ -86,7 +90,11 @@ def fit(spec: TrialSpec, recordings: Recordings, how: Fit) -> dict[str, Any]:
     Raises DivergedError when a loss is not finite, CheckpointError when no checkpoint can be trusted, OSError when the
     storage fails; a call that was stopped by any of them, or killed, is continued by calling again.
     """
-    return _Trial(spec, recordings, how).run()
+    trial = _Trial(spec, recordings, how)
+    try:
+        return trial.run()
+    finally:
+        trial.saver.close()
 
 
 class _Trial:
@@ -106,6 +114,12 @@ class _Trial:
         self.tested: Evaluation | None = None
         self.micro_batch = how.micro_batch or self.spec.training.batch_size
         self.model, self.optimizer = self._initial()
+        described = {"trial_id": self.id, "spec": to_json(self.spec), "versions": versions()}
+        self.saver = Saver(how.storage, self.folder, identity=described)
+        self.saved = how.clock()
+        # Rows of finished epochs: those that no committed checkpoint has yet, and those stored and not yet told.
+        self.pending: deque[dict[str, Any]] = deque()
+        self.stored: deque[dict[str, Any]] = deque()
 
     def _initial(self) -> tuple[Classifier, torch.optim.Optimizer]:
         """The model and its optimiser before the first step."""
@@ -125,15 +139,32 @@ class _Trial:
             progress = Progress(epoch=0, step=0)
             described = {**identity(self.spec, self.recordings.manifest_sha256), "trial_id": self.id}
             storage.put_json(f"{self.folder}/spec.json", described)
-        elif progress.row is not None:
-            # The process may have died between the checkpoint and the row: putting it again writes the same bytes.
-            storage.put_json(row_key(self.id, progress.epoch), progress.row)
+        # The process may have died between the checkpoint and its rows: putting them again writes the same bytes.
+        self._store(progress.rows)
+        progress = replace(progress, rows=(), environments=self._environments(progress))
         while progress.epoch < self.spec.training.epochs:
             try:
                 progress = self._epoch(progress)
             except DivergedError as error:
                 progress = self._rolled_back(error, progress)
-        return self._finish()
+        if self.pending:
+            self._save(progress)
+        self.saver.wait(final=True)
+        self._tell()
+        return self._finish(progress)
+
+    def _environments(self, progress: Progress) -> tuple[str, ...]:
+        """The environments that took part, this one last where it is new: bits are promised within one only."""
+        here = f"{torch.device(self.how.device).type}, scan {self._scan()}, torch {torch.__version__}"
+        if progress.environments and here not in progress.environments:
+            logger.warning(
+                "trial %s goes on in another environment (%s) than it began in (%s): the same up to rounding",
+                *(self.id, here, "; ".join(progress.environments)),
+            )
+        return tuple(dict.fromkeys((*progress.environments, here)))
+
+    def _scan(self) -> str:
+        return scan_backend(torch.device(self.how.device), torch.float32)
 
     def _restored(self) -> Progress | None:
         """The newest checkpoint, loaded; None where there is none."""
@@ -147,23 +178,32 @@ class _Trial:
         The steps since that checkpoint are the same ones again, so the outcome does not depend on which one it is.
         """
         switched_on = self.spec.protocol.divergence == "rollback" and self.steps_per_epoch > 1
+        self.saver.wait()
         if not switched_on or progress.skipped or error.what == TEST_LOSS:
+            # No checkpoint will follow that they could wait for.
+            self._store(tuple(self.pending))
             raise error
         logger.warning("%s; it goes back to the last checkpoint and leaves that step out", error)
+        self.pending.clear()
         restored = self._restored()
         if restored is None:
             self.model, self.optimizer = self._initial()
             restored = Progress(epoch=0, step=0)
-        return replace(restored, skipped=(error.step,))
+        return replace(restored, rows=(), skipped=(error.step,), environments=progress.environments)
 
     def _epoch(self, progress: Progress) -> Progress:
         """One epoch, or what is left of it: steps, evaluation, checkpoint, row."""
         epoch, began = progress.epoch, self.how.clock() - progress.seconds
-        saved = self.how.clock()
         # Per step the loss and the norm of the gradient, left on the device; what a checkpoint holds was finite.
         losses = [self._number(math.nan if loss is None else loss) for loss in progress.losses]
         norms = [self._number(0.0) for _ in losses]
         hits = self._number(progress.hits)
+
+        def position(step: int) -> Progress:
+            values = self._finite(epoch, losses, norms, progress.skipped)
+            seconds = self.how.clock() - began
+            return replace(progress, step=step, losses=values, hits=hits.item(), seconds=seconds)
+
         self.model.train()
         for step in range(progress.step, self.steps_per_epoch):
             total_step = epoch * self.steps_per_epoch + step + 1
@@ -176,21 +216,81 @@ class _Trial:
                 norms.append(norm)
                 hits += step_hits
             self.how.on_step(total_step)
-            now = self.how.clock()
-            if self.how.save_now() or now - saved >= self.how.save_every_s:
-                values = self._finite(epoch, losses, norms, progress.skipped)
-                position = replace(
-                    progress, step=step + 1, losses=values, hits=hits.item(), seconds=now - began, row=progress.row
-                )
-                self._save(position)
-                saved = self.how.clock()
-        values = self._finite(epoch, losses, norms, progress.skipped)
-        row = self._row(epoch, values, hits.item(), began)
-        position = Progress(epoch=epoch + 1, step=0, row=row, skipped=progress.skipped)
-        self._save(position)
-        self.how.storage.put_json(row_key(self.id, epoch + 1), row)
-        self.how.on_epoch(row)
-        return position
+            self._tell()
+            if self._due():
+                self._save(position(step + 1))
+
+        def on_batch() -> None:
+            self.how.on_step(total_steps)
+            if self.how.save_now():  # what is saved waits for its evaluation
+                self._save(position(self.steps_per_epoch))
+
+        total_steps = (epoch + 1) * self.steps_per_epoch
+        row = self._row(epoch, self._finite(epoch, losses, norms, progress.skipped), hits.item(), began, on_batch)
+        self.pending.append(row)
+        best = self._best(row, progress.best)
+        progress = Progress(
+            epoch=epoch + 1, step=0, skipped=progress.skipped, best=best, environments=progress.environments
+        )
+        if self._due():
+            self._save(progress)
+        self._tell()
+        return progress
+
+    def _due(self) -> bool:
+        """Whether to save now. Rows wait for a checkpoint, but none holds up the training by more than 1 % of it."""
+        if self.how.save_now():
+            return True
+        if self.saver.busy:
+            return False
+        interval_s = save_interval_s(
+            hold_s=self.saver.hold_s,
+            write_s=self.saver.write_s,
+            between_losses_s=self.how.between_losses_s,
+            most_s=self.how.save_every_s,
+        )
+        return self.how.clock() - self.saved >= (100 * self.saver.hold_s if self.pending else interval_s)
+
+    def _save(self, progress: Progress) -> None:
+        """Hand the state to the saver, with the rows that it makes safe."""
+        self.saver.wait()
+        rows = tuple(self.pending)
+        self.saver.save(
+            self.model,
+            self.optimizer,
+            replace(progress, rows=rows),
+            total_step=progress.epoch * self.steps_per_epoch + progress.step,
+            then=lambda: self._store(rows),
+        )
+        self.saved = self.how.clock()
+
+    def _store(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Put rows whose checkpoint is committed."""
+        for row in rows:
+            self.how.storage.put_json(row_key(self.id, row["epoch"]), row)
+            if self.pending and self.pending[0] is row:
+                self.pending.popleft()
+            self.stored.append(row)
+
+    def _tell(self) -> None:
+        """Tell the listener of stored rows, in the thread that trains."""
+        while self.stored:
+            self.how.on_epoch(self.stored.popleft())
+
+    def _best(self, row: dict[str, Any], best: tuple[int, float] | None) -> tuple[int, float] | None:
+        """The best epoch so far by what the protocol selects by; its weights are kept."""
+        select_by = self.spec.protocol.select
+        if select_by == "last":
+            metric, better = "test_accuracy", row["epoch"] == self.spec.training.epochs
+        else:
+            metric = (
+                "validation_accuracy" if select_by == "validation" and len(self.validation_clips) else "test_accuracy"
+            )
+            better = best is None or row[metric] > best[1]
+        if not better:
+            return best
+        self.saver.best(self.model, epoch=row["epoch"], metric=metric, value=row[metric])
+        return row["epoch"], row[metric]
 
     def _number(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float64, device=self.how.device)
@@ -256,9 +356,16 @@ class _Trial:
             values.append(loss)
         return tuple(values)
 
-    def _row(self, epoch: int, losses: tuple[float | None, ...], hits: float, began: float) -> dict[str, Any]:
+    def _row(
+        self,
+        epoch: int,
+        losses: tuple[float | None, ...],
+        hits: float,
+        began: float,
+        on_batch: Callable[[], None],
+    ) -> dict[str, Any]:
         training, protocol = self.spec.training, self.spec.protocol
-        test = self.tested = self._evaluate(self.test_clips, total_step=(epoch + 1) * self.steps_per_epoch)
+        test = self.tested = self._evaluate(self.test_clips, on_batch)
         if not np.isfinite(test.loss):
             raise DivergedError(self.id, (epoch + 1) * self.steps_per_epoch, TEST_LOSS)
         taken = [loss for loss in losses if loss is not None]
@@ -276,13 +383,13 @@ class _Trial:
             "test_half_b": test.hits(~self.half_a),
         }
         if len(self.validation_clips):
-            validation = self._evaluate(self.validation_clips, total_step=(epoch + 1) * self.steps_per_epoch)
+            validation = self._evaluate(self.validation_clips, on_batch)
             row |= {"validation_accuracy": validation.accuracy, "validation_loss": validation.loss}
         now = self.how.clock()
         return row | {"seconds": now - began, "time": now}
 
     @torch.no_grad()
-    def _evaluate(self, clips: np.ndarray, *, total_step: int) -> Evaluation:
+    def _evaluate(self, clips: np.ndarray, on_batch: Callable[[], None]) -> Evaluation:
         self.model.eval()
         labels, guesses, losses = [], [], []
         for batch in in_order(self.recordings, clips, batch_size=self.micro_batch):
@@ -292,28 +399,17 @@ class _Trial:
             losses.append(F.cross_entropy(logits_BC, label_B, reduction="none").double())
             guesses.append(logits_BC.argmax(dim=1))
             labels.append(label_B)
-            self.how.on_step(total_step)
+            on_batch()
         loss = torch.cat(losses).mean().item()
         return Evaluation(label=torch.cat(labels).cpu().numpy(), predicted=torch.cat(guesses).cpu().numpy(), loss=loss)
 
-    def _save(self, progress: Progress) -> None:
-        save_checkpoint(
-            self.how.storage,
-            f"{self.folder}/checkpoints",
-            model=self.model,
-            optimizer=self.optimizer,
-            progress=progress,
-            total_step=progress.epoch * self.steps_per_epoch + progress.step,
-            identity={"trial_id": self.id, **versions()},
-        )
-
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, progress: Progress) -> dict[str, Any]:
         """Gather the rows into the result and put it once; a result that is there already is the one that counts."""
         storage = self.how.storage
         rows = [storage.get_json(row_key(self.id, epoch)) for epoch in range(1, self.spec.training.epochs + 1)]
         chosen = select(rows)
         # The last epoch's predictions are at hand, unless this process only came to finish what another one trained.
-        tested = self.tested or self._evaluate(self.test_clips, total_step=rows[-1]["step"])
+        tested = self.tested or self._evaluate(self.test_clips, lambda: self.how.on_step(rows[-1]["step"]))
         price = cost(self.spec.model, self.spec.protocol, classes=self.classes, samples=self.dataset.clip_samples)
         result = {
             "trial_id": self.id,
@@ -335,7 +431,8 @@ class _Trial:
             "threads": torch.get_num_threads(),
             "micro_batch": self.micro_batch,
             "recompute": self.how.recompute,
-            "scan": scan_backend(torch.device(self.how.device), torch.float32),
+            "scan": self._scan(),
+            "environments": list(progress.environments),
             "versions": versions(),
             "rows": rows,
         }

@@ -162,7 +162,7 @@ def test_without_the_state_of_the_optimiser_the_step_would_differ(tmp_path: Path
 def test_progress_comes_back_as_it_was(tmp_path: Path):
     storage, mind = Storage(tmp_path), Mind.new()
     progress = Progress(
-        epoch=3, step=2, losses=(0.1 + 0.2, 1 / 3), hits=7.25, seconds=12.5, row={"epoch": 3, "loss": 2 / 3}
+        epoch=3, step=2, losses=(0.1 + 0.2, None), hits=7.25, seconds=12.5, rows=({"epoch": 3, "loss": 2 / 3},)
     )
     save_checkpoint(
         storage,
