@@ -1,5 +1,6 @@
 """The loop: stopping it anywhere changes nothing, it learns, and it never hides a loss that is not a number."""
 
+import hashlib
 import pickle
 import shutil
 from collections.abc import Callable
@@ -9,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from helix.data.shards import Recordings
 from helix.protocol import profile
 from helix.spec import TrialSpec, trial_id
 from helix.storage import Storage
-from helix.training.checkpoint import committed
+from helix.training.checkpoint import committed, load_best
 from helix.training.trainer import DivergedError, Fit, _Trial, fit, row_key
 from orchestration.grid import VARIANTS
 
@@ -283,3 +285,50 @@ def test_a_second_divergence_is_not_rolled_back(tiny_spec, tiny_data, storage, m
     Spoiled(monkeypatch, 7, "gradient")
     with pytest.raises(DivergedError, match="the gradient of step 7"):
         fit(spec, tiny_data, Fit(storage=storage))
+
+
+def test_a_notice_during_the_evaluation_saves_what_waits_for_it(tiny_spec, tiny_data, storage, undisturbed):
+    """The third step of three is done and its epoch is being evaluated; after a kill no step is trained again."""
+    seen: list[int] = []
+
+    def on_step(total_step: int) -> None:
+        seen.append(total_step)
+        if seen.count(3) == 3:  # after its own step and two batches of the evaluation
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(
+            tiny_spec,
+            tiny_data,
+            Fit(storage=storage, micro_batch=8, on_step=on_step, save_now=lambda: seen.count(3) == 2),
+        )
+    name = trial_id(tiny_spec, tiny_data.manifest_sha256)
+    assert committed(storage, f"trials/{name}/checkpoints")[-1] == "step-00000003"
+    assert not list(storage.keys(f"trials/{name}/metrics"))
+    trained: list[int] = []
+    fit(tiny_spec, tiny_data, Fit(storage=storage, micro_batch=8, on_step=trained.append))
+    assert trained[0] == 3 and trained.count(3) == 3, "evaluated, not trained"
+
+
+def test_the_best_weights_are_those_of_the_best_epoch(tiny_spec, tiny_data, storage, tmp_path):
+    result = fit(tiny_spec, tiny_data, Fit(storage=storage))
+    folder = f"trials/{result['trial_id']}"
+    weights, said = load_best(storage, folder)
+    assert said["epoch"] == result["best_epoch"]["best_test"] and said["value"] == result["accuracy"]["best_test"]
+    if said["epoch"] == tiny_spec.training.epochs:
+        assert hashlib.sha256(save(weights)).hexdigest() == result["weights_sha256"]
+    killed = Storage(tmp_path / "killed")
+    for step in (2, 5, 8):
+        with pytest.raises(Killed):
+            fit(tiny_spec, tiny_data, Fit(storage=killed, on_step=kill_at(step), save_now=lambda: True))
+    fit(tiny_spec, tiny_data, Fit(storage=killed))
+    assert save(load_best(killed, folder)[0]) == save(weights)
+
+
+def test_a_change_of_environment_is_told_and_recorded(tiny_spec, tiny_data, storage, monkeypatch, caplog):
+    with pytest.raises(Killed):
+        fit(tiny_spec, tiny_data, Fit(storage=storage, on_step=kill_at(4), save_now=lambda: True))
+    monkeypatch.setenv("HELIX_SCAN", "reference")
+    result = fit(tiny_spec, tiny_data, Fit(storage=storage))
+    assert [name.split(", ")[1] for name in result["environments"]] == ["scan numba", "scan reference"]
+    assert "goes on in another environment" in caplog.text
