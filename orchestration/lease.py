@@ -173,7 +173,9 @@ def _is_free(storage: Storage, trial_id: str, number: int, standing: Any, *, swe
 def _lives(standing: dict[str, Any]) -> bool:
     """Whether the process that a lease of this machine names is still there."""
     try:
-        return abs(psutil.Process(standing["pid"]).create_time() - standing["born"]) < 1
+        process = psutil.Process(standing["pid"])
+        # One that was killed and that nobody has buried yet has a number and a birthday too.
+        return abs(process.create_time() - standing["born"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

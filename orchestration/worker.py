@@ -7,6 +7,7 @@ import traceback
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import ray.train
@@ -64,43 +65,67 @@ def worker_resources(pack: dict[str, Any]) -> dict[str, float]:
 
 
 def run_pack(config: dict[str, Any]) -> None:
-    """What a Ray Train worker runs: the trials of `config["specs"]` in turn, those that are done passed over.
+    """What a Ray Train worker runs: the trials of `config["specs"]`.
 
-    One trial's failure is recorded with the trial and does not keep the next from running. A trial that another sweep
-    works on is left to it, and looked at again until it is done or free. Errors of the storage itself leave this
-    function, since nothing could be recorded; Ray Train then restarts the worker.
+    Errors of the storage itself leave this function, since nothing could be recorded; Ray Train then restarts the
+    worker.
     """
     storage = open_storage(config["storage"])
     torch.set_num_threads(config["threads"])
-    device = "cuda" if config["gpu"] else "cpu"
-    recordings = open_prepared(storage, config["data"])
-    watch, notices = Watch(), Notices([ray_notice, sigterm_notice()])
-    todo = deque(enumerate(config["specs"]))
-    waiting = 0
+
+    def report(number: int, row: dict[str, Any]) -> None:
+        ray.train.report({"trial": number, "epoch": row["epoch"], "test_accuracy": row["test_accuracy"]})
+
+    work_through(
+        [from_json(value) for value in config["specs"]],
+        open_prepared(storage, config["data"]),
+        storage,
+        sweep_id=config["sweep_id"],
+        device="cuda" if config["gpu"] else "cpu",
+        report=report,
+        notices=Notices([ray_notice, sigterm_notice()]),
+    )
+
+
+def work_through(
+    specs: Sequence[TrialSpec],
+    recordings: Recordings,
+    storage: Storage,
+    *,
+    sweep_id: str,
+    device: str = "cpu",
+    report: Callable[[int, dict[str, Any]], None] = lambda _number, _row: None,
+    notices: Callable[[], bool] = lambda: False,
+    held_s: float = HELD_S,
+    watch: Watch | None = None,
+) -> None:
+    """Run trials in turn until each is done or has failed, here or elsewhere; those that are done are passed over.
+
+    One trial's failure is recorded with the trial and does not keep the next from running. A trial that another sweep
+    works on is left to it, and looked at again until it is done or free.
+    """
+    watch = watch or Watch()
+    todo, waiting = deque(enumerate(specs)), 0
     while todo:
-        number, value = todo.popleft()
-
-        def report(row: dict[str, Any], number: int = number) -> None:
-            ray.train.report({"trial": number, "epoch": row["epoch"], "test_accuracy": row["test_accuracy"]})
-
+        number, spec = todo.popleft()
         outcome = run_trial(
-            from_json(value),
+            spec,
             recordings,
             storage,
-            sweep_id=config["sweep_id"],
+            sweep_id=sweep_id,
             device=device,
-            on_epoch=report,
+            on_epoch=partial(report, number),
             watch=watch,
             notices=notices,
         )
         if outcome != "held":
             waiting = 0
             continue
-        todo.append((number, value))
+        todo.append((number, spec))
         waiting += 1
         if waiting >= len(todo):  # all that is left is in other hands
             waiting = 0
-            time.sleep(HELD_S)
+            time.sleep(held_s)
 
 
 def ray_notice() -> Any:

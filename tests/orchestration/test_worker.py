@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,3 +178,64 @@ def test_a_process_that_hangs_ends_itself_and_says_so(tiny_spec, tiny_data, stor
     assert ended.returncode == worker.HUNG
     state = read(storage, storage.children("trials")[0], now=1e12)
     assert state.attempts[0]["outcome"] == "lost" and "hung: no step was finished for" in state.attempts[0]["error"]
+
+
+DRIVER = """
+import json, sys
+from pathlib import Path
+from helix.data.shards import open_prepared
+from helix.spec import from_json
+from helix.storage import Storage
+from orchestration.worker import work_through
+specs, data, prefix, storage, sweep = sys.argv[1:]
+recordings = open_prepared(Storage(Path(data)), prefix)
+print("ready", flush=True)
+sys.stdin.readline()
+work_through(map(from_json, json.loads(specs)), recordings, Storage(Path(storage)), sweep_id=sweep, held_s=0.1)
+"""
+
+
+def drivers(specs, tiny_data: Recordings, storage: Storage, count: int) -> list[subprocess.Popen]:
+    """So many processes that work through the same trials, all of them started at one moment."""
+    arguments = [json.dumps([to_json(spec) for spec in specs]), str(tiny_data._storage.root)]
+    arguments += [tiny_data.prepared.prefix, str(storage.root)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DRIVER, *arguments, f"sweep-{number}"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(count)
+    ]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return processes
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_sweeps_at_once_share_the_trials_and_train_none_twice(killed, tiny_spec, tiny_data, storage):
+    specs = [replace(tiny_spec, seed=seed) for seed in range(4)]
+    processes = drivers(specs, tiny_data, storage, 2)
+    try:
+        if killed:
+            time.sleep(1.0)
+            processes[0].kill()
+        for process in processes[killed:]:
+            assert process.wait(timeout=120) == 0
+    finally:
+        for process in processes:
+            process.kill()
+    names = [trial_id(spec, tiny_data.manifest_sha256) for spec in specs]
+    states = [read(storage, name, now=1e12) for name in names]
+    assert [state.status for state in states] == ["done"] * 4
+    ended = [[attempt["outcome"] for attempt in state.attempts] for state in states]
+    assert all(outcomes.count("done") == 1 for outcomes in ended)
+    if not killed:
+        assert ended == [["done"]] * 4
+        assert len({attempt["sweep_id"] for state in states for attempt in state.attempts}) == 2, "both had work"
