@@ -38,3 +38,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+# What tests compare us with. The libraries that torchaudio brings want CUDA; its mel spectrogram needs none of them.
+$(VENV)/.ready-peers: $(VENV)/.ready-dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	@$(BIN)/python -c 'import torchaudio' 2>/dev/null || \
+		{ rm -f $(VENV)/lib/python*/site-packages/torchaudio/lib/*.so && $(BIN)/python -c 'import torchaudio'; }
+	@touch $@
