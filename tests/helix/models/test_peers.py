@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from helix.models.blocks.mamba import BiMambaLayer, Mamba
-from helix.models.scan import numba_kernels, selective_scan
+from helix.models.scan import scan_backend, selective_scan
 
 BOUND = 1e-5
 WIDTH, INNER, STATE, TAPS, BATCH = 32, 64, 16, 4, 2
@@ -33,8 +33,10 @@ def library(name: str) -> ModuleType:
 @pytest.fixture(params=["reference", "numba"])
 def backend(request, monkeypatch) -> str:
     """Every backend that scans on a CPU, forced for models as well as for the scan itself."""
-    if request.param == "numba" and numba_kernels() is None:
-        pytest.skip("numba cannot be imported")
+    try:
+        scan_backend(torch.device("cpu"), torch.float32, backend=request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
     monkeypatch.setenv("HELIX_SCAN", request.param)
     return request.param
 
