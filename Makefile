@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep test check clean
+.PHONY: help sweep test check golden clean
 
 help:
 	@echo "make sweep   train the demo grid on this machine and report (GRID=... for another; ARGS=... for options)"
 	@echo "make test    run the tests"
 	@echo "make check   lint, format and types"
+	@echo "make golden  write the losses that training is held to, after SCIENCE_VERSION was raised"
 	@echo "make clean   remove the virtual environment (results in runs/ stay)"
 
 sweep: $(VENV)/.ready
@@ -23,6 +24,9 @@ check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+golden: $(VENV)/.ready-dev
+	@$(BIN)/python -m pytest tests/helix/training/test_golden.py --rewrite-golden
 
 clean:
 	rm -rf $(VENV)
@@ -37,4 +41,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# What tests compare us with. The libraries that torchaudio brings want CUDA; its mel spectrogram needs none of them.
+$(VENV)/.ready-peers: $(VENV)/.ready-dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	@$(BIN)/python -c 'import torchaudio' 2>/dev/null || \
+		{ rm -f $(VENV)/lib/python*/site-packages/torchaudio/lib/*.so && $(BIN)/python -c 'import torchaudio'; }
 	@touch $@

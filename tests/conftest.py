@@ -14,6 +14,12 @@ from helix.storage import Storage
 TINY_TONES = {"clips_per_class": 16}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rewrite-golden", action="store_true", help="write the golden losses of this version (make golden)"
+    )
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Tests run as a worker does on one core, so that their numbers do not depend on the machine."""

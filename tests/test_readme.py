@@ -56,7 +56,7 @@ def test_every_helix_command_of_the_readme_runs(command: str, tmp_path: Path, mo
     assert (tmp_path / "runs" / "reports" / "demo.html").exists()
 
 
-@pytest.mark.parametrize("target", ["sweep", "test", "check"])
+@pytest.mark.parametrize("target", ["sweep", "test", "check", "golden"])
 def test_the_make_targets_exist(target: str):
     assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0
 

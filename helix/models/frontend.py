@@ -114,6 +114,8 @@ class RawTokenizer(Tokenizer):
 class MelSpectrogram:
     """Patches of a log-mel spectrogram (eq. 2): Hann window, power, HTK mel scale, decibels of at most `top_db` range.
 
+    The decibels are those of torchaudio's MelSpectrogram and AmplitudeToDB to the bit, on the same processor.
+
     `protocol.mel_pad`: "floor" leaves out the frames that do not fill a patch; "ceil" completes the last patch with
     silence, which is the lowest value that the clip's own range of `top_db` lets any number have.
     """
@@ -171,7 +173,7 @@ class MelTokenizer(Tokenizer):
         """The image [B, 1, M, F]."""
         frames = self.options.patch * self.options.patches(wave_BT.shape[-1], protocol=self.protocol)
         with torch.autocast(wave_BT.device.type, enabled=False):
-            power_BMF = self.filters.mT @ self._power(wave_BT)
+            power_BMF = (self._power(wave_BT).mT @ self.filters).mT
         level_BMF = 10 * torch.log10(power_BMF.clamp_min(POWER_FLOOR))
         loudest_B11 = level_BMF.amax((1, 2), keepdim=True)
         silence_B11 = (loudest_B11 - self.options.top_db).clamp_min(10 * math.log10(POWER_FLOOR))
@@ -203,7 +205,7 @@ class MelTokenizer(Tokenizer):
         """The power of each frequency in each frame."""
         n_fft, hop = self.options.n_fft, self.options.hop
         spectrum = torch.stft(wave_BT, n_fft, hop, window=self.window, pad_mode="reflect", return_complex=True)
-        return spectrum.real.square() + spectrum.imag.square()
+        return spectrum.abs().square()
 
 
 def _begins_before(samples_B: Tensor, pieces: int, size: int) -> Tensor:
@@ -213,12 +215,15 @@ def _begins_before(samples_B: Tensor, pieces: int, size: int) -> Tensor:
 
 
 def mel_filters(n_mels: int, n_fft: int) -> Tensor:
-    """Triangles [n_fft / 2 + 1, n_mels] of height one, their corners equally spaced in HTK mel up to half the rate."""
-    bins_hz = torch.linspace(0, RATE_HZ / 2, n_fft // 2 + 1, dtype=torch.float64)
-    top_mel = 2595 * math.log10(1 + RATE_HZ / 2 / 700)
-    corners_hz = 700 * (10 ** (torch.linspace(0, top_mel, n_mels + 2, dtype=torch.float64) / 2595) - 1)
+    """Triangles [n_fft / 2 + 1, n_mels] of height one, their corners equally spaced in HTK mel up to half the rate.
+
+    Their numbers are those of torchaudio's `melscale_fbanks` to the bit: the same roundings in float32.
+    """
+    bins_hz = torch.linspace(0, RATE_HZ // 2, n_fft // 2 + 1)
+    top_mel = 2595.0 * math.log10(1.0 + RATE_HZ / 2 / 700.0)
+    corners_hz = 700.0 * (10.0 ** (torch.linspace(0.0, top_mel, n_mels + 2) / 2595.0) - 1.0)
     width_hz = corners_hz.diff()
     distance = corners_hz - bins_hz[:, None]
     rising = -distance[:, :-2] / width_hz[:-1]
     falling = distance[:, 2:] / width_hz[1:]
-    return torch.minimum(rising, falling).clamp_min(0).float()
+    return torch.minimum(rising, falling).clamp_min(0)
