@@ -1,6 +1,7 @@
 """Attempts of a trial, without Ray: what is recorded, what is tried again, and what is given up with its reason."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -203,6 +204,7 @@ def drivers(specs, tiny_data: Recordings, storage: Storage, count: int) -> list[
         subprocess.Popen(
             [sys.executable, "-c", DRIVER, *arguments, f"sweep-{number}"],
             cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
