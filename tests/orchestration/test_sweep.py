@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from helix.storage import Storage
+from helix.storage import FolderStorage, Storage
 from orchestration import sweep
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def run(
 
 def results(root: Path) -> dict[str, dict]:
     """The stored results by trial id."""
-    storage = Storage(root)
+    storage = FolderStorage(root)
     found = {name: storage.get_json(f"trials/{name}/result.json") for name in storage.children("trials")}
     return {name: result for name, result in found.items() if result is not None}
 
@@ -114,7 +114,7 @@ def test_a_sweep_that_is_killed_and_run_again_ends_as_if_nothing_had_happened(tm
     output = (tmp_path / "killed" / "output").open("w")
     command = [sys.executable, str(SWEEP), *arguments]
     driver = subprocess.Popen(command, cwd=tmp_path / "killed", env=environment(), stdout=output, stderr=output)
-    storage, deadline = Storage(tmp_path / "killed" / "runs"), time.monotonic() + 200
+    storage, deadline = FolderStorage(tmp_path / "killed" / "runs"), time.monotonic() + 200
     while len(list(_rows(storage))) < 5:
         assert driver.poll() is None, (tmp_path / "killed" / "output").read_text()
         assert time.monotonic() < deadline
@@ -141,7 +141,7 @@ def test_a_sweep_that_is_killed_and_run_again_ends_as_if_nothing_had_happened(tm
 
 @pytest.mark.ray
 def test_one_trial_that_fails_does_not_stop_the_others_and_mlflow_may_be_away(tmp_path):
-    storage = Storage(tmp_path / "runs")
+    storage = FolderStorage(tmp_path / "runs")
     arguments = [*SMALL, "training.epochs=1"]
     first = run([*arguments, "--variants", "mamba-mel"], cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert first.returncode == 0, first.stdout + first.stderr

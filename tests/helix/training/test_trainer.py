@@ -11,7 +11,7 @@ import pytest
 from helix.data.shards import Recordings
 from helix.protocol import profile
 from helix.spec import TrialSpec, trial_id
-from helix.storage import Storage
+from helix.storage import FolderStorage
 from helix.training.checkpoint import committed
 from helix.training.trainer import DivergedError, Fit, fit, row_key
 from orchestration.grid import VARIANTS
@@ -46,7 +46,7 @@ def undisturbed(tiny_data: Recordings, tmp_path_factory) -> Callable[[TrialSpec]
     def run(spec: TrialSpec) -> dict[str, Any]:
         name = trial_id(spec, tiny_data.manifest_sha256)
         if name not in results:
-            results[name] = science(fit(spec, tiny_data, Fit(storage=Storage(tmp_path_factory.mktemp("whole")))))
+            results[name] = science(fit(spec, tiny_data, Fit(storage=FolderStorage(tmp_path_factory.mktemp("whole")))))
         return results[name]
 
     return run
@@ -179,6 +179,6 @@ def test_it_learns(tiny_spec, tiny_data, storage):
 def test_results_of_a_moved_storage_are_still_whole(tiny_spec, tiny_data, storage, tmp_path: Path):
     with pytest.raises(Killed):
         fit(tiny_spec, tiny_data, Fit(storage=storage, on_step=kill_at(7)))
-    moved = Storage(tmp_path / "moved")
+    moved = FolderStorage(tmp_path / "moved")
     shutil.copytree(storage.root, moved.root)
     assert fit(tiny_spec, tiny_data, Fit(storage=moved))["rows"][-1]["step"] == STEPS
