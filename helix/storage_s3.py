@@ -469,11 +469,12 @@ def _new_client() -> Any:
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
     }
-    client = boto3.session.Session().client("s3", config=Config(**common))
+    session = boto3.session.Session()
+    client = session.client("s3", config=Config(**common))
     if re.search(r"\.amazonaws\.com(\.cn)?$", client.meta.endpoint_url):
         return client
     # Behind a name of its own, a server seldom has a name for every bucket.
-    return boto3.session.Session().client("s3", config=Config(**common, s3={"addressing_style": "path"}))
+    return session.client("s3", config=Config(**common, s3={"addressing_style": "path"}))
 
 
 def _pieces(body: Any, deadline: Deadline) -> Iterator[bytes]:

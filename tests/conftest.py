@@ -4,12 +4,12 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import boto3.session
 import pytest
 import torch
 
@@ -104,7 +104,7 @@ def s3_address(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     }.items():
         monkeypatch.setenv(name, value)
     bucket = f"test-{uuid.uuid4().hex[:12]}"
-    boto3.session.Session().client("s3", endpoint_url=s3_server).create_bucket(Bucket=bucket)
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{bucket}", method="PUT")).close()
     return f"s3://{bucket}/some/prefix"
 
 
