@@ -241,8 +241,8 @@ class S3Storage(Storage):
         self._try("delete", key, lambda client, _: client.delete_object(Bucket=self.bucket, Key=name))
 
     def delete_folder(self, prefix: str) -> None:
-        for key in list(self.keys(prefix)):
-            self.delete(key)
+        for name in [entry["Key"] for page in self._pages(prefix) for entry in page.get("Contents", ())]:
+            self._try("delete", prefix, lambda client, _, name=name: client.delete_object(Bucket=self.bucket, Key=name))
         name = f"{self._name(prefix)}/"
         with contextlib.suppress(OSError):  # what stays of an upload is no key, and not every server can list it
             listing = self._try(

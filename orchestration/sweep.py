@@ -230,7 +230,8 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            sweep.storage.delete_folder(scratch_key)
+            with contextlib.suppress(OSError):
+                sweep.storage.delete_folder(scratch_key)
     errors = [result.error for result in results if result.error is not None]
     return sorted({(str(error).strip().splitlines() or [repr(error)])[-1] for error in errors})
 

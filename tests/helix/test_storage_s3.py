@@ -253,6 +253,16 @@ def test_what_another_tool_put_is_read_too(bucket: S3Storage):
     assert bucket.get("foreign") == b"theirs"
 
 
+def test_the_folder_markers_of_other_tools_are_no_keys_and_go_with_their_folder(bucket: S3Storage):
+    bucket.put("a/b/one", b"1")
+    for marker in ("a/", "a/b/", "a/empty/"):
+        client().put_object(Bucket=bucket.bucket, Key=f"{bucket.prefix}/{marker}", Body=b"")
+    assert list(bucket.keys("a")) == ["a/b/one"]
+    assert bucket.children("a/b") == ["one"]
+    bucket.delete_folder("a")
+    assert client().list_objects_v2(Bucket=bucket.bucket)["KeyCount"] == 0
+
+
 def test_bytes_that_changed_where_they_are_stored_are_an_error_that_names_the_key(bucket: S3Storage, tmp_path: Path):
     bucket.put(KEY, BIG)
     client().put_object(
