@@ -230,7 +230,7 @@ def test_a_snapshot_shows_every_trial_as_storage_has_it(tmp_path: Path, monkeypa
     assert view.question == load_grid("demo").question
 
 
-class Counting(Storage):
+class Counting(FolderStorage):
     """A storage that counts how often a result is read."""
 
     results_read = 0

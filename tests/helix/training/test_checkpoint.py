@@ -323,7 +323,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path, name: str, signed: bool):
 # What is written, and when
 
 
-class Watched(Storage):
+class Watched(FolderStorage):
     """A storage that notes what is written and deleted, and dies before operation number `dies_at`."""
 
     def __init__(self, root: Path, dies_at: int | None = None):
