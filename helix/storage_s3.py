@@ -172,13 +172,7 @@ class S3Storage(Storage):
             else:
                 return True
             # Somebody has put it; it was this writer if an earlier attempt succeeded and only its answer was lost.
-            try:
-                there = client.head_object(Bucket=self.bucket, Key=name)
-            except ClientError as error:
-                if _status(error) != 404:
-                    raise
-                return False
-            return there["Metadata"].get(WRITER) == writer
+            return self._writer(client, name) == writer
 
         return self._try("put", key, attempt)
 
@@ -344,8 +338,7 @@ class S3Storage(Storage):
                 # An upload that is not known any more was completed by an attempt whose answer was lost, or aborted.
                 if _code(error) != "NoSuchUpload":
                     raise
-                there = client.head_object(Bucket=self.bucket, Key=target["Key"])
-                if there["Metadata"].get(WRITER) != writer:
+                if self._writer(client, target["Key"]) != writer:
                     raise
 
         self._try("upload", key, attempt)
@@ -354,6 +347,15 @@ class S3Storage(Storage):
         """Free the parts of an upload, in one attempt; `delete_folder` or a rule of the bucket frees what stays."""
         with contextlib.suppress(ClientError, BotoCoreError):
             self._client().abort_multipart_upload(Bucket=self.bucket, Key=name, UploadId=upload)
+
+    def _writer(self, client: Any, name: str) -> str | None:
+        """The mark of who put what is there now, None where nothing is or it has none."""
+        try:
+            return client.head_object(Bucket=self.bucket, Key=name)["Metadata"].get(WRITER)
+        except ClientError as error:
+            if _status(error) != 404:
+                raise
+            return None
 
     def _read(self, key: str, sink: BinaryIO) -> str:
         """Fill `sink` with an object from its start; its sha256. A body that breaks off is continued where it broke."""

@@ -4,6 +4,7 @@ proxy.add(Fault(kind="status", status=503, code="SlowDown", times=3))     the ne
 proxy.add(Fault(kind="truncate", method="GET", bytes=100_000))            every such request until proxy.clear()
 """
 
+import io
 import re
 import select
 import socket
@@ -195,6 +196,7 @@ def _reset(handler: BaseHTTPRequestHandler) -> None:
     handler.rfile.close()
     handler.wfile.close()
     handler.connection.close()
+    handler.wfile = io.BytesIO()  # which the base class flushes
 
 
 def _flipped(body: bytes) -> bytes:
