@@ -1,23 +1,114 @@
-"""Where everything is kept: keys and bytes, over a local folder. A put is whole or absent, never half.
+"""Where everything is kept: keys and bytes, in a folder or in a bucket (storage_s3.py). A put is whole or absent.
 
-Keys are relative POSIX paths ("trials/0f3a/result.json"). Writing to a temporary name and renaming makes a put atomic;
-linking instead of renaming makes it put-if-absent.
+Keys are relative POSIX paths ("trials/0f3a/result.json"). In a folder, writing to a temporary name and renaming makes a
+put atomic; linking instead of renaming makes it put-if-absent.
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 
+from helix.registry import STORAGES
+
 TEMPORARY = ".partial-"
 
 
-class Storage:
-    """A folder of keys. Several processes may use one folder at once, also over a shared file system with rename."""
+class CorruptObjectError(OSError):
+    """Stored bytes that are not those that were put."""
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}; it was damaged where it is stored or on the way, put it again"
+
+
+class Storage(ABC):
+    """Keys and bytes. Several processes on several machines may use one storage at once.
+
+    A key that is not there raises FileNotFoundError, a request without permission PermissionError, storage that does
+    not answer ConnectionError, bytes that are not those that were put CorruptObjectError; all are OSErrors. A key that
+    is no relative path, or has '..' in it, is a ValueError. Storages are picklable and may be used by many threads.
+    """
+
+    @abstractmethod
+    def __repr__(self) -> str:
+        """The address, which `open_storage` opens again. It holds no secret."""
+
+    @abstractmethod
+    def put(self, key: str, data: bytes) -> None:
+        """Write or replace `key`, atomically and durably."""
+
+    @abstractmethod
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write `key` if nobody has; True for the one writer who did."""
+
+    @abstractmethod
+    def get(self, key: str) -> bytes:
+        """All bytes of `key`."""
+
+    @abstractmethod
+    def get_range(self, key: str, first: int, count: int) -> bytes:
+        """`count` bytes of `key` from byte `first` on, fewer where it ends before. Only their number is checked."""
+
+    @abstractmethod
+    def size(self, key: str) -> int | None:
+        """How many bytes `key` has, None where there is no such key."""
+
+    @abstractmethod
+    def keys(self, prefix: str) -> Iterator[str]:
+        """The keys under the folder `prefix`, sorted."""
+
+    @abstractmethod
+    def children(self, prefix: str) -> list[str]:
+        """The names directly under the folder `prefix`, sorted."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove `key`; a key that is gone already is fine."""
+
+    @abstractmethod
+    def delete_folder(self, prefix: str) -> None:
+        """Remove the folder `prefix` with all that is in it, also what a killed writer left behind."""
+
+    @abstractmethod
+    def download(self, key: str, path: Path) -> str:
+        """Write the bytes of `key` to the file `path`, whole or not at all; their sha256."""
+
+    @abstractmethod
+    def upload(self, key: str, path: Path) -> None:
+        """Put the bytes of the file `path`, which need not fit into memory."""
+
+    def exists(self, key: str) -> bool:
+        return self.size(key) is not None
+
+    def get_json(self, key: str) -> Any:
+        """The JSON value of `key`, or None where there is no such key."""
+        try:
+            data = self.get(key)
+        except FileNotFoundError:
+            return None
+        return json.loads(data)
+
+    def put_json(self, key: str, value: Any) -> None:
+        self.put(key, json_bytes(value))
+
+    @abstractmethod
+    def check_writable(self) -> None:
+        """Write and delete a probe; an OSError says why nothing could be kept here, and what to do."""
+
+
+class FolderStorage(Storage):
+    """A folder of keys, also one on a file system that several machines share, if it has rename and link."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -27,26 +118,15 @@ class Storage:
 
     def path(self, key: str) -> Path:
         """The file behind `key`, for memory maps. Keys that would leave the folder are refused."""
-        parts = key.split("/")
-        if "\\" in key or any(part in ("", ".", "..") or part.startswith(TEMPORARY) for part in parts):
-            raise ValueError(f"{key!r} is not a storage key; wanted a relative path without '..'")
-        return self.root.joinpath(*parts)
+        return self.root.joinpath(*key_parts(key))
 
     def put(self, key: str, data: bytes) -> None:
-        """Write or replace `key`, atomically and durably."""
         target = self.path(key)
-        aside = self._write_aside(target, data)
-        try:
-            aside.replace(target)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
-        _sync_folder(target.parent)
+        self._move(self._write_aside(target, lambda file: file.write(data)), target)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write `key` if nobody has; True for the one writer who did."""
         target = self.path(key)
-        aside = self._write_aside(target, data)
+        aside = self._write_aside(target, lambda file: file.write(data))
         try:
             os.link(aside, target)
         except FileExistsError:
@@ -59,14 +139,22 @@ class Storage:
         return True
 
     def get(self, key: str) -> bytes:
-        """All bytes of `key`. Raises FileNotFoundError."""
         return self.path(key).read_bytes()
 
-    def exists(self, key: str) -> bool:
-        return self.path(key).is_file()
+    def get_range(self, key: str, first: int, count: int) -> bytes:
+        check_range(first, count)
+        with self.path(key).open("rb") as file:
+            file.seek(first)
+            return file.read(count)
+
+    def size(self, key: str) -> int | None:
+        path = self.path(key)
+        try:
+            return path.stat().st_size if path.is_file() else None
+        except FileNotFoundError:  # deleted since
+            return None
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """The keys under the folder `prefix`, sorted."""
         found = [
             Path(folder, name).relative_to(self.root).as_posix()
             for folder, _, names in os.walk(self.path(prefix), onerror=_raise_unless_gone)
@@ -76,7 +164,6 @@ class Storage:
         yield from sorted(found)
 
     def children(self, prefix: str) -> list[str]:
-        """The names directly under the folder `prefix`, sorted."""
         try:
             names = os.listdir(self.path(prefix))  # noqa: PTH208 (a vanished folder has to raise here, not later)
         except (FileNotFoundError, NotADirectoryError):
@@ -96,22 +183,31 @@ class Storage:
                 return
 
     def delete_folder(self, prefix: str) -> None:
-        """Remove the folder `prefix` with all that is in it, also what a killed writer left behind."""
         shutil.rmtree(self.path(prefix), ignore_errors=True)
 
-    def get_json(self, key: str) -> Any:
-        """The JSON value of `key`, or None where there is no such key."""
+    def download(self, key: str, path: Path) -> str:
+        source = self.path(key)
+        aside = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
         try:
-            data = self.get(key)
-        except FileNotFoundError:
-            return None
-        return json.loads(data)
+            with source.open("rb") as file:
+                wanted = os.fstat(file.fileno()).st_size
+                with _open_new(aside) as copy:
+                    shutil.copyfileobj(file, copy, 2**20)
+            if aside.stat().st_size != wanted:
+                raise CorruptObjectError(key, f"{aside.stat().st_size} of {wanted} bytes could be read")
+            sha256 = file_sha256(aside)
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+        return sha256
 
-    def put_json(self, key: str, value: Any) -> None:
-        self.put(key, json_bytes(value))
+    def upload(self, key: str, path: Path) -> None:
+        target = self.path(key)
+        with path.open("rb") as file:
+            aside = self._write_aside(target, lambda copy: shutil.copyfileobj(file, copy, 2**20))
+        self._move(aside, target)
 
     def check_writable(self) -> None:
-        """Write, read and delete a probe; a PermissionError or OSError says that nothing could be kept here."""
         key = f"probe-{uuid.uuid4().hex}"
         try:
             self.put(key, b"probe")
@@ -122,11 +218,19 @@ class Storage:
                 "with --storage, or free some space"
             ) from error
 
-    def _write_aside(self, target: Path, data: bytes) -> Path:
+    def _move(self, aside: Path, target: Path) -> None:
+        try:
+            aside.replace(target)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
+        _sync_folder(target.parent)
+
+    def _write_aside(self, target: Path, write: Callable[[BinaryIO], object]) -> Path:
         aside = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
         try:
             with _open_new(aside) as file:
-                file.write(data)
+                write(file)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError:
@@ -140,15 +244,38 @@ def json_bytes(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, read in parts."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def key_parts(key: str) -> list[str]:
+    """The names that a key is made of. Raises ValueError where it would leave the storage."""
+    parts = key.split("/")
+    if "\\" in key or any(part in ("", ".", "..") or part.startswith(TEMPORARY) for part in parts):
+        raise ValueError(f"{key!r} is not a storage key; wanted a relative path without '..'")
+    return parts
+
+
+def check_range(first: int, count: int) -> None:
+    if first < 0 or count < 0:
+        raise ValueError(f"a range of {count} bytes from byte {first}; wanted neither to be negative")
+
+
 def open_storage(address: str) -> Storage:
-    """The storage at `address`: a folder, as a path or as file:///path."""
+    """The storage at `address`: a folder, as a path or as file:///path, or s3://bucket/prefix."""
     scheme, separator, rest = address.partition("://")
-    rest = rest.removeprefix("localhost")
-    if scheme == "file" and rest.startswith("/") and rest != "/":
-        return Storage(Path(unquote(rest)).resolve())
+    folder = rest.removeprefix("localhost")
+    if scheme == "file" and folder.startswith("/") and folder != "/":
+        return FolderStorage(Path(unquote(folder)).resolve())
     if address and not separator:
-        return Storage(Path(address).expanduser().resolve())
-    raise ValueError(f"storage {address!r} is not supported; wanted a folder, as a path or as file:///path")
+        return FolderStorage(Path(address).expanduser().resolve())
+    if separator and scheme in STORAGES.names():
+        return STORAGES[scheme].at(rest)
+    known = "".join(f", or as {name}://bucket/prefix" for name in STORAGES.names())
+    shown = re.sub(r"://[^/]*@", "://", address)
+    raise ValueError(f"storage {shown!r} is not supported; wanted a folder, as a path or as file:///path{known}")
 
 
 def _raise_unless_gone(error: OSError) -> None:

@@ -12,7 +12,7 @@ from helix.data.dataset import Dataset
 from helix.data.shards import Prepared, Recordings, check_source, find, open_prepared, prepare
 from helix.registry import DATASETS
 from helix.spec import DataSpec
-from helix.storage import Storage
+from helix.storage import FolderStorage, Storage
 from orchestration.connection import connect
 from orchestration.grid import Trial
 
@@ -104,7 +104,7 @@ def rehearsed_data(data: DataSpec, *, source: Path | None, storage: Storage, all
             else None
         )
     with tempfile.TemporaryDirectory(prefix="helix-plan-") as folder:
-        aside = Storage(Path(folder))
+        aside = FolderStorage(Path(folder))
         # A plan reads the index alone, which is in memory once it is opened.
         return open_prepared(aside, prepare(data.dataset, data.options, source=None, storage=aside).prefix)
 

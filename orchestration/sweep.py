@@ -39,13 +39,13 @@ from dashboards.terminal import summary_table
 from helix.data.shards import CorruptShardError, Recordings
 from helix.protocol import PROFILES
 from helix.spec import to_json
-from helix.storage import Storage, open_storage
+from helix.storage import FolderStorage, Storage, open_storage
 from orchestration.connection import ClusterError, connect, cpu_count, driver_resources, joins_cluster
 from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
 from orchestration.ledger import TrialState, read
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, pack, price
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
-from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, without_secrets
+from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, local_folder, without_secrets
 from orchestration.worker import drive
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,11 @@ def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) 
     except KeyboardInterrupt:
         console.print("interrupted; the same command continues where this one stopped")
         return INTERRUPTED
-    return finish(sweep, console)
+    try:
+        return finish(sweep, console)
+    except OSError as error:
+        console.print(f"no report: {error}; what is stored is not lost, the same command goes on with it", markup=False)
+        return SOME_FAILED
 
 
 def refuse(error: Exception) -> int:
@@ -188,17 +192,24 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
     Returns what went wrong with whole packs, a line each; what went wrong with a trial is recorded with the trial.
     """
     sweep_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    # Ray's folder holds nothing that a later sweep reads: results, rows and checkpoints are in our own storage.
-    scratch = sweep.storage.path(f"ray/{sweep_id}") if joins_cluster() else Path(tempfile.mkdtemp(prefix="helix-ray-"))
+    # Ray's folder holds nothing that a later sweep reads: results, rows and checkpoints are in our own storage. The
+    # machines of a cluster have to share it; pyarrow, which reads it for Ray, takes its endpoint from the environment.
+    scratch_key, aside = f"ray/{sweep_id}", None
+    if not joins_cluster():
+        scratch = aside = tempfile.mkdtemp(prefix="helix-ray-")
+    elif isinstance(sweep.storage, FolderStorage):
+        scratch = str(sweep.storage.path(scratch_key))
+    else:
+        scratch = f"{sweep.storage!r}/{scratch_key}"
     packs = [
         {
             "sweep_id": sweep_id,
-            "storage": str(sweep.storage.root),
+            "storage": repr(sweep.storage),
             "data": sweep.recordings.prepared.prefix,
             "specs": [to_json(entry.trial.spec) for entry in entries],
             "threads": sweep.threads,
             "gpu": sweep.gpu,
-            "scratch": str(scratch),
+            "scratch": scratch,
         }
         for entries in pack(missing, workers=sweep.workers or _slots(sweep, missing))
     ]
@@ -207,7 +218,7 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
         param_space={"pack": ray.tune.grid_search(packs)},
         run_config=ray.tune.RunConfig(
             name="tune",
-            storage_path=str(scratch),
+            storage_path=scratch,
             verbose=0,
             failure_config=ray.tune.FailureConfig(max_failures=2),
         ),
@@ -216,7 +227,11 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
         with contextlib.redirect_stdout(RayMessages()):
             results = tuner.fit()
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                sweep.storage.delete_folder(scratch_key)
     errors = [result.error for result in results if result.error is not None]
     return sorted({(str(error).strip().splitlines() or [repr(error)])[-1] for error in errors})
 
@@ -243,8 +258,11 @@ def finish(sweep: Sweep, console: Console) -> int:
     view = sweep.snapshot()
     tracker = Tracker(sweep.storage)
     problem = attempt_replay(tracker, view)
-    report = sweep.storage.path(f"reports/{view.grid}.html")
+    key = f"reports/{view.grid}.html"
+    report = local_folder(sweep.storage) / key
     write_report(view, report)
+    if not isinstance(sweep.storage, FolderStorage):
+        sweep.storage.upload(key, report)
     console.print(summary_table(view))
     states = [(cell.variant, trial) for cell, trial in view.trials()]
     undone = [(variant, trial) for variant, trial in states if trial.state.status != "done"]
@@ -347,7 +365,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """What every command needs that touches a data set."""
     parser.add_argument(
         "--storage",
-        help="the folder that holds data, trials and reports (default: HELIX_STORAGE, or ./runs)",
+        help="the folder or s3://bucket/prefix that holds data, trials and reports (default: HELIX_STORAGE or ./runs)",
     )
     parser.add_argument("--source", type=Path, help="the folder of the data set's own files, to prepare it from")
     parser.add_argument("--allow-partial", action="store_true", help="accept a data set that is not complete")

@@ -11,14 +11,16 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, ViewType
 
 from dashboards.summary import SELECTIONS, CellSummary, statistic, summarise
 from dashboards.view import CellView, SweepView, TrialView
-from helix.storage import Storage, json_bytes
+from helix.storage import FolderStorage, Storage, json_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +35,15 @@ PLAIN = ("train_loss", "test_loss", "validation_loss", "lr", "seconds")
 STATUS = {"done": "FINISHED", "running": "RUNNING", "failed": "FAILED", "partial": "KILLED"}
 
 
+def local_folder(storage: Storage) -> Path:
+    """Where files lie that have to be files: in the folder of the storage, or in ./runs where it is a bucket."""
+    return storage.root if isinstance(storage, FolderStorage) else Path("runs").absolute()
+
+
 def tracking_uri(storage: Storage) -> str:
-    """MLFLOW_TRACKING_URI, or a SQLite file in the storage folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.path('mlflow.db')}"
+    """MLFLOW_TRACKING_URI, or a SQLite file in the local folder."""
+    path = re.sub("[%?#]", lambda odd: quote(odd.group()), str(local_folder(storage) / "mlflow.db"))
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"
 
 
 def without_secrets(text: str) -> str:
@@ -86,7 +94,7 @@ class Tracker:
             local = self.uri.startswith("sqlite:")
             experiment = client.create_experiment(
                 name,
-                artifact_location=self.storage.path("mlflow-artifacts").as_uri() if local else None,
+                artifact_location=(local_folder(self.storage) / "mlflow-artifacts").as_uri() if local else None,
                 # Without this tag the UI opens in a view for language models, which shows no metrics.
                 tags={"mlflow.experimentKind": "custom_model_development"},
             )
@@ -218,7 +226,12 @@ class BackgroundTracker:
 
     def _loop(self) -> None:
         while not self._stop.wait(self.every_s):
-            self.problem = attempt_replay(self.tracker, self.snapshot())
+            try:
+                view = self.snapshot()
+            except OSError as error:  # the storage is away; it is read again next time, and by whoever ends the sweep
+                self.problem = str(error)
+                continue
+            self.problem = attempt_replay(self.tracker, view)
 
 
 def attempt_replay(tracker: Tracker, view: SweepView) -> str | None:

@@ -1,5 +1,12 @@
 """What tests of several folders share: a storage, a few seconds of tones, and specs small enough to train in one."""
 
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +16,8 @@ import torch
 from helix.data.shards import Recordings, open_prepared, prepare
 from helix.protocol import profile
 from helix.spec import AugmentSpec, DataSpec, ModelSpec, TrainingSpec, TrialSpec
-from helix.storage import Storage
+from helix.storage import FolderStorage, Storage
+from tests.fault_proxy import FaultProxy
 
 TINY_TONES = {"clips_per_class": 16}
 
@@ -31,13 +39,13 @@ def one_thread():
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
-    return Storage(tmp_path / "storage")
+    return FolderStorage(tmp_path / "storage")
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Recordings:
     """Four folds of the tones, a handful of clips each."""
-    storage = Storage(tmp_path_factory.mktemp("tones"))
+    storage = FolderStorage(tmp_path_factory.mktemp("tones"))
     prepared = prepare("tones", TINY_TONES, source=None, storage=storage)
     return open_prepared(storage, prepared.prefix)
 
@@ -56,3 +64,60 @@ def tiny_spec() -> TrialSpec:
 
 def with_training(spec: TrialSpec, **changes) -> TrialSpec:
     return replace(spec, training=replace(spec.training, **changes))
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory) -> Iterator[str]:
+    """The URL of an S3 server on loopback, moto's, which keeps everything in memory."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    output = (tmp_path_factory.mktemp("moto") / "output").open("w+")
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=output, stderr=output)
+    deadline = time.monotonic() + 60
+    try:
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    output.seek(0)
+                    pytest.fail(f"moto did not start: {output.read()}")
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+        output.close()
+
+
+@pytest.fixture
+def s3_address(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """s3://bucket/prefix in a fresh bucket; the environment, which subprocesses inherit, leads boto3 there alone."""
+    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test-key-id",
+        "AWS_SECRET_ACCESS_KEY": "test-secret-key",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": str(tmp_path / "no-config"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "no-credentials"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_ENDPOINT_URL_S3": s3_server,
+        "NO_PROXY": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{bucket}", method="PUT")).close()
+    return f"s3://{bucket}/some/prefix"
+
+
+@pytest.fixture
+def fault_proxy(s3_server: str, s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy in front of the S3 server; storage that is opened from here on goes through it."""
+    proxy = FaultProxy(s3_server)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.address)
+    yield proxy
+    proxy.close()

@@ -16,7 +16,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.registry": (),
     "helix.protocol": (),
     "helix.published": (),
-    "helix.storage": (),
+    "helix.storage": ("helix.registry",),
+    "helix.storage_s3": ("helix.storage", "helix.registry"),
     "helix.spec": ("helix.registry", "helix.protocol", "helix.storage"),
     "helix.data": ("helix.data", "helix.spec", "helix.registry", "helix.protocol", "helix.storage"),
     "helix.models": ("helix.models", "helix.spec", "helix.registry", "helix.protocol"),
@@ -31,6 +32,7 @@ ONLY_IN = {
     "mlflow": {"orchestration.tracking"},
     "numba": {"helix.models.scan_numba"},
     "mamba_ssm": {"helix.models.scan_mamba_ssm"},
+    "boto3": {"helix.storage_s3"},
 }
 
 #: Modules that are imported on first use, by importlib, because their library takes long to import and may be missing.
@@ -38,7 +40,7 @@ MAY_BE_MISSING = {"helix.models.scan_numba", "helix.models.scan_mamba_ssm"}
 
 #: Modules that plan and read: what they import, directly or not, holds no torch (a laptop answers at once).
 WITHOUT_TORCH = (
-    *(f"helix.{name}" for name in ("spec", "registry", "protocol", "published", "storage")),
+    *(f"helix.{name}" for name in ("spec", "registry", "protocol", "published", "storage", "storage_s3")),
     *(f"orchestration.{name}" for name in ("grid", "recovery", "ledger")),
     "orchestration.grids",
 )

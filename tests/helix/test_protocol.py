@@ -12,7 +12,7 @@ from helix.data.shards import Recordings
 from helix.protocol import PROFILES, SWITCHES, Protocol, profile
 from helix.registry import BLOCKS, DATASETS
 from helix.spec import TrialSpec, apply_overrides, resolve
-from helix.storage import Storage
+from helix.storage import FolderStorage
 from helix.training.trainer import Fit, fit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +114,7 @@ def test_each_switch_changes_what_is_learned(name: str, tiny_spec: TrialSpec, ti
         """The hash of the weights after one epoch of three steps."""
         changes = {"model.frontend": frontend, "model.options.mamba.d_state": D_STATE, "training.epochs": 1}
         spec = apply_overrides(tiny_spec, {**changes, f"protocol.{name}": value})
-        return fit(spec, tiny_data, Fit(storage=Storage(tmp_path / frontend / value)))["weights_sha256"]
+        return fit(spec, tiny_data, Fit(storage=FolderStorage(tmp_path / frontend / value)))["weights_sha256"]
 
     choices = SWITCHES[name]["choices"]
     assert any(len({learned(frontend, value) for value in choices}) == len(choices) for frontend in ("mel", "raw")), (

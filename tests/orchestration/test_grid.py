@@ -249,13 +249,13 @@ def test_no_spelling_of_a_key_that_the_grid_sets_is_swallowed(override: str):
 PLAN = """
 import sys, time
 from pathlib import Path
-from helix.storage import Storage
+from helix.storage import FolderStorage
 from orchestration.grid import GRIDS, expand, load_grid
 from orchestration.ledger import read
 from orchestration.recovery import Budget, decide
 for name in GRIDS.names():
     for trial in expand(load_grid(name), profile_name="fair", overrides=["training.epochs=3"]):
-        read(Storage(Path(sys.argv[1])), "0123456789abcdef", now=time.time())
+        read(FolderStorage(Path(sys.argv[1])), "0123456789abcdef", now=time.time())
 decide([], Budget())
 print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "ray", "mlflow", "numba", "pyarrow"}))
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helix.storage import Storage
+from helix.storage import FolderStorage, Storage
 from orchestration.lease import Lease, LeaseLostError, Watch, acquire, this_process
 
 TRIAL = "0123456789abcdef"
@@ -17,7 +17,7 @@ TRIAL = "0123456789abcdef"
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
-    return Storage(tmp_path)
+    return FolderStorage(tmp_path)
 
 
 def ask(storage: Storage, *, sweep_id: str = "s1", watch: Watch | None = None) -> Lease | None:
@@ -90,7 +90,7 @@ def test_the_worker_that_ray_starts_in_place_of_a_dead_one_need_not_wait(storage
 
 
 def hold_and_sleep(root: str) -> None:
-    lease = ask(Storage(Path(root)))
+    lease = ask(FolderStorage(Path(root)))
     assert lease is not None
     with lease:
         time.sleep(60)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from helix.storage import Storage
+from helix.storage import FolderStorage, Storage
 from orchestration.ledger import SILENCE_S, is_done, read
 
 TRIAL = "0123456789abcdef"
@@ -71,7 +71,7 @@ TABLE: dict[str, tuple[Mapping[str, Any], str, int, int]] = {
 
 
 def write(folder: Path, contents: Mapping[str, Any]) -> Storage:
-    storage = Storage(folder)
+    storage = FolderStorage(folder)
     for name, value in contents.items():
         storage.put_json(f"trials/{TRIAL}/{name}", value)
     return storage

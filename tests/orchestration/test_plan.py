@@ -14,7 +14,7 @@ from helix.models.classifier import Cost
 from helix.protocol import PROFILES
 from helix.registry import GRIDS
 from helix.spec import trial_id
-from helix.storage import Storage
+from helix.storage import FolderStorage, Storage
 from orchestration import plan as plan_module
 from orchestration.grid import PRESETS, Grid, Trial, Variant, expand, load_grid
 from orchestration.plan import (
@@ -206,7 +206,7 @@ def snapshot(storage: Storage, trials: Sequence[Trial], recordings: Any) -> Snap
 def test_a_snapshot_shows_every_trial_as_storage_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     now = 1000.0
     monkeypatch.setattr(plan_module.time, "time", lambda: now)
-    storage, recordings = Storage(tmp_path), prepared()
+    storage, recordings = FolderStorage(tmp_path), prepared()
     snap = snapshot(storage, expand(load_grid("demo"), variants=["mamba-raw", "helix-mel"]), recordings)
     done, running, failed, missing = [entry.trial_id for entry in snap.plan]
     rows = [{"epoch": epoch, "step": 13 * epoch, "test_accuracy": 0.5} for epoch in (1, 2)]
@@ -230,7 +230,7 @@ def test_a_snapshot_shows_every_trial_as_storage_has_it(tmp_path: Path, monkeypa
     assert view.question == load_grid("demo").question
 
 
-class Counting(Storage):
+class Counting(FolderStorage):
     """A storage that counts how often a result is read."""
 
     results_read = 0

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from helix.storage import Storage
+from helix import storage_s3
+from helix.storage import FolderStorage, Storage, open_storage
 from orchestration import sweep
+from tests.fault_proxy import FaultProxy
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ROOT / "orchestration" / "sweep.py"
@@ -37,7 +39,7 @@ def run(
 
 def results(root: Path) -> dict[str, dict]:
     """The stored results by trial id."""
-    storage = Storage(root)
+    storage = FolderStorage(root)
     found = {name: storage.get_json(f"trials/{name}/result.json") for name in storage.children("trials")}
     return {name: result for name, result in found.items() if result is not None}
 
@@ -68,6 +70,7 @@ def science(result: dict) -> tuple[str, str]:
         (["--grid", "esc50", "--source", "nowhere"], "nowhere"),
         (["--grid", "demo", "--storage", "a-file/runs"], "cannot write to the storage"),
         (["--grid", "demo", "--storage", "ftp://host/x"], "is not supported"),
+        (["--grid", "demo", "--storage", "s3://b"], "wanted s3://bucket/prefix"),
         (["--grid", "demo", "--workers", "0"], "--workers is 0; wanted 1 or more"),
     ],
 )
@@ -114,7 +117,7 @@ def test_a_sweep_that_is_killed_and_run_again_ends_as_if_nothing_had_happened(tm
     output = (tmp_path / "killed" / "output").open("w")
     command = [sys.executable, str(SWEEP), *arguments]
     driver = subprocess.Popen(command, cwd=tmp_path / "killed", env=environment(), stdout=output, stderr=output)
-    storage, deadline = Storage(tmp_path / "killed" / "runs"), time.monotonic() + 200
+    storage, deadline = FolderStorage(tmp_path / "killed" / "runs"), time.monotonic() + 200
     while len(list(_rows(storage))) < 5:
         assert driver.poll() is None, (tmp_path / "killed" / "output").read_text()
         assert time.monotonic() < deadline
@@ -141,7 +144,7 @@ def test_a_sweep_that_is_killed_and_run_again_ends_as_if_nothing_had_happened(tm
 
 @pytest.mark.ray
 def test_one_trial_that_fails_does_not_stop_the_others_and_mlflow_may_be_away(tmp_path):
-    storage = Storage(tmp_path / "runs")
+    storage = FolderStorage(tmp_path / "runs")
     arguments = [*SMALL, "training.epochs=1"]
     first = run([*arguments, "--variants", "mamba-mel"], cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert first.returncode == 0, first.stdout + first.stderr
@@ -160,6 +163,57 @@ def test_one_trial_that_fails_does_not_stop_the_others_and_mlflow_may_be_away(tm
     assert name not in done
     assert "1 of 2 trials are not done" in second.stdout
     assert "failed: mamba-mel fold 1 seed 0: CheckpointError" in second.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.service
+def test_a_sweep_reads_from_a_bucket_and_writes_to_it_and_running_it_again_trains_nothing(
+    s3_address: str, fault_proxy: FaultProxy, tmp_path: Path
+):
+    work, cache = tmp_path / "work", tmp_path / "cache"
+    work.mkdir()
+    arguments = [*SMALL, "training.epochs=1", "--storage", s3_address]
+    first = run(arguments, cwd=work, HELIX_CACHE=str(cache))
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "2 trials: 0 done, 2 to train" in first.stdout
+
+    storage = open_storage(s3_address)
+    names = storage.children("trials")
+    assert len(names) == 2
+    for name in names:
+        kept = storage.children(f"trials/{name}")
+        assert kept == ["attempts", "checkpoints", "heartbeat.json", "metrics", "result.json", "spec.json"]
+        assert len(storage.get_json(f"trials/{name}/result.json")["rows"]) == 1
+    (data,) = storage.children("data")
+    manifest = storage.get_json(f"data/{data}/manifest.json")
+    assert [path.stem for path in cache.glob("*.bin")] == [shard["sha256"] for shard in manifest["shards"]]
+    report = work / "runs" / "reports" / "demo.html"
+    assert storage.get("reports/demo.html") == report.read_bytes()
+    assert {path.name for path in work.rglob("*") if path.is_file()} == {"demo.html", "mlflow.db"}
+
+    fault_proxy.requests.clear()
+    again = run(arguments, cwd=work, HELIX_CACHE=str(cache))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "2 trials: 2 done, 0 to train" in again.stdout
+    assert any("/trials/" in path for _, path in fault_proxy.requests)
+    assert not [path for method, path in fault_proxy.requests if method != "GET" and "/trials/" in path]
+
+    planned = run([*arguments, "--dry-run"], cwd=work, HELIX_CACHE=str(cache))
+    assert planned.stdout.count("done, 1 epochs") == 2
+
+
+def test_storage_that_does_not_answer_or_is_not_allowed_is_a_refusal(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(storage_s3, "CHECK_DEADLINE_S", 0.3)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    assert sweep.main(["--grid", "demo", "--storage", "s3://some-bucket/runs"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("refused: s3://some-bucket/runs/probe-")
+    assert "127.0.0.1:9" in said
+    assert "hidden" not in said
+    assert list(tmp_path.iterdir()) == []
 
 
 def _rows(storage: Storage):

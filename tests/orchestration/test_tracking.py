@@ -1,17 +1,20 @@
 """MLflow, the real thing on SQLite: two levels of runs that come out the same however often they are replayed."""
 
+import sqlite3
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
 
 from helix.data.shards import Recordings
-from helix.storage import Storage
+from helix.storage import FolderStorage, Storage, open_storage
 from orchestration import tracking
 from orchestration.grid import VARIANTS, Grid, Trial
 from orchestration.plan import Snapshot, make_plan
-from orchestration.tracking import Tracker, attempt_replay, without_secrets
+from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, without_secrets
 from orchestration.worker import run_trial
 
 
@@ -194,3 +197,36 @@ def test_the_ui_shows_metrics_and_not_the_view_for_language_models(sweep, tiny_d
     Tracker(storage).replay(snapshot())
     experiment = MlflowClient(tracking.tracking_uri(storage)).get_experiment_by_name("helix-tones")
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+@pytest.mark.parametrize("name", ["what?", "run#1", "50%20 of"])
+def test_a_folder_with_an_odd_name_holds_its_database(name: str, tmp_path: Path, initialised: Path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    storage = FolderStorage(tmp_path / name)
+    storage.put("mlflow.db", initialised.read_bytes())
+    MlflowClient(tracking.tracking_uri(storage)).create_experiment("found")
+    database = sqlite3.connect(storage.path("mlflow.db"))
+    assert ("found",) in database.execute("select name from experiments").fetchall()
+    database.close()
+
+
+def test_the_database_of_a_bucket_is_a_file_of_this_folder(tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert tracking.tracking_uri(open_storage("s3://bucket/x")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+
+
+def test_storage_that_is_away_for_a_while_does_not_end_the_tracking():
+    calls = []
+
+    def snapshot():
+        calls.append(len(calls))
+        raise ConnectionError("away")
+
+    tracker = SimpleNamespace(uri="nowhere")
+    with BackgroundTracker(tracker, snapshot, every_s=0.01) as background:
+        deadline = time.monotonic() + 10
+        while len(calls) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert len(calls) >= 3
+    assert background.problem == "away"

@@ -160,13 +160,13 @@ from pathlib import Path
 from orchestration import lease, worker
 from helix.data.shards import open_prepared
 from helix.spec import from_json
-from helix.storage import Storage
+from helix.storage import FolderStorage, Storage
 import json
 lease.Lease = functools.partial(lease.Lease, first_s=0.5)
 worker.fit = lambda *_: time.sleep(60)
 spec, data, prefix, storage = sys.argv[1:]
 worker.run_trial(
-    from_json(json.loads(spec)), open_prepared(Storage(Path(data)), prefix), Storage(Path(storage)), sweep_id="s"
+    from_json(json.loads(spec)), open_prepared(FolderStorage(Path(data)), prefix), FolderStorage(Path(storage)), sweep_id="s"
 )
 """
 
@@ -186,13 +186,13 @@ import json, sys
 from pathlib import Path
 from helix.data.shards import open_prepared
 from helix.spec import from_json
-from helix.storage import Storage
+from helix.storage import FolderStorage, Storage
 from orchestration.worker import work_through
 specs, data, prefix, storage, sweep = sys.argv[1:]
-recordings = open_prepared(Storage(Path(data)), prefix)
+recordings = open_prepared(FolderStorage(Path(data)), prefix)
 print("ready", flush=True)
 sys.stdin.readline()
-work_through(map(from_json, json.loads(specs)), recordings, Storage(Path(storage)), sweep_id=sweep, held_s=0.1)
+work_through(map(from_json, json.loads(specs)), recordings, FolderStorage(Path(storage)), sweep_id=sweep, held_s=0.1)
 """
 
 

@@ -17,7 +17,7 @@ from helix.data.dataset import Dataset
 from helix.data.datasets.esc50 import CLASSES, COLUMNS
 from helix.data.shards import Recordings, open_prepared, prepare
 from helix.registry import DATASETS
-from helix.storage import Storage
+from helix.storage import FolderStorage, Storage
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKS = ROOT.parent / "shared" / "data"
@@ -90,7 +90,7 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def small_recordings(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Recordings:
-    return small.prepare(Storage(tmp_path_factory.mktemp("prepared")))
+    return small.prepare(FolderStorage(tmp_path_factory.mktemp("prepared")))
 
 
 @pytest.fixture
@@ -100,13 +100,13 @@ def esc50_layout(tmp_path: Path) -> EscLayout:
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
-    return Storage(tmp_path / "storage")
+    return FolderStorage(tmp_path / "storage")
 
 
 @pytest.fixture(scope="session")
 def tones(tmp_path_factory: pytest.TempPathFactory) -> Recordings:
     """Prepared tones, 8 clips per class in 4 folds, in several shards."""
-    storage = Storage(tmp_path_factory.mktemp("tones"))
+    storage = FolderStorage(tmp_path_factory.mktemp("tones"))
     prepared = prepare("tones", {"clips_per_class": 8}, source=None, storage=storage, shard_mib=0.5)
     return open_prepared(storage, prepared.prefix)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from helix.data.dataset import DatasetError
 from helix.data.datasets import esc50
 from helix.data.shards import CorruptShardError, ShardTask, find, open_prepared, prepare, write_shard
-from helix.storage import Storage
+from helix.storage import FolderStorage, Storage
 
 OPTIONS = {"clips_per_class": 4}
 PREFIX = "data/tones-"
@@ -36,7 +36,7 @@ def flip_bit(storage: Storage, key: str, position: int = 1000) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Every file of an undisturbed preparation: 24 clips, 4 to a shard."""
-    storage = Storage(tmp_path_factory.mktemp("whole"))
+    storage = FolderStorage(tmp_path_factory.mktemp("whole"))
     prepare_tones(storage)
     found = contents(storage)
     assert sum(key.endswith(".bin") for key in found) == 6
@@ -109,7 +109,7 @@ def test_finished_shards_are_left_alone(storage):
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_is_damaged_a_second_run_repairs(tmp_path_factory, whole, data):
-    storage = Storage(tmp_path_factory.mktemp("damaged"))
+    storage = FolderStorage(tmp_path_factory.mktemp("damaged"))
     for key, content in whole.items():
         damage = data.draw(st.sampled_from(["whole", "gone", "truncated", "flipped"]), label=key)
         if damage == "truncated" and key.endswith(".bin"):
@@ -273,7 +273,7 @@ def test_a_task_is_all_that_a_worker_needs(tmp_path, whole):
         tasks.extend(pickle.loads(pickle.dumps(list(given))))
         return map(function, given)
 
-    prepare_tones(Storage(tmp_path / "a"), run=run)
+    prepare_tones(FolderStorage(tmp_path / "a"), run=run)
     assert [task.number for task in tasks] == list(range(6))
     report = write_shard(tasks[2])
     assert whole[f"{tasks[2].prefix}/{report.name}"] == tasks[2].storage.get(f"{tasks[2].prefix}/{report.name}")

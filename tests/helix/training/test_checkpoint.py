@@ -18,7 +18,7 @@ from torch import nn
 from helix.data.shards import Recordings
 from helix.protocol import Protocol
 from helix.spec import TrainingSpec, TrialSpec, apply_overrides
-from helix.storage import TEMPORARY, Storage, json_bytes
+from helix.storage import TEMPORARY, FolderStorage, Storage, json_bytes
 from helix.training.checkpoint import (
     FILES,
     CheckpointError,
@@ -93,7 +93,7 @@ def key(step: int, name: str) -> str:
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
     """Checkpoints of the steps 10, 20 and 30."""
-    storage, mind = Storage(tmp_path), Mind.new()
+    storage, mind = FolderStorage(tmp_path), Mind.new()
     for step in (10, 20, 30):
         mind.step(step)
         mind.save(storage, step)
@@ -120,7 +120,7 @@ DAMAGE: dict[str, Callable[[Storage, str], None]] = {
 
 def test_where_nothing_was_saved_nothing_is_restored(tmp_path: Path):
     mind, before = Mind.new(), weights_sha256(Mind.new().model)
-    assert mind.load(Storage(tmp_path)) is None
+    assert mind.load(FolderStorage(tmp_path)) is None
     assert weights_sha256(mind.model) == before
     assert not mind.optimizer.state
 
@@ -136,7 +136,7 @@ def test_the_newest_one_wins(storage: Storage):
 
 
 def test_the_step_after_a_restore_is_bit_identical_to_the_step_without(tmp_path: Path):
-    storage, whole, tail = Storage(tmp_path), Mind.new(), Mind.new(seed=1)
+    storage, whole, tail = FolderStorage(tmp_path), Mind.new(), Mind.new(seed=1)
     for number in range(3):
         whole.step(number)
     whole.save(storage, 3)
@@ -155,7 +155,7 @@ def test_the_step_after_a_restore_is_bit_identical_to_the_step_without(tmp_path:
 
 
 def test_without_the_state_of_the_optimiser_the_step_would_differ(tmp_path: Path):
-    storage, whole, amnesic = Storage(tmp_path), Mind.new(), Mind.new(seed=1)
+    storage, whole, amnesic = FolderStorage(tmp_path), Mind.new(), Mind.new(seed=1)
     whole.step(0)
     whole.save(storage, 1)
     amnesic.load(storage)
@@ -166,7 +166,7 @@ def test_without_the_state_of_the_optimiser_the_step_would_differ(tmp_path: Path
 
 
 def test_progress_comes_back_as_it_was(tmp_path: Path):
-    storage, mind = Storage(tmp_path), Mind.new()
+    storage, mind = FolderStorage(tmp_path), Mind.new()
     progress = Progress(
         epoch=3, step=2, losses=(0.1 + 0.2, None), hits=7.25, seconds=12.5, rows=({"epoch": 3, "loss": 2 / 3},)
     )
@@ -253,7 +253,7 @@ def test_the_error_survives_the_way_to_another_process():
 
 
 def test_a_checkpoint_of_another_trial_is_refused(tmp_path: Path):
-    storage = Storage(tmp_path)
+    storage = FolderStorage(tmp_path)
     Mind.new().save(storage, 10, trial_id="f" * 16)
     with pytest.raises(CheckpointError, match=f"step-00000010: it belongs to trial {'f' * 16}, not to {TRIAL}"):
         restored(storage)
@@ -268,7 +268,7 @@ def test_a_manifest_that_says_nothing_is_damage(storage: Storage, manifest: byte
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """Checkpoints of the steps 10 and 20."""
-    storage, mind = Storage(tmp_path_factory.mktemp("pair")), Mind.new()
+    storage, mind = FolderStorage(tmp_path_factory.mktemp("pair")), Mind.new()
     for step in (10, 20):
         mind.step(step)
         mind.save(storage, step)
@@ -310,7 +310,7 @@ class Exploit:
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
 @pytest.mark.parametrize("signed", [False, True], ids=["as found", "with a manifest that vouches for it"])
 def test_a_pickle_is_never_opened(tmp_path: Path, name: str, signed: bool):
-    storage, mark = Storage(tmp_path / "runs"), tmp_path / "executed"
+    storage, mark = FolderStorage(tmp_path / "runs"), tmp_path / "executed"
     Mind.new().save(storage, 10)
     data = pickle.dumps(Exploit(mark))
     storage.put(key(10, name), data)
@@ -329,7 +329,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path, name: str, signed: bool):
 # What is written, and when
 
 
-class Watched(Storage):
+class Watched(FolderStorage):
     """A storage that notes what is written and deleted, and dies before operation number `dies_at`."""
 
     def __init__(self, root: Path, dies_at: int | None = None):
@@ -388,7 +388,7 @@ def test_killed_at_any_moment_of_saving_there_is_the_old_state_or_the_new(tmp_pa
             mind.save(storage, 30, keep=1)
     else:
         mind.save(storage, 30, keep=1)
-    assert restored(Storage(tmp_path)) == (20 if moment < FILES_OF_A_SAVE else 30)
+    assert restored(FolderStorage(tmp_path)) == (20 if moment < FILES_OF_A_SAVE else 30)
 
 
 def test_a_trial_killed_at_any_write_goes_on_to_the_same_weights(
@@ -407,7 +407,7 @@ def test_a_trial_killed_at_any_write_goes_on_to_the_same_weights(
     for moment in range(len(whole.done)):
         with pytest.raises(Kill):
             run(Watched(tmp_path / str(moment), dies_at=moment))
-        assert run(Storage(tmp_path / str(moment))) == weights, f"killed before {whole.done[moment]}"
+        assert run(FolderStorage(tmp_path / str(moment))) == weights, f"killed before {whole.done[moment]}"
 
 
 # What is kept
@@ -420,7 +420,7 @@ def test_the_newest_are_kept_and_the_rest_is_gone(storage: Storage, keep: int, l
 
 
 def test_saving_keeps_two(tmp_path: Path):
-    storage, mind = Storage(tmp_path), Mind.new()
+    storage, mind = FolderStorage(tmp_path), Mind.new()
     for step in (1, 2, 3, 4):
         save_checkpoint(
             storage,
@@ -460,7 +460,7 @@ def test_a_damaged_checkpoint_takes_no_place_among_those_kept(storage: Storage):
 
 
 def test_pruning_where_nothing_is_committed_deletes_nothing(tmp_path: Path):
-    storage = Storage(tmp_path)
+    storage = FolderStorage(tmp_path)
     storage.put(key(10, "model.safetensors"), b"under way")
     prune(storage, PREFIX, keep=1)
     assert storage.exists(key(10, "model.safetensors"))
@@ -469,7 +469,7 @@ def test_pruning_where_nothing_is_committed_deletes_nothing(tmp_path: Path):
 # Behind the training
 
 
-class Slow(Storage):
+class Slow(FolderStorage):
     """A storage whose puts wait until they are let go, or fail while it is broken."""
 
     def __init__(self, root: Path):
@@ -519,7 +519,7 @@ def test_at_most_one_is_behind(tmp_path: Path):
 
 
 def test_what_follows_a_checkpoint_happens_once_it_is_committed(tmp_path: Path):
-    storage, mind, seen = Storage(tmp_path), Mind.new(), []
+    storage, mind, seen = FolderStorage(tmp_path), Mind.new(), []
     behind = saver(storage)
     behind.save(
         mind.model,
@@ -560,7 +560,7 @@ def test_a_storage_that_fails_at_the_end_or_for_too_long_is_an_error(tmp_path: P
 
 
 def test_the_best_weights_are_kept_apart_and_checked(tmp_path: Path):
-    storage, mind = Storage(tmp_path), Mind.new()
+    storage, mind = FolderStorage(tmp_path), Mind.new()
     behind, best = saver(storage), model_bytes(mind.model)
     behind.best(mind.model, epoch=3, metric="test_accuracy", value=0.5)
     mind.step(1)

@@ -26,7 +26,7 @@ from helix.spec import (
     apply_overrides,
     derive_seed,
 )
-from helix.storage import Storage
+from helix.storage import FolderStorage
 from helix.training.checkpoint import weights_sha256
 from helix.training.trainer import Fit, fit
 from orchestration.grid import PRESETS, VARIANTS, Variant
@@ -113,14 +113,14 @@ def initial_weights(spec: TrialSpec) -> str:
 
 
 def run(spec: TrialSpec, recordings: Recordings, folder: Path) -> Golden:
-    result = fit(spec, recordings, Fit(storage=Storage(folder)))
+    result = fit(spec, recordings, Fit(storage=FolderStorage(folder)))
     losses = tuple(loss for row in result["rows"] for loss in row["train_losses"])
     return Golden(science_version=SCIENCE_VERSION, initial_weights=initial_weights(spec), losses=losses)
 
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory) -> Recordings:
-    storage = Storage(tmp_path_factory.mktemp("golden"))
+    storage = FolderStorage(tmp_path_factory.mktemp("golden"))
     return open_prepared(storage, prepare("tones", TONES, source=None, storage=storage).prefix)
 
 

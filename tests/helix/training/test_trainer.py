@@ -15,7 +15,7 @@ from safetensors.torch import save
 from helix.data.shards import Recordings
 from helix.protocol import profile
 from helix.spec import TrialSpec, trial_id
-from helix.storage import Storage
+from helix.storage import FolderStorage
 from helix.training.checkpoint import committed, load_best
 from helix.training.trainer import DivergedError, Fit, _Trial, fit, row_key
 from orchestration.grid import VARIANTS
@@ -50,7 +50,7 @@ def undisturbed(tiny_data: Recordings, tmp_path_factory) -> Callable[[TrialSpec]
     def run(spec: TrialSpec) -> dict[str, Any]:
         name = trial_id(spec, tiny_data.manifest_sha256)
         if name not in results:
-            results[name] = science(fit(spec, tiny_data, Fit(storage=Storage(tmp_path_factory.mktemp("whole")))))
+            results[name] = science(fit(spec, tiny_data, Fit(storage=FolderStorage(tmp_path_factory.mktemp("whole")))))
         return results[name]
 
     return run
@@ -183,7 +183,7 @@ def test_it_learns(tiny_spec, tiny_data, storage):
 def test_results_of_a_moved_storage_are_still_whole(tiny_spec, tiny_data, storage, tmp_path: Path):
     with pytest.raises(Killed):
         fit(tiny_spec, tiny_data, Fit(storage=storage, on_step=kill_at(7)))
-    moved = Storage(tmp_path / "moved")
+    moved = FolderStorage(tmp_path / "moved")
     shutil.copytree(storage.root, moved.root)
     assert fit(tiny_spec, tiny_data, Fit(storage=moved))["rows"][-1]["step"] == STEPS
 
@@ -193,7 +193,7 @@ def test_micro_batches_add_up_to_the_batch(pad_mask, tiny_spec, tiny_data, stora
     """24 clips in parts of 7, 7, 7 and 3: the same losses as in one go, but for rounding."""
     spec = replace(tiny_spec, protocol=replace(tiny_spec.protocol, pad_mask=pad_mask))
     whole = fit(spec, tiny_data, Fit(storage=storage))
-    parts = fit(spec, tiny_data, Fit(storage=Storage(tmp_path / "parts"), micro_batch=7))
+    parts = fit(spec, tiny_data, Fit(storage=FolderStorage(tmp_path / "parts"), micro_batch=7))
     assert parts["trial_id"] == whole["trial_id"] and (parts["micro_batch"], whole["micro_batch"]) == (7, 24)
     for a, b in zip(whole["rows"], parts["rows"], strict=True):
         assert b["train_losses"] == pytest.approx(a["train_losses"], rel=2e-4)
@@ -260,7 +260,7 @@ def test_a_rollback_leaves_out_the_one_step_wherever_it_was_saved(
     spec = replace(tiny_spec, protocol=replace(tiny_spec.protocol, divergence="rollback"))
     spoiled = Spoiled(monkeypatch, step, what)
     often = fit(spec, tiny_data, Fit(storage=storage, save_now=lambda: True))
-    seldom = fit(spec, tiny_data, Fit(storage=Storage(tmp_path / "seldom")))
+    seldom = fit(spec, tiny_data, Fit(storage=FolderStorage(tmp_path / "seldom")))
     assert science(often) == science(seldom)
     assert spoiled.met == 2, "once in each run: the step is left out and not tried again"
     assert often["skipped_steps"] == [step]
@@ -273,7 +273,7 @@ def test_a_trial_killed_after_its_rollback_ends_as_if_it_had_not_been(
 ):
     spec = replace(tiny_spec, protocol=replace(tiny_spec.protocol, divergence="rollback"))
     Spoiled(monkeypatch, 5, "gradient")
-    wanted = fit(spec, tiny_data, Fit(storage=Storage(tmp_path / "whole")))
+    wanted = fit(spec, tiny_data, Fit(storage=FolderStorage(tmp_path / "whole")))
     with pytest.raises(Killed):
         fit(spec, tiny_data, Fit(storage=storage, on_step=kill_at(8), save_now=lambda: True))
     assert science(fit(spec, tiny_data, Fit(storage=storage))) == science(wanted)
@@ -317,7 +317,7 @@ def test_the_best_weights_are_those_of_the_best_epoch(tiny_spec, tiny_data, stor
     assert said["epoch"] == result["best_epoch"]["best_test"] and said["value"] == result["accuracy"]["best_test"]
     if said["epoch"] == tiny_spec.training.epochs:
         assert hashlib.sha256(save(weights)).hexdigest() == result["weights_sha256"]
-    killed = Storage(tmp_path / "killed")
+    killed = FolderStorage(tmp_path / "killed")
     for step in (2, 5, 8):
         with pytest.raises(Killed):
             fit(tiny_spec, tiny_data, Fit(storage=killed, on_step=kill_at(step), save_now=lambda: True))
