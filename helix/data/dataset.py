@@ -15,6 +15,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from helix.data.download import Download
+
 #: How many problems an error message spells out before it says how many more there are.
 PROBLEMS_SHOWN = 20
 
@@ -95,6 +97,8 @@ class Dataset(ABC):
     #: The circular shift that the authors' code uses here, in seconds either way.
     authors_shift_s: ClassVar[float]
     needs_source: ClassVar[bool]
+    #: The official files, where licence and address allow to fetch them.
+    downloads: ClassVar[tuple[Download, ...]] = ()
     #: What a reader of results has to know about this data set.
     caveat: ClassVar[str | None] = None
 

@@ -218,13 +218,11 @@ def write_shard(task: ShardTask) -> ShardReport:
     unreadable: dict[str, list[str]] = {}
     changed: list[str] = []
     files: dict[str, Content] = {}
+    source = task.source or Path()
 
     def check_files() -> None:
         """That the files decoded since the last time are those whose checksums are in the index and in the key."""
-        assert task.source is not None or not files
-        changed.extend(
-            path for path, content in files.items() if not is_unchanged(Path(task.source or "", path), content)
-        )
+        changed.extend(path for path, content in files.items() if not is_unchanged(source / path, content))
         files.clear()
 
     def close_shard() -> None:
