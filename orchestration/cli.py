@@ -136,7 +136,7 @@ def verify(arguments: Sequence[str]) -> int:
         console.print(f"nothing is stored in {storage!r}")
     if found.damaged:
         console.print(
-            "what to do: helix prepare DATASET --source DIR mends data; a sweep passes over a damaged checkpoint and takes "
-            "an older one; a trial whose spec or result is damaged has to be deleted and run again"
+            "what to do: helix prepare DATASET --source DIR mends data; a sweep passes over a damaged checkpoint and "
+            "takes an older one; a trial whose spec or result is damaged has to be deleted and run again"
         )
     return 1 if found.damaged else 0

@@ -132,9 +132,10 @@ def described(storage: Storage, prepared: Prepared) -> list[str]:
     per_class = Counter({name: manifest["recordings_per_class"].get(name, 0) for name in manifest["classes"]})
     (most, highest), (least, lowest) = per_class.most_common(1)[0], min(per_class.items(), key=lambda item: item[1])
     stored = sum(shard["bytes"] for shard in manifest["shards"])
+    expected, padded = manifest["expected_recordings"], manifest["padded_fraction"]
     lines = [
-        f"recordings  {manifest['recordings']} of {manifest['expected_recordings']}",
-        f"seconds     {manifest['seconds']:.1f}, of which {manifest['padded_fraction']:.2%} padding or silence at the end",
+        f"recordings  {manifest['recordings']}" + (f" of {expected}" if expected else ""),
+        f"seconds     {manifest['seconds']:.1f}, of which {padded:.2%} padding or silence at the end",
         f"per class   {lowest} ({least}) to {highest} ({most}) recordings",
     ]
     if manifest["speakers_per_fold"]:

@@ -15,8 +15,6 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from helix.data.download import Download
-
 #: How many problems an error message spells out before it says how many more there are.
 PROBLEMS_SHOWN = 20
 
@@ -48,6 +46,17 @@ class DatasetError(ValueError):
         shown = [f"  {problem}" for problem in self.problems[:PROBLEMS_SHOWN]]
         more = len(self.problems) - PROBLEMS_SHOWN
         return "\n".join([self.subject, *shown, *([f"  +{more} more"] if more > 0 else [])])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download:
+    """One file of the official download; None where nobody publishes the checksum or the size."""
+
+    url: str
+    name: str
+    sha256: str | None = None
+    md5: str | None = None
+    bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 <folder>/<name>                  the file as published, once it is whole and verifies
          <name>.part             what is there of it so far
          <name>.part.json        which version of the file that is, by the server's words
-         <data set>-<key8>/      all of it unpacked; it appears whole, by a rename
+         <data set>-<key8>/      all of it, archives unpacked where their name says; it appears whole, by a rename
 """
 
 import fcntl
@@ -22,11 +22,12 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO
 from urllib.parse import urlsplit
 
+from helix.data.dataset import Download
 from helix.storage import json_bytes
 
 #: How often a download that breaks off is continued without a byte of progress before it is given up.
@@ -55,27 +56,6 @@ class DownloadError(Exception):
         return f"{self.what}: {self.reason}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Download:
-    """One official file: where it is and, where known, its checksums and its size in bytes."""
-
-    url: str
-    name: str
-    sha256: str | None = None
-    md5: str | None = None
-    bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        if PurePosixPath(self.name).name != self.name or self.name.startswith(".") or "\\" in self.name:
-            raise ValueError(f"the name of a download is {self.name!r}; wanted that of a file, without a folder")
-        if urlsplit(self.url).scheme not in ("http", "https"):
-            raise ValueError(f"{self.url} is no address of the web; wanted http or https")
-
-    @property
-    def is_checked(self) -> bool:
-        return self.sha256 is not None or self.md5 is not None
-
-
 def fetch_all(
     name: str,
     downloads: Sequence[Download],
@@ -89,6 +69,8 @@ def fetch_all(
     What is there already is not fetched and not unpacked again. Raises DownloadError, and OSError where the folder
     cannot be written.
     """
+    for download in downloads:
+        _check_address(download)
     key = hashlib.sha256(json_bytes([asdict(download) for download in downloads])).hexdigest()[:8]
     source = folder / f"{name}-{key}"
     if source.is_dir():
@@ -116,10 +98,12 @@ def fetch(
     Not to be run twice at once for one folder; `fetch_all` sees to that. Raises DownloadError where the server refuses,
     breaks off again and again, or sends what was not announced.
     """
+    _check_address(download)
     target = folder / download.name
     if target.is_file() and _wrong(download, target) is None:
         return target
-    part = folder / f"{download.name}.part"
+    part = target.with_name(f"{target.name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("ab+") as file:
         resumed = os.fstat(file.fileno()).st_size > 0
         _fetch_part(download, part, file, on_bytes, sleep)
@@ -195,6 +179,14 @@ def _fetch_part(
         sleep(min(30.0, 0.5 * 2**failures))
 
 
+def _check_address(download: Download) -> None:
+    path = PurePosixPath(download.name)
+    if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in download.name:
+        raise ValueError(f"the name of a download is {download.name!r}; wanted a relative path without '..'")
+    if urlsplit(download.url).scheme not in ("http", "https"):
+        raise ValueError(f"{download.url!r} is no address of the web; wanted http or https")
+
+
 def _unpack_all(
     downloads: Sequence[Download], folder: Path, source: Path, on_bytes: OnBytes, sleep: Callable[[float], None]
 ) -> None:
@@ -203,11 +195,13 @@ def _unpack_all(
     shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
     try:
         aside.mkdir()
-        for file in files:
+        for download, file in zip(downloads, files, strict=True):
+            place = aside / download.name
+            place.parent.mkdir(parents=True, exist_ok=True)
             if file.name.endswith(ARCHIVES):
-                unpack(file, aside)
+                unpack(file, place.parent)
             else:
-                shutil.copyfile(file, aside / file.name)
+                shutil.copyfile(file, place)
         aside.rename(source)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -218,7 +212,7 @@ def _continue(download: Download, part: Path, file: BinaryIO, on_bytes: OnBytes)
     have = file.seek(0, os.SEEK_END)
     version = _read_version(part, download) if have else None
     # Without a word from the server about its version, only a checksum could tell a file put together from two.
-    if have and version is None and not download.is_checked:
+    if have and version is None and download.sha256 is None and download.md5 is None:
         have = 0
         file.truncate(0)
     headers = {"Accept-Encoding": "identity", "User-Agent": "helix"}
