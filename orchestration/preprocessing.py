@@ -136,7 +136,7 @@ def described(storage: Storage, prepared: Prepared) -> list[str]:
     lines = [
         f"recordings  {manifest['recordings']}" + (f" of {expected}" if expected else ""),
         f"seconds     {manifest['seconds']:.1f}, of which {padded:.2%} padding or silence at the end",
-        f"per class   {lowest} ({least}) to {highest} ({most}) recordings",
+        f"per class   {lowest} recordings" + (f" ({least}) to {highest} ({most})" if lowest < highest else ""),
     ]
     if manifest["speakers_per_fold"]:
         speakers = ", ".join(f"{count} in fold {fold}" for fold, count in manifest["speakers_per_fold"].items())

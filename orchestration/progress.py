@@ -35,7 +35,8 @@ class ProgressDisplay:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._bar.stop()
+        if self._console.is_terminal:
+            self._bar.stop()
 
     def watch(self, what: str, done: int, total: int, done_bytes: int, total_bytes: int) -> None:
         """`done` of `total` recordings or files, of so many bytes; 0 in all where that is not known."""

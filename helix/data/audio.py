@@ -53,20 +53,19 @@ def decode(path: Path, *, rate_hz: int) -> np.ndarray:
         raise AudioError(str(path), f"is truncated: {len(wave_TC)} of {promised} samples are there")
     if not RATES_HZ[0] <= source_rate_hz <= RATES_HZ[1]:
         raise AudioError(str(path), f"claims a rate of {source_rate_hz} Hz; wanted {RATES_HZ[0]} to {RATES_HZ[1]}")
-    wave_T = _mono_int16(wave_TC, source_rate_hz == rate_hz) if subtype == "PCM_16" else _mono_float(path, wave_TC)
+    if subtype == "PCM_16" and wave_TC.shape[1] == 1:
+        return _resampled_int16(path, wave_TC[:, 0], source_rate_hz, rate_hz)
+    wave_T = wave_TC.mean(axis=1) / 32768.0 if subtype == "PCM_16" else _mono_float(path, wave_TC)
     if source_rate_hz != rate_hz:
         wave_T = soxr.resample(wave_T, source_rate_hz, rate_hz, quality="HQ")
     if len(wave_T) == 0:
-        raise AudioError(str(path), f"is too short: no sample is left at {rate_hz} Hz")
-    return wave_T if wave_T.dtype == np.int16 else to_int16(wave_T)
+        raise _too_short(path, rate_hz)
+    return to_int16(wave_T)
 
 
 def to_int16(wave_T: np.ndarray) -> np.ndarray:
     """int16 from samples in [-1, 1): nearest, clipped, no dither."""
-    scaled_T = wave_T * 32768.0
-    np.rint(scaled_T, out=scaled_T)
-    np.clip(scaled_T, -32768, 32767, out=scaled_T)
-    return scaled_T.astype(np.int16)
+    return _rounded(wave_T * 32768.0)
 
 
 def fit_length(wave_T: np.ndarray, samples: int) -> np.ndarray:
@@ -74,14 +73,29 @@ def fit_length(wave_T: np.ndarray, samples: int) -> np.ndarray:
     return wave_T[:samples] if len(wave_T) >= samples else np.pad(wave_T, (0, samples - len(wave_T)))
 
 
-def _mono_int16(wave_TC: np.ndarray, finished: bool) -> np.ndarray:
-    """The channels' mean of 16-bit samples: as they are where there is one channel and no rate to change (`finished`).
+def _resampled_int16(path: Path, wave_T: np.ndarray, source_rate_hz: int, rate_hz: int) -> np.ndarray:
+    """int16 samples at another rate, sample for sample what the general path gives.
 
-    float32 holds 16 bits exactly, and soxr computes in float32 at HQ whatever it is given.
+    Nothing is scaled, since scaling by a power of two changes no bit of a mantissa; float32 holds 16 bits exactly, and
+    soxr computes in float32 at HQ whatever it is given.
     """
-    if wave_TC.shape[1] > 1:
-        return wave_TC.mean(axis=1) / 32768.0
-    return wave_TC[:, 0] if finished else wave_TC[:, 0] * np.float32(1 / 32768)
+    if source_rate_hz == rate_hz:
+        return wave_T
+    resampled_T = soxr.resample(wave_T.astype(np.float32), source_rate_hz, rate_hz, quality="HQ")
+    if len(resampled_T) == 0:
+        raise _too_short(path, rate_hz)
+    return _rounded(resampled_T)
+
+
+def _rounded(scaled_T: np.ndarray) -> np.ndarray:
+    """int16 from samples in [-32768, 32768); `scaled_T` is overwritten."""
+    np.rint(scaled_T, out=scaled_T)
+    np.clip(scaled_T, -32768, 32767, out=scaled_T)
+    return scaled_T.astype(np.int16)
+
+
+def _too_short(path: Path, rate_hz: int) -> AudioError:
+    return AudioError(str(path), f"is too short: no sample is left at {rate_hz} Hz")
 
 
 def _mono_float(path: Path, wave_TC: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -246,7 +246,7 @@ def write_shard(task: ShardTask) -> ShardReport:
         if wave is None:
             continue
         assert wave.dtype == np.int16 and wave.ndim == 1 and len(wave) > 0, (recording.recording_id, wave.dtype)
-        data = wave.astype("<i2", copy=False).tobytes()
+        data = wave.astype("<i2", copy=False).view(np.uint8).data
         if buffer.tell() and buffer.tell() + len(data) > task.shard_bytes:
             close_shard()
         rows.append(
@@ -277,7 +277,7 @@ def write_shard(task: ShardTask) -> ShardReport:
         source_bytes=_source_bytes(task),
     )
     if not (changed or task.keep == "nothing" or (unreadable and task.keep == "whole")):
-        _put(task.storage, task.receipt, json_bytes(asdict(report)))
+        _put(task.storage, task.receipt, json_bytes(vars(report)))
     return report
 
 
@@ -655,8 +655,9 @@ def _put(storage: Storage, key: str, data: bytes) -> None:
 
 
 def _key(name: str, options: dict[str, Any], listing: Scan, contents: Mapping[str, Content], shard_bytes: int) -> str:
+    described_by = [field.name for field in fields(Recording) if field.name != "path"]
     described = [
-        [*({**asdict(row), "path": None}.values()), sha256]
+        [*(getattr(row, name) for name in described_by), sha256]
         for row, sha256 in zip(listing.recordings, _sources(listing.recordings, contents), strict=True)
     ]
     return _sha256(json_bytes([FORMAT, name, options, shard_bytes, described, sorted(listing.missing)]))

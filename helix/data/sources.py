@@ -5,12 +5,15 @@ size and the same times of change, and was at rest when it was read.
 """
 
 import hashlib
+import itertools
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import soundfile
@@ -22,6 +25,11 @@ logger = logging.getLogger(__name__)
 #: A file that changed this short a time before it was read may change again without a trace: some file systems count
 #: time in steps of two seconds.
 RESTING_NS = 2_000_000_000
+
+BLOCK_BYTES = 2**17
+_OWN = threading.local()
+#: Files per turn of a thread.
+READ_TOGETHER = 32
 
 Stamp = tuple[int, int, int]
 
@@ -45,12 +53,13 @@ def read_content(path: Path) -> Content:
     try:
         with path.open("rb", buffering=0) as file:
             before = _stamp(os.fstat(file.fileno()))
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = _sha256(file)
             after = _stamp(os.fstat(file.fileno()))
+            seconds = _promised_s(file)
     except OSError:
         return Content(sha256=None, bytes=0, seconds=0.0, stamp=None)
     resting = before == after and max(before[1:]) < began_ns - RESTING_NS
-    return Content(sha256=digest, bytes=before[0], seconds=_promised_s(path), stamp=before if resting else None)
+    return Content(sha256=digest, bytes=before[0], seconds=seconds, stamp=before if resting else None)
 
 
 def is_unchanged(path: Path, content: Content) -> bool:
@@ -84,9 +93,13 @@ def read_contents(
             return found
         return read_content(source / path)
 
+    def read_some(first: int) -> list[Content]:
+        return [read(path) for path in wanted[first : first + READ_TOGETHER]]
+
     contents: dict[str, Content] = {}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4) as pool:
-        for path, content in zip(wanted, pool.map(read, wanted), strict=True):
+        found_all = itertools.chain.from_iterable(pool.map(read_some, range(0, len(wanted), READ_TOGETHER)))
+        for path, content in zip(wanted, found_all, strict=True):
             contents[path] = content
             on_read(1, content.bytes)
     if checksums is not None and contents != known:
@@ -98,13 +111,24 @@ def _stamp(found: os.stat_result) -> Stamp:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _promised_s(path: Path) -> float:
+def _sha256(file: FileIO) -> str:
+    """Like hashlib.file_digest, through a buffer that stays in the processor's cache."""
+    if not hasattr(_OWN, "buffer"):
+        _OWN.buffer = bytearray(BLOCK_BYTES)
+    digest, block = hashlib.sha256(), memoryview(_OWN.buffer)
+    while count := file.readinto(block):
+        digest.update(block[:count])
+    return digest.hexdigest()
+
+
+def _promised_s(file: FileIO) -> float:
     """The duration by the header, 0 where there is none to read: it plans the shards, nothing else."""
+    file.seek(0)
     try:
-        header = soundfile.info(path)
-    except (soundfile.LibsndfileError, OSError, ValueError):
+        with soundfile.SoundFile(file.fileno(), closefd=False) as header:
+            return max(0, header.frames) / header.samplerate if header.samplerate > 0 else 0.0
+    except (soundfile.LibsndfileError, ValueError):
         return 0.0
-    return max(0, header.frames) / header.samplerate if header.samplerate > 0 else 0.0
 
 
 def _key(source: Path) -> str:
