@@ -166,7 +166,7 @@ def _fetch_part(
             problem = "the connection was closed before the end"
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code in GONE_FOR_GOOD:
+            if error.code in GONE_FOR_GOOD or error.code < 400:  # a redirection that is not followed
                 raise DownloadError(download.url, f"the server answers {error.code} {error.reason}") from error
             problem = f"the server answers {error.code} {error.reason}"
         except (http.client.HTTPException, urllib.error.URLError, ConnectionError, TimeoutError) as error:
@@ -346,6 +346,9 @@ def _unpack_tar(archive: Path, target: Path, limit: int) -> None:
             content = packed.extractfile(member)
             assert content is not None
             _write_member(archive, content, target / path, member.name, member.size)
+        assert packed.fileobj is not None
+        while block := packed.fileobj.read(BLOCK_BYTES):  # the checksum of a compressed file is read at its end
+            total = _bounded(archive, "(behind the last one)", total + len(block), limit, len(seen))
 
 
 def _unpack_zip(archive: Path, target: Path, limit: int) -> None:

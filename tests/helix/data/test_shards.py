@@ -456,7 +456,9 @@ def test_a_machine_that_does_not_see_the_source_says_so(esc50_layout, storage):
         layout.rename(layout.with_name("moved"))
         return map(function, tasks)
 
-    with pytest.raises(SourceNotSharedError, match=r"does not see the source .* on a cluster the source has to be") as e:
+    with pytest.raises(
+        SourceNotSharedError, match=r"does not see the source .* on a cluster the source has to be"
+    ) as e:
         prepare("esc50", source=layout, storage=storage, allow_partial=True, run=elsewhere)
     assert str(pickle.loads(pickle.dumps(e.value))) == str(e.value)
 
