@@ -504,6 +504,14 @@ def test_verifying_finds_any_changed_byte(tmp_path_factory, whole, data):
     assert len(damages) == 1 and damages[0].startswith(f"{key}: ")
 
 
+def test_a_digit_that_changes_no_number_is_a_changed_byte(esc50_layout, storage):
+    layout = esc50_layout(folds=[1], labels=[0], samples=1_111)
+    prefix = prepare("esc50", source=layout, storage=storage, allow_partial=True).prefix
+    data = storage.get(f"{prefix}/manifest.json")
+    storage.put(f"{prefix}/manifest.json", data.replace(b'"seconds":10.0', b'"seconds":10.00'))
+    assert verify(storage, prefix) == (None, [f"{prefix}/manifest.json: does not match its own checksum"])
+
+
 def test_a_set_of_another_format_is_not_seen_and_not_read(prepared):
     storage, prefix = prepared
     manifest = json.loads(storage.get(f"{prefix}/manifest.json")) | {"format": 1}
