@@ -148,7 +148,9 @@ def data_facts(recordings: Recordings) -> DataFacts:
     per_class = manifest["recordings_per_class"].values()
     notes = [f"{manifest['padded_fraction']:.1%} of the samples are padding or silence at the end of a recording"]
     if manifest["missing"]:
-        notes.append(f"{len(manifest['missing'])} recordings were left out as missing or unreadable")
+        notes.append(f"{len(manifest['missing'])} recordings are missing")
+    if manifest["quarantined"]:
+        notes.append(f"{len(manifest['quarantined'])} recordings were left out because their files cannot be used")
     return DataFacts(
         name=manifest["dataset"],
         classes=len(manifest["classes"]),

@@ -1,5 +1,7 @@
 """Recordings -> shards as Ray tasks, and which prepared data a sweep reads."""
 
+import itertools
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -7,30 +9,78 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from helix.data.dataset import Dataset
-from helix.data.shards import Prepared, Recordings, check_source, find, open_prepared, prepare
+from helix.data.shards import Prepared, Recordings, Watch, check_source, find, open_prepared, prepare
 from helix.registry import DATASETS
 from helix.spec import DataSpec
 from helix.storage import FolderStorage, Storage
-from orchestration.connection import connect
+from orchestration.connection import ClusterError, connect
 from orchestration.grid import Trial
 
 
 def prepare_with_ray(
-    data: DataSpec, *, source: Path | None, storage: Storage, storage_named: bool, allow_partial: bool
+    data: DataSpec,
+    *,
+    source: Path | None,
+    storage: Storage,
+    storage_named: bool,
+    allow_partial: bool,
+    quarantine: int = 0,
+    shard_mib: float = 64,
+    workers: int | None = None,
+    watch: Watch = lambda _what, _done, _all, _done_bytes, _all_bytes: None,
 ) -> Prepared:
-    """Prepare a data set, one Ray task per shard. What is prepared already and verifies is left alone."""
+    """Prepare a data set, one Ray task per shard, `workers` at once (default: as many as the machines hold).
+
+    What is prepared already and verifies is left alone. On a cluster the source has to be at the same path on every
+    machine; SourceNotSharedError names one that does not see it.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}; wanted 1 or more")
 
     def run(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         todo = list(items)
-        if len(todo) < 2:
+        if len(todo) < 2 or workers == 1:
             return map(function, todo)
         connect(storage_named=storage_named)
-        task = ray.remote(function)
-        return iter(ray.get([task.remote(item) for item in todo]))
+        return as_completed(function, todo, at_once=workers or len(todo))
 
-    return prepare(data.dataset, data.options, source=source, storage=storage, allow_partial=allow_partial, run=run)
+    return prepare(
+        data.dataset,
+        data.options,
+        source=source,
+        storage=storage,
+        allow_partial=allow_partial,
+        quarantine=quarantine,
+        shard_mib=shard_mib,
+        checksums=_checksums_folder(),
+        run=run,
+        watch=watch,
+    )
+
+
+def as_completed(function: Callable[[Any], Any], todo: Sequence[Any], *, at_once: int) -> Iterator[Any]:
+    """Map over Ray tasks, in the order in which they end. What a task raises is raised as itself."""
+    task = ray.remote(function)
+    waiting = iter(todo)
+    running = [task.remote(item) for item in itertools.islice(waiting, at_once)]
+    try:
+        while running:
+            done, running = ray.wait(running, num_returns=1)
+            running += [task.remote(item) for item in itertools.islice(waiting, len(done))]
+            for reference in done:
+                yield ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise ClusterError(
+            f"a worker was lost for good ({error}); the same command goes on with what is done"
+        ) from error
+    finally:
+        for reference in running:
+            ray.cancel(reference)
 
 
 def prepared_data(
@@ -41,6 +91,7 @@ def prepared_data(
     storage_named: bool,
     allow_partial: bool,
     say: Callable[[str], None],
+    quarantine: int = 0,
 ) -> Recordings:
     """The prepared recordings that a sweep of `data` reads: prepared now from `source`, or found in storage.
 
@@ -48,27 +99,62 @@ def prepared_data(
     given, where what is prepared is partial and that was not allowed, or where it is not clear which one is meant.
     """
     dataset: Dataset = DATASETS.make(data.dataset, data.options)
-    _refuse_needless(source, dataset, data.dataset)
+    refuse_needless(source, dataset, data.dataset)
     if source is not None or not dataset.needs_source:
         prepared = prepare_with_ray(
-            data, source=source, storage=storage, storage_named=storage_named, allow_partial=allow_partial
+            data,
+            source=source,
+            storage=storage,
+            storage_named=storage_named,
+            allow_partial=allow_partial,
+            quarantine=quarantine,
         )
     else:
         prepared = _found(data, dataset, storage, allow_partial=allow_partial)
+    say(f"data: {summary(prepared)}, in {prepared.prefix}")
+    return open_prepared(storage, prepared.prefix)
+
+
+def summary(prepared: Prepared) -> str:
+    """A prepared set in half a line."""
     manifest = prepared.manifest
     part = f", of {manifest['expected_recordings']} (a partial set)" if manifest["partial"] else ""
-    say(
-        f"data: {data.dataset}, {manifest['recordings']} recordings{part}, {manifest['seconds'] / 60:.1f} minutes, "
-        f"{len(manifest['classes'])} classes, in {prepared.prefix}"
+    without = f" ({len(manifest['quarantined'])} in quarantine)" if manifest["quarantined"] else ""
+    return (
+        f"{manifest['dataset']}, {manifest['recordings']} recordings{part}{without}, "
+        f"{manifest['seconds'] / 60:.1f} minutes, {len(manifest['classes'])} classes"
     )
-    return open_prepared(storage, prepared.prefix)
+
+
+def described(storage: Storage, prepared: Prepared) -> list[str]:
+    """What a person wants to know of a prepared set, a line each."""
+    manifest = prepared.manifest
+    per_class = Counter({name: manifest["recordings_per_class"].get(name, 0) for name in manifest["classes"]})
+    (most, highest), (least, lowest) = per_class.most_common(1)[0], min(per_class.items(), key=lambda item: item[1])
+    stored = sum(shard["bytes"] for shard in manifest["shards"])
+    expected, padded = manifest["expected_recordings"], manifest["padded_fraction"]
+    lines = [
+        f"recordings  {manifest['recordings']}" + (f" of {expected}" if expected else ""),
+        f"seconds     {manifest['seconds']:.1f}, of which {padded:.2%} padding or silence at the end",
+        f"per class   {lowest} recordings" + (f" ({least}) to {highest} ({most})" if lowest < highest else ""),
+    ]
+    if manifest["speakers_per_fold"]:
+        speakers = ", ".join(f"{count} in fold {fold}" for fold, count in manifest["speakers_per_fold"].items())
+        lines.append(f"speakers    {speakers}")
+    if manifest["missing"]:
+        lines.append(f"missing     {len(manifest['missing'])} recordings, listed in the manifest")
+    for name, bad in manifest["quarantined"].items():
+        lines.append(f"quarantine  {name}: {bad['file']} {bad['reason']}")
+    lines.append(f"shards      {len(manifest['shards'])}, {stored / 2**20:.1f} MiB")
+    lines.append(f"where       {storage!r}, {prepared.prefix} (manifest {prepared.manifest_sha256[:12]})")
+    return lines
 
 
 def check_listing(trials: Sequence[Trial], *, source: Path | None, allow_partial: bool) -> None:
     """Refuse what the metadata of a source shows already, before anything is decoded: no such fold, no full batch."""
     data = trials[0].spec.data
     dataset: Dataset = DATASETS.make(data.dataset, data.options)
-    _refuse_needless(source, dataset, data.dataset)
+    refuse_needless(source, dataset, data.dataset)
     if source is None and dataset.needs_source:
         return
     folds = Counter(
@@ -93,7 +179,7 @@ def rehearsed_data(data: DataSpec, *, source: Path | None, storage: Storage, all
     Raises what `prepared_data` would raise, as far as that can be known without decoding.
     """
     dataset: Dataset = DATASETS.make(data.dataset, data.options)
-    _refuse_needless(source, dataset, data.dataset)
+    refuse_needless(source, dataset, data.dataset)
     if source is not None:
         check_source(data.dataset, data.options, source=source, allow_partial=allow_partial)
     if dataset.needs_source:
@@ -109,7 +195,7 @@ def rehearsed_data(data: DataSpec, *, source: Path | None, storage: Storage, all
         return open_prepared(aside, prepare(data.dataset, data.options, source=None, storage=aside).prefix)
 
 
-def _refuse_needless(source: Path | None, dataset: Dataset, name: str) -> None:
+def refuse_needless(source: Path | None, dataset: Dataset, name: str) -> None:
     if source is not None and not dataset.needs_source:
         raise ValueError(f"{name} is made on the fly and takes no --source; leave it out")
 
@@ -133,3 +219,9 @@ def _found(data: DataSpec, dataset: Dataset, storage: Storage, *, allow_partial:
             f"{data.dataset} is prepared several times: {listed}; name the one that is meant with --source"
         )
     return usable[0]
+
+
+def _checksums_folder() -> Path:
+    """Where this machine remembers what the files of sources are: it saves time and decides nothing."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "helix" / "checksums"

@@ -147,6 +147,7 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
         storage=storage,
         storage_named=storage_named,
         allow_partial=partial,
+        quarantine=options.quarantine,
         say=console.print,
     )
     plan = make_plan(trials, recordings)
@@ -369,6 +370,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--source", type=Path, help="the folder of the data set's own files, to prepare it from")
     parser.add_argument("--allow-partial", action="store_true", help="accept a data set that is not complete")
+    parser.add_argument(
+        "--quarantine",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N files that cannot be used (default: 0)",
+    )
 
 
 def chosen_storage(options: argparse.Namespace) -> tuple[Storage, bool]:

@@ -1,6 +1,8 @@
 """From a sound file to int16 samples: decode, mix to mono, resample, round. Nothing that is wrong passes in silence."""
 
+import os
 import struct
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +32,15 @@ def decode(path: Path, *, rate_hz: int) -> np.ndarray:
     beyond full scale is clipped. Raises AudioError: not there, unreadable, truncated, empty, NaN or infinite, a rate or
     a level that no recording has.
     """
-    if not path.is_file():
-        raise AudioError(str(path), "is not there")
-    if path.stat().st_size == 0:
-        raise AudioError(str(path), "is empty (0 bytes)")
     try:
-        _check_riff_length(path)
-        with soundfile.SoundFile(path) as file:
-            source_rate_hz, promised = file.samplerate, file.frames
-            wave_TC = file.read(dtype="float64", always_2d=True)
+        with path.open("rb", buffering=0) as opened:
+            _check_riff_length(path, opened)
+            opened.seek(0)
+            with soundfile.SoundFile(opened.fileno(), closefd=False) as file:
+                source_rate_hz, promised, subtype = file.samplerate, file.frames, file.subtype
+                wave_TC = file.read(dtype="int16" if subtype == "PCM_16" else "float64", always_2d=True)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise AudioError(str(path), "is not there") from error
     except soundfile.LibsndfileError as error:
         raise AudioError(str(path), f"cannot be decoded: {error.error_string}") from error
     except OSError as error:
@@ -51,43 +53,76 @@ def decode(path: Path, *, rate_hz: int) -> np.ndarray:
         raise AudioError(str(path), f"is truncated: {len(wave_TC)} of {promised} samples are there")
     if not RATES_HZ[0] <= source_rate_hz <= RATES_HZ[1]:
         raise AudioError(str(path), f"claims a rate of {source_rate_hz} Hz; wanted {RATES_HZ[0]} to {RATES_HZ[1]}")
-    if not np.isfinite(wave_TC).all():
-        raise AudioError(str(path), "holds samples that are NaN or infinite")
-    peak = float(np.abs(wave_TC).max())
-    if peak > PEAK_LIMIT:
-        raise AudioError(str(path), f"peaks at {peak:.6g} where full scale is 1; its samples have some other unit")
-    wave_T = wave_TC.mean(axis=1)
+    if subtype == "PCM_16" and wave_TC.shape[1] == 1:
+        return _resampled_int16(path, wave_TC[:, 0], source_rate_hz, rate_hz)
+    wave_T = wave_TC.mean(axis=1) / 32768.0 if subtype == "PCM_16" else _mono_float(path, wave_TC)
     if source_rate_hz != rate_hz:
         wave_T = soxr.resample(wave_T, source_rate_hz, rate_hz, quality="HQ")
     if len(wave_T) == 0:
-        raise AudioError(str(path), f"is too short: no sample is left at {rate_hz} Hz")
+        raise _too_short(path, rate_hz)
     return to_int16(wave_T)
 
 
 def to_int16(wave_T: np.ndarray) -> np.ndarray:
     """int16 from samples in [-1, 1): nearest, clipped, no dither."""
-    return np.clip(np.rint(wave_T * 32768.0), -32768, 32767).astype(np.int16)
+    return _rounded(wave_T * 32768.0)
 
 
 def fit_length(wave_T: np.ndarray, samples: int) -> np.ndarray:
     """The first `samples` samples, with silence at the end where there are fewer."""
-    return np.pad(wave_T[:samples], (0, max(0, samples - len(wave_T))))
+    return wave_T[:samples] if len(wave_T) >= samples else np.pad(wave_T, (0, samples - len(wave_T)))
 
 
-def _check_riff_length(path: Path) -> None:
+def _resampled_int16(path: Path, wave_T: np.ndarray, source_rate_hz: int, rate_hz: int) -> np.ndarray:
+    """int16 samples at another rate, sample for sample what the general path gives.
+
+    Nothing is scaled, since scaling by a power of two changes no bit of a mantissa; float32 holds 16 bits exactly, and
+    soxr computes in float32 at HQ whatever it is given.
+    """
+    if source_rate_hz == rate_hz:
+        return wave_T
+    resampled_T = soxr.resample(wave_T.astype(np.float32), source_rate_hz, rate_hz, quality="HQ")
+    if len(resampled_T) == 0:
+        raise _too_short(path, rate_hz)
+    return _rounded(resampled_T)
+
+
+def _rounded(scaled_T: np.ndarray) -> np.ndarray:
+    """int16 from samples in [-32768, 32768); `scaled_T` is overwritten."""
+    np.rint(scaled_T, out=scaled_T)
+    np.clip(scaled_T, -32768, 32767, out=scaled_T)
+    return scaled_T.astype(np.int16)
+
+
+def _too_short(path: Path, rate_hz: int) -> AudioError:
+    return AudioError(str(path), f"is too short: no sample is left at {rate_hz} Hz")
+
+
+def _mono_float(path: Path, wave_TC: np.ndarray) -> np.ndarray:
+    """The channels' mean of samples that may be anything that a float can be."""
+    if not np.isfinite(wave_TC).all():
+        raise AudioError(str(path), "holds samples that are NaN or infinite")
+    peak = float(np.abs(wave_TC).max())
+    if peak > PEAK_LIMIT:
+        raise AudioError(str(path), f"peaks at {peak:.6g} where full scale is 1; its samples have some other unit")
+    return wave_TC.mean(axis=1)
+
+
+def _check_riff_length(path: Path, file: FileIO) -> None:
     """A WAV file says how long it is; libsndfile reads what is there of a cut one without a word."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(12)
-        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-            return
-        position = 12
-        while position + 8 <= size:
-            file.seek(position)
-            name, length = struct.unpack("<4sI", file.read(8))
-            position += 8 + length
-            if name == b"data":
-                break
-            position += length % 2
+    size = os.fstat(file.fileno()).st_size
+    if size == 0:
+        raise AudioError(str(path), "is empty (0 bytes)")
+    head = file.read(12)
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        return
+    position = 12
+    while position + 8 <= size:
+        file.seek(position)
+        name, length = struct.unpack("<4sI", file.read(8))
+        position += 8 + length
+        if name == b"data":
+            break
+        position += length % 2
     if position > size:
         raise AudioError(str(path), f"is truncated: its header tells of {position} bytes, the file has {size}")

@@ -49,6 +49,17 @@ class DatasetError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Download:
+    """One file of the official download; None where nobody publishes the checksum or the size."""
+
+    url: str
+    name: str
+    sha256: str | None = None
+    md5: str | None = None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scan:
     """What a source holds. `missing` (recording id -> reason) a partial set may leave out; `problems` nobody may."""
 
@@ -95,6 +106,8 @@ class Dataset(ABC):
     #: The circular shift that the authors' code uses here, in seconds either way.
     authors_shift_s: ClassVar[float]
     needs_source: ClassVar[bool]
+    #: The official files, where licence and address allow to fetch them.
+    downloads: ClassVar[tuple[Download, ...]] = ()
     #: What a reader of results has to know about this data set.
     caveat: ClassVar[str | None] = None
 

@@ -1,26 +1,34 @@
 """Recordings -> shards: int16 PCM in .bin files, one Parquet index, and a manifest that is put last.
 
     data/<name>-<key12>/shards/00000.bin    the samples of its recordings, one after the other
-                        shards/00000.json   its receipt: what the shard holds, put once the .bin is whole
+                        shards/00000.json   the receipt of one task: what it wrote, put once the .bin files are whole
                         index.parquet       one row per recording
                         manifest.json       checksums, counts, licence; without it nothing is prepared
 
-The key is a hash of what is prepared, so that two sources, or a part and the whole, never overwrite each other. A shard
-is the work of one pure function of one picklable task; the result depends neither on who ran it nor in which order,
-and a second run does again only what is not there or does not verify.
+The key is a hash of what is prepared, the bytes of every source file included, so that two sources, or a part and the
+whole, never overwrite each other, and whoever prepares the same contents writes the same bytes to the same keys: two at
+once do no harm. A shard is the work of one pure function of one picklable task; the result depends neither on who ran
+it nor in which order, and a second run does again only what is not there or does not verify.
+
+Two things a complete and sound set has that another may lack. Recordings that are not there: `allow_partial` accepts
+that, and any number of them. Files that are there and cannot be used (unreadable, cut, empty, not a number):
+`quarantine` accepts that, and so many of them. The manifest lists both, each by itself.
 """
 
+import contextlib
 import hashlib
 import io
 import json
+import os
+import platform
 import re
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -29,12 +37,15 @@ import pyarrow.parquet as parquet
 from helix.data.audio import AudioError
 from helix.data.cache import ShardCache
 from helix.data.dataset import Dataset, DatasetError, Index, Recording, Scan
+from helix.data.sources import Content, is_unchanged, read_contents
 from helix.registry import DATASETS
 from helix.storage import CorruptObjectError, Storage, json_bytes
 
-#: Raised when the layout changes; part of the key.
-FORMAT = 1
+#: Raised when the layout changes; part of the key. Sets of another format are not seen.
+FORMAT = 2
 FOLDER = "data"
+#: How many files are read back at once to verify them; each is in memory then, up to a shard.
+VERIFIED_AT_ONCE = 4
 
 SCHEMA = pa.schema(
     [
@@ -134,9 +145,31 @@ class Recordings:
         return self.__dict__ | {"_checked": np.zeros(len(self.index), dtype=bool)}
 
 
+class FormatError(CorruptShardError):
+    """A set that another version prepared."""
+
+
+class SourceNotSharedError(ValueError):
+    """A machine that is to read a source does not see it."""
+
+    def __init__(self, machine: str, source: str):
+        super().__init__(machine, source)
+        self.machine, self.source = machine, source
+
+    def __str__(self) -> str:
+        return (
+            f"the machine {self.machine} does not see the source {self.source}; on a cluster the source has to be on a "
+            "file system that all machines share, at the same path; or run this without RAY_ADDRESS on this machine"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """One shard to write: everything that `write_shard` needs, wherever it runs."""
+    """About one shard to write: everything that `write_shard` needs, wherever it runs.
+
+    `contents` has what is known of each recording's file, None where it is made up. `keep`: "whole" writes the shard
+    if every recording is good, "good" writes it without the bad ones, "nothing" only looks for bad ones.
+    """
 
     storage: Storage
     prefix: str
@@ -145,76 +178,115 @@ class ShardTask:
     options: dict[str, Any]
     source: Path | None
     recordings: tuple[Recording, ...]
-    keep_good: bool
-
-    @property
-    def name(self) -> str:
-        return f"shards/{self.number:05d}.bin"
+    contents: tuple[Content | None, ...]
+    shard_bytes: int
+    keep: Literal["whole", "good", "nothing"]
 
     @property
     def receipt(self) -> str:
         return f"{self.prefix}/shards/{self.number:05d}.json"
 
+    def shard_name(self, part: int) -> str:
+        return f"shards/{self.number:05d}.bin" if part == 0 else f"shards/{self.number:05d}-{part:03d}.bin"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """One shard as written: its checksum, its rows of the index, and the recordings that could not be read."""
+    """One task as done: its shards with their checksums, its rows of the index, and what could not be used.
+
+    A row's `shard` counts within this report. `unreadable` is recording id -> [file, reason]; `changed` lists the files
+    that are not what they were when the preparation began. `source_bytes` were read.
+    """
 
     number: int
-    name: str
-    bytes: int
-    sha256: str
+    shards: list[dict[str, Any]]
     rows: list[dict[str, Any]]
-    unreadable: dict[str, str]
+    unreadable: dict[str, list[str]]
+    changed: list[str]
+    source_bytes: int
+
+
+#: What hears how far a preparation is: what it is doing, then recordings (or files) and source bytes done and in all.
+Watch = Callable[[str, int, int, int, int], None]
 
 
 def write_shard(task: ShardTask) -> ShardReport:
-    """Write one shard, or leave it alone where it verifies. Unreadable recordings are reported and not raised.
+    """Write the shards of one task, or leave them alone where they verify. Bad recordings are reported and not raised.
 
-    With `keep_good` the shard is written without them; otherwise it is not written at all.
+    One shard and one recording are in memory at a time. A task whose recordings turn out longer than their files'
+    headers promise gives more than one shard. Raises OSError where the storage cannot be written, and
+    SourceNotSharedError.
     """
-    standing = _standing(task)
+    standing = None if task.keep == "nothing" else _standing(task)
     if standing is not None:
         return standing
+    if task.source is not None and not task.source.is_dir():
+        raise SourceNotSharedError(platform.node(), str(task.source))
     dataset: Dataset = DATASETS.make(task.dataset, task.options)
-    rows, waves, unreadable, offset = [], [], {}, 0
-    for recording in task.recordings:
+    buffer, shards, rows, first_row = io.BytesIO(), [], [], 0
+    unreadable: dict[str, list[str]] = {}
+    changed: list[str] = []
+    files: dict[str, Content] = {}
+    source = task.source or Path()
+
+    def check_files() -> None:
+        """That the files decoded since the last time are those whose checksums are in the index and in the key."""
+        changed.extend(path for path, content in files.items() if not is_unchanged(source / path, content))
+        files.clear()
+
+    def close_shard() -> None:
+        nonlocal buffer, first_row
+        check_files()
+        data = buffer.getvalue()
+        name = task.shard_name(len(shards))
+        shards.append({"name": name, "bytes": len(data), "sha256": _sha256(data), "recordings": len(rows) - first_row})
+        if not (changed or task.keep == "nothing" or (unreadable and task.keep == "whole")):
+            _put(task.storage, f"{task.prefix}/{name}", data)
+        buffer, first_row = io.BytesIO(), len(rows)
+
+    for recording, content in zip(task.recordings, task.contents, strict=True):
         try:
             wave = dataset.wave(recording, task.source)
         except AudioError as error:
-            unreadable[recording.recording_id] = f"{recording.path} {error.reason}"
+            wave = None
+            unreadable[recording.recording_id] = [str(recording.path), error.reason]
+        if content is not None and recording.path is not None:
+            files[recording.path] = content
+        if wave is None:
             continue
         assert wave.dtype == np.int16 and wave.ndim == 1 and len(wave) > 0, (recording.recording_id, wave.dtype)
-        data = wave.astype("<i2").tobytes()
+        data = wave.astype("<i2", copy=False).view(np.uint8).data
+        if buffer.tell() and buffer.tell() + len(data) > task.shard_bytes:
+            close_shard()
         rows.append(
             {
                 "recording_id": recording.recording_id,
-                "shard": task.number,
-                "offset": offset,
+                "shard": len(shards),
+                "offset": buffer.tell(),
                 "samples": len(wave),
                 "label": recording.label,
                 "speaker": recording.speaker,
                 "fold": recording.fold,
                 "group": recording.group,
                 "crc32": zlib.crc32(data),
-                "source_sha256": _source_sha256(recording, task.source),
+                "source_sha256": None if content is None else content.sha256,
                 "padded_samples": _silent_tail(wave),
             }
         )
-        waves.append(data)
-        offset += len(data)
-    content = b"".join(waves)
+        buffer.write(data)
+    if buffer.tell():
+        close_shard()
+    check_files()
     report = ShardReport(
         number=task.number,
-        name=task.name,
-        bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
+        shards=shards,
         rows=rows,
         unreadable=unreadable,
+        changed=changed,
+        source_bytes=_source_bytes(task),
     )
-    if task.keep_good or not unreadable:
-        task.storage.put(f"{task.prefix}/{task.name}", content)
-        task.storage.put_json(task.receipt, asdict(report))
+    if not (changed or task.keep == "nothing" or (unreadable and task.keep == "whole")):
+        _put(task.storage, task.receipt, json_bytes(vars(report)))
     return report
 
 
@@ -222,14 +294,9 @@ def check_source(
     name: str, options: Mapping[str, Any] | None = None, *, source: Path | None, allow_partial: bool = False
 ) -> Scan:
     """What `source` holds by its metadata, decoding nothing. Raises DatasetError with everything that is wrong."""
-    dataset: Dataset = DATASETS.make(name, options)
-    listing = dataset.listing(source, allow_missing=allow_partial)
-    if not listing.recordings:
-        raise DatasetError(f"{name} from {source}:", [*_listed(listing.missing), "no recording is left to prepare"])
-    shortfall = dataset.shortfall((row.fold, row.label) for row in listing.recordings)
-    if shortfall and not allow_partial:
-        count = f"{len(listing.recordings)} of {dataset.expected_recordings} recordings"
-        raise DatasetError(f"{name} is not complete, {count} (--allow-partial accepts a partial set):", shortfall)
+    listing, problems = _looked_at(DATASETS.make(name, options), source, allow_partial=allow_partial)
+    if problems:
+        raise _refusal(name, source, problems)
     return listing
 
 
@@ -240,34 +307,39 @@ def prepare(
     source: Path | None,
     storage: Storage,
     allow_partial: bool = False,
+    quarantine: int = 0,
     shard_mib: float = 64,
+    checksums: Path | None = None,
     run: Callable[[Callable[[ShardTask], ShardReport], Iterable[ShardTask]], Iterable[ShardReport]] = map,
+    watch: Watch = lambda _what, _done, _all, _done_bytes, _all_bytes: None,
 ) -> Prepared:
     """Prepare the data set `name` from `source` into `storage`; done already, it verifies and repairs.
 
     `run` maps `write_shard` over the tasks, in any order and anywhere. `allow_partial` accepts a set that is not
-    complete and leaves out recordings that are missing or unreadable, with the reason in the manifest. Raises
-    DatasetError with everything that is wrong, and publishes nothing then.
+    complete, `quarantine` is the number of files that may be there and unusable; both are left out with their reason in
+    the manifest. `checksums` is a folder of this machine that remembers what the source's files are. Raises
+    DatasetError with everything that is wrong with metadata, files and counts at once, and publishes nothing then.
     """
     if shard_mib <= 0:
         raise ValueError(f"shard_mib is {shard_mib}; wanted a positive size")
+    if quarantine < 0:
+        raise ValueError(f"quarantine is {quarantine}; wanted the number of bad files to accept, 0 or more")
     source = None if source is None else source.resolve()
+    shard_bytes = max(2, int(shard_mib * 2**20))
     dataset: Dataset = DATASETS.make(name, options)
     resolved = DATASETS.resolve(name, options)
-    listing = check_source(name, options, source=source, allow_partial=allow_partial)
-    per_shard = max(1, int(shard_mib * 2**20) // (2 * dataset.clip_samples))
-    prefix = f"{FOLDER}/{name}-{_key(name, resolved, listing.recordings, source, per_shard)[:12]}"
-    try:
-        published = _manifest(storage, prefix)
-    except CorruptShardError:  # whatever it was, the shards that verify can be published again
-        published = None
-    if published is not None and published.manifest["missing"] and not allow_partial:
-        raise DatasetError(
-            f"{prefix} was prepared without some recordings; --allow-partial accepts that, or delete it first:",
-            _listed(published.manifest["missing"]),
-        )
-    if published is not None and not _damaged(storage, published):
-        return published
+    listing, problems = _looked_at(dataset, source, allow_partial=allow_partial)
+    if not listing.recordings:
+        raise _refusal(name, source, problems)
+    contents = _contents(listing.recordings, source, checksums, watch)
+    prefix = f"{FOLDER}/{name}-{_key(name, resolved, listing, contents, shard_bytes)[:12]}"
+    published = None if problems else _published(storage, prefix)
+    if published is not None:
+        left_out = published.manifest["quarantined"]
+        if len(left_out) > quarantine:
+            raise _refusal(name, source, _quarantine_problems(left_out, quarantine))
+        if not damaged(storage, published):
+            return published
     tasks = [
         ShardTask(
             storage=storage,
@@ -276,28 +348,46 @@ def prepare(
             dataset=name,
             options=resolved,
             source=source,
-            recordings=tuple(listing.recordings[first : first + per_shard]),
-            keep_good=allow_partial,
+            recordings=recordings,
+            contents=tuple(contents.get(str(row.path)) for row in recordings),
+            shard_bytes=shard_bytes,
+            keep="nothing" if problems else "good" if quarantine else "whole",
         )
-        for number, first in enumerate(range(0, len(listing.recordings), per_shard))
+        for number, recordings in enumerate(_planned(listing.recordings, contents, dataset, shard_bytes))
     ]
-    reports = sorted(run(write_shard, tasks), key=lambda report: report.number)
-    unreadable = {key: reason for report in reports for key, reason in report.unreadable.items()}
-    if unreadable and not allow_partial:
-        raise DatasetError(f"{name} from {source}: {len(unreadable)} recordings cannot be read:", _listed(unreadable))
-    if not any(report.rows for report in reports):
-        raise DatasetError(f"{name} from {source}:", [*_listed(unreadable), "no recording is left to prepare"])
+    what = "looking for bad audio too; nothing will be published" if problems else "decoding"
+    reports = sorted(_watched(run(write_shard, tasks), tasks, what, watch), key=lambda report: report.number)
+    unreadable = {key: found for report in reports for key, found in report.unreadable.items()}
+    changed = [path for report in reports for path in report.changed]
+    problems += [("files changed while they were prepared (run it again)", path) for path in sorted(set(changed))]
+    if len(unreadable) > quarantine:
+        left_out = {key: {"file": path, "reason": reason} for key, (path, reason) in unreadable.items()}
+        problems += _quarantine_problems(left_out, quarantine)
+    if not problems and not any(report.rows for report in reports):
+        problems.append(("recordings are left to prepare", "no file can be used"))
+    if problems:
+        raise _refusal(name, source, problems)
+    root = _common_folder(listing.recordings)
+    quarantined = {
+        key: {"file": str(PurePosixPath(path).relative_to(root)), "reason": reason}
+        for key, (path, reason) in unreadable.items()
+    }
+    index, manifest = _described(dataset, name, resolved, reports, listing, contents, quarantined)
     if published is not None:
-        return _repaired(storage, published, reports)
-    return _publish(storage, prefix, name, resolved, dataset, reports, listing.missing | unreadable)
+        return _repaired(storage, published, index, manifest)
+    _put(storage, f"{prefix}/index.parquet", index)
+    data = json_bytes(manifest)
+    _put(storage, f"{prefix}/manifest.json", data)
+    return Prepared(prefix=prefix, manifest_sha256=_sha256(data), manifest=manifest)
 
 
 def find(storage: Storage, name: str, options: Mapping[str, Any] | None = None) -> list[Prepared]:
     """What is prepared for exactly these options, by prefix. Several where it was prepared from several sources."""
     resolved = DATASETS.resolve(name, options)
-    prefixes = [f"{FOLDER}/{child}" for child in storage.children(FOLDER)]
-    named = [prefix for prefix in prefixes if re.fullmatch(f"{FOLDER}/{re.escape(name)}-[0-9a-f]{{12}}", prefix)]
-    summaries = [_manifest(storage, prefix) for prefix in named]
+    summaries = []
+    for prefix in prepared_prefixes(storage, name):
+        with contextlib.suppress(FormatError):
+            summaries.append(_manifest(storage, prefix))
     return [found for found in summaries if found is not None and found.manifest["options"] == resolved]
 
 
@@ -322,23 +412,153 @@ def open_prepared(storage: Storage, prefix: str) -> Recordings:
     return Recordings(storage, prepared, _read_index(data))
 
 
-def _publish(
-    storage: Storage,
-    prefix: str,
+def damaged(storage: Storage, prepared: Prepared) -> list[str]:
+    """The keys that a manifest names and that are gone or have other bytes; every byte is read."""
+    files = {f"{prepared.prefix}/{file['name']}": file["sha256"] for file in _files(prepared.manifest)}
+
+    def is_damaged(key: str) -> bool:
+        try:
+            return _sha256(storage.get(key)) != files[key]
+        except FileNotFoundError:
+            return True
+
+    with ThreadPoolExecutor(VERIFIED_AT_ONCE) as pool:
+        return [key for key, bad in zip(files, pool.map(is_damaged, files), strict=True) if bad]
+
+
+def prepared_prefixes(storage: Storage, name: str | None = None) -> list[str]:
+    """The folders of prepared or half prepared sets, of the data set `name` or of all."""
+    wanted = ".+" if name is None else re.escape(name)
+    return [
+        f"{FOLDER}/{child}" for child in storage.children(FOLDER) if re.fullmatch(f"{wanted}-[0-9a-f]{{12}}", child)
+    ]
+
+
+def verify(storage: Storage, prefix: str) -> tuple[Prepared | None, list[str]]:
+    """What is prepared under `prefix` (None where nothing is published) and every damage, a line each."""
+    try:
+        prepared = _manifest(storage, prefix)
+    except CorruptShardError as error:
+        return None, [f"{error.key}: {error.reason}"]
+    if prepared is None:
+        return None, []
+    return prepared, [f"{key}: is gone or has other bytes" for key in damaged(storage, prepared)]
+
+
+def _looked_at(dataset: Dataset, source: Path | None, *, allow_partial: bool) -> tuple[Scan, list[tuple[str, str]]]:
+    """The listing of a source and what is wrong by its metadata, each as (kind of problem, problem)."""
+    kind = "problems in the metadata"
+    try:
+        listing, problems = dataset.listing(source, allow_missing=True), []
+    except DatasetError as error:
+        problems = [(kind, problem) for problem in error.problems]
+        try:
+            listing = Scan(recordings=[]) if source is None else dataset.scan(source)
+        except DatasetError:  # there is no metadata at all
+            return Scan(recordings=[]), problems
+    if not allow_partial:
+        problems += [("recordings are missing", line) for line in _listed(listing.missing)]
+        # What is said to be missing need not be counted again.
+        explained = listing.missing and len(listing.recordings) + len(listing.missing) == dataset.expected_recordings
+        if listing.recordings and not explained:
+            shortfall = dataset.shortfall((row.fold, row.label) for row in listing.recordings)
+            count = f"{len(listing.recordings)} of {dataset.expected_recordings} recordings"
+            problems += [
+                (f"counts differ: it is not complete, {count} (--allow-partial accepts a partial set)", line)
+                for line in shortfall
+            ]
+    if not listing.recordings and not any(of == kind for of, _ in problems):
+        problems += [("recordings are missing", line) for line in _listed(listing.missing) if allow_partial]
+        problems.append(("recordings are missing", "no recording is left to prepare"))
+    return listing, problems
+
+
+def _refusal(name: str, source: Path | None, problems: Sequence[tuple[str, str]]) -> DatasetError:
+    """All problems as one error, which counts each kind of them first."""
+    kinds = Counter(kind for kind, _ in problems)
+    counted = "; ".join(kind if kind.startswith("counts") else f"{count} {kind}" for kind, count in kinds.items())
+    return DatasetError(f"{name} from {source or 'no source'}: {counted}:", [problem for _, problem in problems])
+
+
+def _quarantine_problems(left_out: Mapping[str, Mapping[str, str]], quarantine: int) -> list[tuple[str, str]]:
+    allowed = f", {quarantine} were accepted" if quarantine else ""
+    kind = f"recordings cannot be read{allowed} (--quarantine {len(left_out)} leaves them out)"
+    return [(kind, f"{key}: {bad['file']} {bad['reason']}") for key, bad in sorted(left_out.items())]
+
+
+def _contents(
+    recordings: Sequence[Recording], source: Path | None, checksums: Path | None, watch: Watch
+) -> dict[str, Content]:
+    """What every file that a recording names is, by its path."""
+    if source is None:
+        return {}
+    paths = {row.path for row in recordings if row.path is not None}
+    done = [0, 0]
+
+    def on_read(count: int, size: int) -> None:
+        done[0], done[1] = done[0] + count, done[1] + size
+        watch("checking the source", done[0], len(paths), done[1], 0)
+
+    return read_contents(source, paths, checksums=checksums, on_read=on_read)
+
+
+def _planned(
+    recordings: Sequence[Recording], contents: Mapping[str, Content], dataset: Dataset, shard_bytes: int
+) -> Iterator[tuple[Recording, ...]]:
+    """The recordings of each task, in order: about one shard by what the headers of their files promise."""
+    sharing = Counter(row.path for row in recordings)
+    batch: list[Recording] = []
+    total = 0
+    for row in recordings:
+        content = contents.get(str(row.path))
+        seconds = dataset.clip_samples / dataset.rate_hz if content is None else content.seconds / sharing[row.path]
+        size = 2 * round(seconds * dataset.rate_hz)
+        if batch and total + size > shard_bytes:
+            yield tuple(batch)
+            batch, total = [], 0
+        batch.append(row)
+        total += size
+    yield tuple(batch)
+
+
+def _source_bytes(task: ShardTask) -> int:
+    files = {row.path: content.bytes for row, content in zip(task.recordings, task.contents, strict=True) if content}
+    return sum(files.values())
+
+
+def _watched(
+    reports: Iterable[ShardReport], tasks: Sequence[ShardTask], what: str, watch: Watch
+) -> Iterator[ShardReport]:
+    total = sum(len(task.recordings) for task in tasks)
+    total_bytes = sum(_source_bytes(task) for task in tasks)
+    done = done_bytes = 0
+    watch(what, 0, total, 0, total_bytes)
+    for report in reports:
+        done, done_bytes = done + len(report.rows) + len(report.unreadable), done_bytes + report.source_bytes
+        watch(what, done, total, done_bytes, total_bytes)
+        yield report
+
+
+def _described(
+    dataset: Dataset,
     name: str,
     options: dict[str, Any],
-    dataset: Dataset,
-    reports: list[ShardReport],
-    missing: dict[str, str],
-) -> Prepared:
-    """Put the index, then the manifest."""
-    rows = [row for report in reports for row in report.rows]
-    shards = [
-        {"name": report.name, "bytes": report.bytes, "sha256": report.sha256, "recordings": len(report.rows)}
-        for report in reports
-    ]
+    reports: Sequence[ShardReport],
+    listing: Scan,
+    contents: Mapping[str, Content],
+    quarantined: dict[str, dict[str, str]],
+) -> tuple[bytes, dict[str, Any]]:
+    """The index and the manifest: functions of the contents, and of nothing that happened on the way."""
+    shards: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for report in reports:
+        rows += [row | {"shard": len(shards) + row["shard"]} for row in report.rows]
+        shards += report.shards
     samples = sum(row["samples"] for row in rows)
-    shortfall = dataset.shortfall((row["fold"], row["label"]) for row in rows)
+    speakers: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row["speaker"] is not None:
+            speakers[str(row["fold"])].add(row["speaker"])
     index = _index_bytes(rows)
     manifest = {
         "format": FORMAT,
@@ -349,98 +569,139 @@ def _publish(
         "clip_samples": dataset.clip_samples,
         "recordings": len(rows),
         "expected_recordings": dataset.expected_recordings,
-        "partial": bool(shortfall),
-        "missing": missing,
-        "shortfall": shortfall,
+        # A recording in quarantine was accepted by number, so the set counts as complete without it.
+        "partial": bool(dataset.shortfall((row.fold, row.label) for row in listing.recordings)),
+        "missing": listing.missing,
+        "quarantined": quarantined,
+        "shortfall": dataset.shortfall((row["fold"], row["label"]) for row in rows),
         "recordings_per_class": _counts(dataset.classes[row["label"]] for row in rows),
         "recordings_per_fold": _counts(str(row["fold"]) for row in rows),
+        "speakers_per_fold": {fold: len(names) for fold, names in sorted(speakers.items())},
         "seconds": samples / dataset.rate_hz,
         "padded_fraction": sum(row["padded_samples"] for row in rows) / samples,
         "licence": dataset.licence,
         "url": dataset.url,
         "caveat": dataset.caveat,
+        "sources": {
+            "files": len(contents),
+            "bytes": sum(content.bytes for content in contents.values()),
+            "sha256": _sha256(json_bytes(_sources(listing.recordings, contents))),
+        },
         "shards": shards,
-        "index": {"name": "index.parquet", "bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
+        "index": {"name": "index.parquet", "bytes": len(index), "sha256": _sha256(index)},
     }
-    storage.put(f"{prefix}/index.parquet", index)
-    data = json_bytes(manifest)
-    storage.put(f"{prefix}/manifest.json", data)
-    return Prepared(prefix=prefix, manifest_sha256=hashlib.sha256(data).hexdigest(), manifest=manifest)
+    return index, manifest | {"sha256": _sha256(json_bytes(manifest))}
 
 
-def _repaired(storage: Storage, published: Prepared, reports: list[ShardReport]) -> Prepared:
+def _repaired(storage: Storage, published: Prepared, index: bytes, manifest: dict[str, Any]) -> Prepared:
     """The published set, now that what was damaged is there again byte for byte."""
-    index = f"{published.prefix}/{published.manifest['index']['name']}"
-    if index in _damaged(storage, published):
-        storage.put(index, _index_bytes([row for report in reports for row in report.rows]))
-    damaged = _damaged(storage, published)
-    if damaged:
+    if _files(manifest) == _files(published.manifest):
+        _put(storage, f"{published.prefix}/{published.manifest['index']['name']}", index)
+    still = damaged(storage, published)
+    if still:
         raise DatasetError(
             f"{published.prefix} in {storage!r} is damaged, and this source does not give the published bytes again:",
-            [*damaged, "delete the folder to prepare the data set anew"],
+            [*still, "delete the folder to prepare the data set anew"],
         )
     return published
 
 
 def _standing(task: ShardTask) -> ShardReport | None:
-    """The report of a shard that is there, whole, and made of these recordings."""
-    key = f"{task.prefix}/{task.name}"
+    """The report of a task that is done: its shards are there, whole, and made of these recordings."""
     try:
         report = ShardReport(**json.loads(task.storage.get(task.receipt)))
-        content = task.storage.get(key)
-    except (FileNotFoundError, ValueError, TypeError):
+        if report.unreadable and task.keep != "good":
+            return None
+        ids = [row["recording_id"] for row in report.rows]
+        wanted = [row.recording_id for row in task.recordings if row.recording_id not in report.unreadable]
+        whole = all(
+            _sha256(task.storage.get(f"{task.prefix}/{shard['name']}")) == shard["sha256"] for shard in report.shards
+        )
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    rows = [row["recording_id"] for row in report.rows]
-    whole = hashlib.sha256(content).hexdigest() == report.sha256 and not report.unreadable
-    return report if whole and rows == [recording.recording_id for recording in task.recordings] else None
+    return report if whole and ids == wanted else None
+
+
+def _published(storage: Storage, prefix: str) -> Prepared | None:
+    try:
+        return _manifest(storage, prefix)
+    except CorruptShardError:  # whatever it was, the shards that verify can be published again
+        return None
 
 
 def _manifest(storage: Storage, prefix: str) -> Prepared | None:
+    """What is published under `prefix`, None where nothing is. The manifest's own checksum is verified."""
+    key = f"{prefix}/manifest.json"
     try:
-        data = storage.get(f"{prefix}/manifest.json")
+        data = storage.get(key)
     except FileNotFoundError:
         return None
     try:
         manifest = json.loads(data)
     except ValueError as error:
-        raise CorruptShardError(f"{prefix}/manifest.json", f"is not JSON: {error}") from error
-    return Prepared(prefix=prefix, manifest_sha256=hashlib.sha256(data).hexdigest(), manifest=manifest)
+        raise CorruptShardError(key, f"is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise FormatError(key, f"has format {found}; this version reads format {FORMAT}")
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    # A changed digit far behind the point may leave a number what it was, and the identity is a hash of the bytes.
+    if manifest.get("sha256") != _sha256(json_bytes(body)) or json_bytes(manifest) != data:
+        raise CorruptShardError(key, "does not match its own checksum")
+    return Prepared(prefix=prefix, manifest_sha256=_sha256(data), manifest=manifest)
 
 
-def _damaged(storage: Storage, prepared: Prepared) -> list[str]:
-    """The files that a manifest names and that are gone or have other bytes."""
-    damaged = []
-    for file in [*prepared.manifest["shards"], prepared.manifest["index"]]:
-        key = f"{prepared.prefix}/{file['name']}"
-        if not storage.exists(key) or hashlib.sha256(storage.get(key)).hexdigest() != file["sha256"]:
-            damaged.append(key)
-    return damaged
+def _files(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [*manifest["shards"], manifest["index"]]
 
 
-def _key(name: str, options: dict[str, Any], recordings: list[Recording], source: Path | None, per_shard: int) -> str:
-    described = []
-    for row in recordings:
-        size = (source / row.path).stat().st_size if source is not None and row.path is not None else None
-        described.append([row.recording_id, row.label, row.fold, row.speaker, row.group, size])
-    return hashlib.sha256(json_bytes([FORMAT, name, options, per_shard, described])).hexdigest()
+def _put(storage: Storage, key: str, data: bytes) -> None:
+    """Put, and say where to and what to do where that fails."""
+    try:
+        storage.put(key, data)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write {key} ({len(data)} bytes) to the storage {storage!r}: {error.strerror or error}; nothing is "
+            "published. Free some space or name another storage; the same command goes on with what is written",
+        ) from error
 
 
-def _source_sha256(recording: Recording, source: Path | None) -> str | None:
-    if source is None or recording.path is None:
-        return None
-    return hashlib.sha256((source / recording.path).read_bytes()).hexdigest()
+def _key(name: str, options: dict[str, Any], listing: Scan, contents: Mapping[str, Content], shard_bytes: int) -> str:
+    described_by = [field.name for field in fields(Recording) if field.name != "path"]
+    described = [
+        [*(getattr(row, name) for name in described_by), sha256]
+        for row, sha256 in zip(listing.recordings, _sources(listing.recordings, contents), strict=True)
+    ]
+    return _sha256(json_bytes([FORMAT, name, options, shard_bytes, described, sorted(listing.missing)]))
+
+
+def _sources(recordings: Sequence[Recording], contents: Mapping[str, Content]) -> list[str | None]:
+    """The sha256 of every recording's file, in order."""
+    return [None if row.path is None else contents[row.path].sha256 for row in recordings]
+
+
+def _common_folder(recordings: Sequence[Recording]) -> PurePosixPath:
+    """The folder that holds all files of a source: where it lies in what the user named is nobody's business."""
+    folders = [PurePosixPath(row.path).parent for row in recordings if row.path is not None]
+    return PurePosixPath(os.path.commonpath(folders)) if folders else PurePosixPath()
 
 
 def _silent_tail(wave: np.ndarray) -> int:
     """How many samples of digital silence end the wave, whoever padded it."""
-    sounding = np.flatnonzero(wave)
-    return len(wave) - (int(sounding[-1]) + 1 if len(sounding) else 0)
+    if wave[-1]:
+        return 0
+    sounding = wave[::-1] != 0
+    return int(np.argmax(sounding)) if sounding.any() else len(wave)
 
 
 def _index_bytes(rows: list[dict[str, Any]]) -> bytes:
     sink = io.BytesIO()
     parquet.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink)
     return sink.getvalue()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _read_index(data: bytes) -> Index:

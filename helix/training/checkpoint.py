@@ -285,6 +285,15 @@ def load_checkpoint(
     return None
 
 
+def damage(storage: Storage, folder: str, trial_id: str) -> str | None:
+    """Why the committed checkpoint in `folder` would not be loaded, None where it would."""
+    try:
+        _verified(storage, folder, trial_id)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def committed(storage: Storage, prefix: str) -> list[str]:
     """The folders under `prefix` that hold a manifest, oldest first."""
     return [name for name in storage.children(prefix) if storage.exists(f"{prefix}/{name}/manifest.json")]

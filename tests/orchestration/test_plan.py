@@ -48,6 +48,7 @@ def prepared(*, clips_per_fold: int = 144, folds: Sequence[int] = (1, 2, 3, 4), 
         "caveat": None,
         "padded_fraction": 0.25,
         "missing": {},
+        "quarantined": {},
     }
     return SimpleNamespace(index=SimpleNamespace(fold=fold), manifest=manifest | changed, manifest_sha256=MANIFEST)
 
@@ -259,7 +260,10 @@ def test_guessing_is_naming_the_most_frequent_class():
 
 def test_what_preparation_left_out_is_told():
     whole = data_facts(prepared())
-    part = data_facts(prepared(partial=True, missing={"one": "not there", "two": "not audio"}))
+    part = data_facts(prepared(partial=True, missing={"one": "not there"}, quarantined={"two": {}, "three": {}}))
     assert (whole.partial, part.partial) == (False, True)
     assert whole.notes == ("25.0% of the samples are padding or silence at the end of a recording",)
-    assert part.notes[1:] == ("2 recordings were left out as missing or unreadable",)
+    assert part.notes[1:] == (
+        "1 recordings are missing",
+        "2 recordings were left out because their files cannot be used",
+    )

@@ -165,9 +165,8 @@ import json
 lease.Lease = functools.partial(lease.Lease, first_s=0.5)
 worker.fit = lambda *_: time.sleep(60)
 spec, data, prefix, storage = sys.argv[1:]
-worker.run_trial(
-    from_json(json.loads(spec)), open_prepared(FolderStorage(Path(data)), prefix), FolderStorage(Path(storage)), sweep_id="s"
-)
+recordings = open_prepared(FolderStorage(Path(data)), prefix)
+worker.run_trial(from_json(json.loads(spec)), recordings, FolderStorage(Path(storage)), sweep_id="s")
 """
 
 

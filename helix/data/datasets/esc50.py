@@ -1,6 +1,6 @@
 """ESC-50: 2000 environmental recordings of 5 s, 50 classes, 5 folds. Piczak 2015, doi 10.1145/2733373.2806390."""
 
-import csv
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,13 @@ import numpy as np
 
 from helix.data.audio import decode, fit_length
 from helix.data.dataset import Dataset, DatasetError, Recording, Scan
+from helix.data.metadata import read_table
 from helix.registry import DATASETS
 
 TABLE = Path("meta", "esc50.csv")
 COLUMNS = ("filename", "fold", "target", "category", "src_file")
+#: Files are called fold-clip-take-target.wav.
+NAME = re.compile(r"(?P<fold>\d+)-\d+-[A-Z]+-(?P<target>\d+)\.wav", re.ASCII)
 FOLDS = 5
 PER_CLASS_AND_FOLD = 8
 CLIP_S = 5
@@ -61,20 +64,16 @@ class Esc50(Dataset):
         assert source is not None
         root = _root(source)
         recordings, missing, problems = [], {}, []
-        with (root / TABLE).open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file)
-            absent = [column for column in COLUMNS if column not in (table.fieldnames or ())]
-            if absent:
-                return Scan(recordings=[], problems=[f"{TABLE}: has no column {', '.join(absent)}"])
-            for row in table:
-                recording, problem = _parse(row, root.relative_to(source))
-                if recording is None:
-                    problems.append(f"{TABLE} line {table.line_num}: {problem}")
-                elif not (source / str(recording.path)).is_file():
-                    missing[recording.recording_id] = f"audio/{row['filename']} is not there"
-                else:
-                    recordings.append(recording)
-        return Scan(recordings=recordings, missing=missing, problems=problems)
+        table = read_table(root / TABLE, COLUMNS, name=str(TABLE))
+        for line, row in table.rows:
+            recording, problem = _parse(row, root.relative_to(source))
+            if recording is None:
+                problems.append(f"{TABLE} line {line}: {problem}")
+            elif not (source / str(recording.path)).is_file():
+                missing[recording.recording_id] = f"audio/{row['filename']} is not there"
+            else:
+                recordings.append(recording)
+        return Scan(recordings=recordings, missing=missing, problems=table.problems + problems)
 
     def wave(self, recording: Recording, source: Path | None) -> np.ndarray:
         assert source is not None and recording.path is not None
@@ -95,9 +94,9 @@ def _root(source: Path) -> Path:
     return found[0]
 
 
-def _parse(row: Mapping[str, str | None], root: Path) -> tuple[Recording | None, str]:
+def _parse(row: Mapping[str, str], root: Path) -> tuple[Recording | None, str]:
     """One row of the table as a recording, or what is wrong with it."""
-    filename, fold, target, category, src_file = (row[column] or "" for column in COLUMNS)
+    filename, fold, target, category, src_file = (row[column] for column in COLUMNS)
     if not filename.endswith(".wav") or Path(filename).name != filename:
         return None, f"filename is {filename!r}; wanted the name of a .wav file"
     if not fold.isdecimal() or not target.isdecimal():
@@ -107,6 +106,12 @@ def _parse(row: Mapping[str, str | None], root: Path) -> tuple[Recording | None,
     label = int(target)
     if label < len(CLASSES) and category != CLASSES[label]:
         return None, f"{filename}: target {label} is called {category!r}; wanted {CLASSES[label]!r}"
+    named = NAME.fullmatch(filename)
+    if named is None:
+        return None, f"filename is {filename!r}; wanted fold-clip-take-target.wav, such as 1-100032-A-0.wav"
+    known = 1 <= int(fold) <= FOLDS and label < len(CLASSES)  # what is not is reported with the range that is wanted
+    if known and (int(named["fold"]), int(named["target"])) != (int(fold), label):
+        return None, f"{filename}: fold {fold} and target {target} contradict the name of the file"
     return (
         Recording(
             recording_id=filename.removesuffix(".wav"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import soxr
 
 from helix.data.audio import AudioError, decode, fit_length, to_int16
 
@@ -39,6 +40,33 @@ def test_a_tone_keeps_its_pitch_and_length_through_resampling(tmp_path, rate_hz)
     assert len(decoded) == RATE_HZ
     wanted = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(RATE_HZ) / RATE_HZ)
     assert np.abs(decoded / 32768 - wanted)[500:-500].max() < 1e-3
+
+
+def decode_plainly(path: Path, rate_hz: int) -> np.ndarray:
+    """The slow twin of `decode`: everything in float64."""
+    wave_TC, source_rate_hz = soundfile.read(path, dtype="float64", always_2d=True)
+    wave_T = wave_TC.mean(axis=1)
+    if source_rate_hz != rate_hz:
+        wave_T = soxr.resample(wave_T, source_rate_hz, rate_hz, quality="HQ")
+    return np.clip(np.rint(wave_T * 32768.0), -32768, 32767).astype(np.int16)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24"])
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("rate_hz", [8_000, 16_000, 22_050, 44_100, 48_000])
+def test_decoding_fast_gives_the_same_samples_as_decoding_plainly(tmp_path, suffix, subtype, channels, rate_hz):
+    random = np.random.default_rng(rate_hz)
+    wave = np.clip(random.normal(0, 0.4, (rate_hz, channels)), -1, 0.999)  # loud enough to overshoot full scale
+    path = write(tmp_path / f"clip.{suffix}", wave, rate_hz, subtype)
+    assert np.array_equal(decode(path, rate_hz=RATE_HZ), decode_plainly(path, RATE_HZ))
+
+
+def test_real_recordings_at_44_khz_decode_alike_fast_and_plainly(real_esc50, tmp_path):
+    for source in sorted(real_esc50.glob("**/audio/*.wav"))[::150]:
+        wave, rate_hz = soundfile.read(source)
+        path = write(tmp_path / source.name, soxr.resample(wave, rate_hz, 44_100), 44_100, "PCM_16")
+        assert np.array_equal(decode(path, rate_hz=RATE_HZ), decode_plainly(path, RATE_HZ))
 
 
 def test_24_bit_is_rounded_to_the_nearest(tmp_path):

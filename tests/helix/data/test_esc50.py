@@ -95,6 +95,9 @@ def test_a_table_without_its_columns_is_named(esc50_layout):
         ({"filename": "notes.txt"}, "filename is 'notes.txt'; wanted the name of a .wav file"),
         ({"filename": "1-100-Z-0.wav"}, "1-100-Z-0: audio/1-100-Z-0.wav is not there"),
         ({"src_file": ""}, "src_file is empty"),
+        ({"filename": "dog.wav"}, "filename is 'dog.wav'; wanted fold-clip-take-target.wav"),
+        ({"target": "1", "category": "rooster"}, "fold 1 and target 1 contradict the name of the file"),
+        ({"fold": "2"}, "1-1000-B-0.wav: fold 2 and target 0 contradict the name of the file"),
     ],
 )
 def test_a_bad_row_is_named(esc50_layout, changes, message):
@@ -140,11 +143,14 @@ def test_a_partial_set_has_to_be_asked_for_and_says_what_it_lacks(esc50_layout, 
     gone, broken = sorted((layout / "audio").iterdir())[3:5]
     gone.unlink()
     broken.write_bytes(b"RIFF")
-    manifest = prepare("esc50", source=layout, storage=storage, allow_partial=True).manifest
+    with pytest.raises(DatasetError, match=f"--quarantine 1 leaves them out(.|\n)*{broken.name} cannot be decoded"):
+        prepare("esc50", source=layout, storage=storage, allow_partial=True)
+    manifest = prepare("esc50", source=layout, storage=storage, allow_partial=True, quarantine=1).manifest
     assert manifest["partial"] and manifest["recordings"] == 46 and manifest["expected_recordings"] == 2000
-    assert set(manifest["missing"]) == {gone.stem, broken.stem}
-    assert "is not there" in manifest["missing"][gone.stem]
-    assert "cannot be decoded" in manifest["missing"][broken.stem]
+    assert manifest["missing"] == {gone.stem: f"audio/{gone.name} is not there"}
+    assert manifest["quarantined"] == {
+        broken.stem: {"file": broken.name, "reason": "cannot be decoded: Format not recognised."}
+    }
     assert "dog 6 of 8" in manifest["shortfall"][0]
 
 
