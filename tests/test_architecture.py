@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.published": (),
     "helix.storage": (),
     "helix.spec": ("helix.registry", "helix.protocol", "helix.storage"),
-    "helix.data": ("helix.data", "helix.spec", "helix.registry", "helix.storage"),
+    "helix.data": ("helix.data", "helix.spec", "helix.registry", "helix.protocol", "helix.storage"),
     "helix.models": ("helix.models", "helix.spec", "helix.registry", "helix.protocol"),
     "helix.training": ("helix",),
     "dashboards": ("dashboards", "helix", "orchestration.ledger"),

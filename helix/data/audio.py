@@ -1,6 +1,7 @@
 """From a sound file to int16 samples: decode, mix to mono, resample, round. Nothing that is wrong passes in silence."""
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,20 @@ class AudioError(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def decode(path: Path, *, rate_hz: int) -> np.ndarray:
+def decode(
+    path: Path,
+    *,
+    rate_hz: int,
+    source_rate_hz: int | None = None,
+    source_channels: int | None = None,
+    spans: Sequence[tuple[float, float]] | None = None,
+) -> np.ndarray:
     """int16 [samples]: the file as mono at `rate_hz`. A 16-bit mono file of that rate comes through sample for sample.
 
     Channels are averaged, soxr resamples at its HQ setting, rounding is to nearest without dither, and what then lies
-    beyond full scale is clipped. Raises AudioError: not there, unreadable, truncated, empty, NaN or infinite, a rate or
-    a level that no recording has.
+    beyond full scale is clipped. `spans`: only these parts, (from, to) in seconds, one after the other. Raises
+    AudioError: not there, unreadable, truncated, empty, NaN or infinite, a rate or a level that no recording has, a
+    rate or number of channels other than `source_rate_hz` and `source_channels`, a span beyond the end.
     """
     if not path.is_file():
         raise AudioError(str(path), "is not there")
@@ -37,8 +46,16 @@ def decode(path: Path, *, rate_hz: int) -> np.ndarray:
     try:
         _check_riff_length(path)
         with soundfile.SoundFile(path) as file:
-            source_rate_hz, promised = file.samplerate, file.frames
-            wave_TC = file.read(dtype="float64", always_2d=True)
+            found_rate_hz, channels = file.samplerate, file.channels
+            if source_rate_hz is not None and found_rate_hz != source_rate_hz:
+                raise AudioError(str(path), f"has a rate of {found_rate_hz} Hz; wanted {source_rate_hz}")
+            if source_channels is not None and channels != source_channels:
+                raise AudioError(str(path), f"has {channels} channels; wanted {source_channels}")
+            if spans is None:
+                promised = file.frames
+                wave_TC = file.read(dtype="float64", always_2d=True)
+            else:
+                promised, wave_TC = _read_spans(path, file, spans)
     except soundfile.LibsndfileError as error:
         raise AudioError(str(path), f"cannot be decoded: {error.error_string}") from error
     except OSError as error:
@@ -49,19 +66,35 @@ def decode(path: Path, *, rate_hz: int) -> np.ndarray:
         raise AudioError(str(path), "holds no samples")
     if len(wave_TC) < promised:
         raise AudioError(str(path), f"is truncated: {len(wave_TC)} of {promised} samples are there")
-    if not RATES_HZ[0] <= source_rate_hz <= RATES_HZ[1]:
-        raise AudioError(str(path), f"claims a rate of {source_rate_hz} Hz; wanted {RATES_HZ[0]} to {RATES_HZ[1]}")
+    if not RATES_HZ[0] <= found_rate_hz <= RATES_HZ[1]:
+        raise AudioError(str(path), f"claims a rate of {found_rate_hz} Hz; wanted {RATES_HZ[0]} to {RATES_HZ[1]}")
     if not np.isfinite(wave_TC).all():
         raise AudioError(str(path), "holds samples that are NaN or infinite")
     peak = float(np.abs(wave_TC).max())
     if peak > PEAK_LIMIT:
         raise AudioError(str(path), f"peaks at {peak:.6g} where full scale is 1; its samples have some other unit")
     wave_T = wave_TC.mean(axis=1)
-    if source_rate_hz != rate_hz:
-        wave_T = soxr.resample(wave_T, source_rate_hz, rate_hz, quality="HQ")
+    if found_rate_hz != rate_hz:
+        wave_T = soxr.resample(wave_T, found_rate_hz, rate_hz, quality="HQ")
     if len(wave_T) == 0:
         raise AudioError(str(path), f"is too short: no sample is left at {rate_hz} Hz")
     return to_int16(wave_T)
+
+
+def _read_spans(path: Path, file: soundfile.SoundFile, spans: Sequence[tuple[float, float]]) -> tuple[int, np.ndarray]:
+    """How many frames the spans promise, and what is there of them, float64 [frames, channels]."""
+    # The last span of a session may end a little after its audio does; VoxPopuli's own script cuts it there too.
+    parts, promised = [], 0
+    for low_s, high_s in spans:
+        low, high = int(low_s * file.samplerate), min(int(high_s * file.samplerate), file.frames)
+        if low >= high:
+            raise AudioError(
+                str(path), f"ends after {file.frames / file.samplerate:g} s; wanted {low_s:g} to {high_s:g} s"
+            )
+        file.seek(low)
+        parts.append(file.read(high - low, dtype="float64", always_2d=True))
+        promised += high - low
+    return promised, np.concatenate(parts)
 
 
 def to_int16(wave_T: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from helix.data.audio import AudioError
-from helix.data.dataset import Dataset, DatasetError, Index, Recording, Scan
+from helix.data.dataset import Dataset, DatasetError, Index, Recording, Scan, recordings_of
 from helix.registry import DATASETS
 from helix.storage import Storage, json_bytes
 
@@ -212,13 +212,15 @@ def check_source(
     name: str, options: Mapping[str, Any] | None = None, *, source: Path | None, allow_partial: bool = False
 ) -> Scan:
     """What `source` holds by its metadata, decoding nothing. Raises DatasetError with everything that is wrong."""
+    name, options = recordings_of(name, options)
     dataset: Dataset = DATASETS.make(name, options)
     listing = dataset.listing(source, allow_missing=allow_partial)
     if not listing.recordings:
         raise DatasetError(f"{name} from {source}:", [*_listed(listing.missing), "no recording is left to prepare"])
-    shortfall = dataset.shortfall((row.fold, row.label) for row in listing.recordings)
+    shortfall = dataset.shortfall(((row.fold, row.label) for row in listing.recordings), listing.classes)
     if shortfall and not allow_partial:
-        count = f"{len(listing.recordings)} of {dataset.expected_recordings} recordings"
+        wanted = dataset.expected_recordings
+        count = f"{len(listing.recordings)}{'' if wanted is None else f' of {wanted}'} recordings"
         raise DatasetError(f"{name} is not complete, {count} (--allow-partial accepts a partial set):", shortfall)
     return listing
 
@@ -242,10 +244,10 @@ def prepare(
     if shard_mib <= 0:
         raise ValueError(f"shard_mib is {shard_mib}; wanted a positive size")
     source = None if source is None else source.resolve()
-    dataset: Dataset = DATASETS.make(name, options)
-    resolved = DATASETS.resolve(name, options)
-    listing = check_source(name, options, source=source, allow_partial=allow_partial)
-    per_shard = max(1, int(shard_mib * 2**20) // (2 * dataset.clip_samples))
+    name, resolved = recordings_of(name, options)
+    dataset: Dataset = DATASETS.make(name, resolved)
+    listing = check_source(name, resolved, source=source, allow_partial=allow_partial)
+    per_shard = max(1, int(shard_mib * 2**20) // (2 * dataset.recording_samples))
     prefix = f"{FOLDER}/{name}-{_key(name, resolved, listing.recordings, source, per_shard)[:12]}"
     try:
         published = _manifest(storage, prefix)
@@ -279,12 +281,12 @@ def prepare(
         raise DatasetError(f"{name} from {source}:", [*_listed(unreadable), "no recording is left to prepare"])
     if published is not None:
         return _repaired(storage, published, reports)
-    return _publish(storage, prefix, name, resolved, dataset, reports, listing.missing | unreadable)
+    return _publish(storage, prefix, name, resolved, dataset, reports, listing, listing.missing | unreadable)
 
 
 def find(storage: Storage, name: str, options: Mapping[str, Any] | None = None) -> list[Prepared]:
     """What is prepared for exactly these options, by prefix. Several where it was prepared from several sources."""
-    resolved = DATASETS.resolve(name, options)
+    name, resolved = recordings_of(name, options)
     prefixes = [f"{FOLDER}/{child}" for child in storage.children(FOLDER)]
     named = [prefix for prefix in prefixes if re.fullmatch(f"{FOLDER}/{re.escape(name)}-[0-9a-f]{{12}}", prefix)]
     summaries = [_manifest(storage, prefix) for prefix in named]
@@ -318,6 +320,7 @@ def _publish(
     options: dict[str, Any],
     dataset: Dataset,
     reports: list[ShardReport],
+    listing: Scan,
     missing: dict[str, str],
 ) -> Prepared:
     """Put the index, then the manifest."""
@@ -327,27 +330,28 @@ def _publish(
         for report in reports
     ]
     samples = sum(row["samples"] for row in rows)
-    shortfall = dataset.shortfall((row["fold"], row["label"]) for row in rows)
+    shortfall = dataset.shortfall(((row["fold"], row["label"]) for row in rows), listing.classes)
     index = _index_bytes(rows)
     manifest = {
         "format": FORMAT,
         "dataset": name,
         "options": options,
-        "classes": list(dataset.classes),
+        "classes": list(listing.classes),
         "rate_hz": dataset.rate_hz,
         "clip_samples": dataset.clip_samples,
         "recordings": len(rows),
         "expected_recordings": dataset.expected_recordings,
-        "partial": bool(shortfall),
+        "partial": bool(shortfall or missing),
         "missing": missing,
         "shortfall": shortfall,
-        "recordings_per_class": _counts(dataset.classes[row["label"]] for row in rows),
+        "recordings_per_class": _counts(listing.classes[row["label"]] for row in rows),
         "recordings_per_fold": _counts(str(row["fold"]) for row in rows),
         "seconds": samples / dataset.rate_hz,
         "padded_fraction": sum(row["padded_samples"] for row in rows) / samples,
         "licence": dataset.licence,
         "url": dataset.url,
         "caveat": dataset.caveat,
+        **({"notes": list(listing.notes)} if listing.notes else {}),
         "shards": shards,
         "index": {"name": "index.parquet", "bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
     }
@@ -410,7 +414,7 @@ def _key(name: str, options: dict[str, Any], recordings: list[Recording], source
     described = []
     for row in recordings:
         size = (source / row.path).stat().st_size if source is not None and row.path is not None else None
-        described.append([row.recording_id, row.label, row.fold, row.speaker, row.group, size])
+        described.append([row.recording_id, row.label, row.fold, row.speaker, row.group, size, *(row.spans or ())])
     return hashlib.sha256(json_bytes([FORMAT, name, options, per_shard, described])).hexdigest()
 
 

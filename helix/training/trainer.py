@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helix.data.augment import augment, mixup
-from helix.data.dataset import Dataset, halves
+from helix.data.clips import Clips
+from helix.data.dataset import Dataset
 from helix.data.loader import Batches, in_order
 from helix.data.shards import Recordings
+from helix.data.splits import halves
 from helix.models.classifier import Classifier, build_classifier, cost
 from helix.models.scan import scan_backend
 from helix.registry import DATASETS
@@ -89,11 +91,17 @@ class _Trial:
         self.id = trial_id(spec, recordings.manifest_sha256)
         self.folder = trial_folder(self.id)
         self.dataset: Dataset = DATASETS.make(self.spec.data.dataset, self.spec.data.options)
-        self.classes = len(self.dataset.classes)
-        clips = self.dataset.split(recordings.index, fold=self.spec.data.fold, validation=self.spec.protocol.validation)
-        self.test_clips, self.validation_clips = clips.test, clips.validation
-        self.half_a = halves(recordings.index, clips.test)
-        self.batches = Batches(recordings, clips.train, batch_size=self.spec.training.batch_size, seed=self.spec.seed)
+        self.classes = len(recordings.classes)
+        training, protocol, seed, index = self.spec.training, self.spec.protocol, self.spec.seed, recordings.index
+        rows = self.dataset.split(index, fold=self.spec.data.fold, protocol=protocol)
+        self.test_clips, self.validation_clips = (
+            self.dataset.clips(index, part, protocol=protocol, seed=seed, epoch=None)
+            for part in (rows.test, rows.validation)
+        )
+        self.half_a = halves(self.test_clips.label, self.test_clips.group)
+        self.batches = Batches(
+            recordings, self.dataset, rows.train, batch_size=training.batch_size, seed=seed, protocol=protocol
+        )
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.tested: Evaluation | None = None
         with torch.random.fork_rng(devices=[]):
@@ -159,7 +167,16 @@ class _Trial:
         wave_BT, label_B = batch.wave_BT, batch.label_B
         if self.model.frontend.augmented:
             rate_hz = self.dataset.rate_hz
-            wave_BT = augment(wave_BT, batch.clip_B, self.spec.augment, seed=seed, epoch=epoch, rate_hz=rate_hz)
+            wave_BT = augment(
+                wave_BT,
+                batch.clip_B,
+                self.spec.augment,
+                seed=seed,
+                epoch=epoch,
+                rate_hz=rate_hz,
+                samples_B=batch.samples_B if protocol.pad_mask == "on" else None,
+                parts=batch.parts,
+            )
         mixing = {"alpha": self.spec.augment.mixup_alpha, "seed": seed, "epoch": epoch, "step": step}
         if protocol.mixup_on == "waveform":
             mixed, label_B, other_B, share = mixup(wave_BT, label_B, **mixing)
@@ -209,7 +226,7 @@ class _Trial:
         return row | {"seconds": now - began, "time": now}
 
     @torch.no_grad()
-    def _evaluate(self, clips: np.ndarray, *, total_step: int) -> Evaluation:
+    def _evaluate(self, clips: Clips, *, total_step: int) -> Evaluation:
         self.model.eval()
         labels, guesses, losses = [], [], []
         for batch in in_order(self.recordings, clips, batch_size=self.spec.training.batch_size):
@@ -248,7 +265,7 @@ class _Trial:
             "classes": self.classes,
             "parameters": price.parameters,
             "tokens": price.tokens,
-            "train_clips": len(self.batches.rows),
+            "train_clips": self.batches.clips_per_epoch,
             "test_clips": len(self.test_clips),
             "accuracy": {"best_test": chosen.best_test, "last": chosen.last, "validation": chosen.validation},
             "best_epoch": {"best_test": chosen.best_test_epoch, "validation": list(chosen.validation_epochs)},
