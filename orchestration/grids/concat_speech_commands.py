@@ -1,9 +1,9 @@
 """Does one attention layer help to label the first of ten spoken words? The paper's Table 4.
 
-Question.    Ten recordings of Speech Commands one after the other, 1000 raw tokens, the label of the first: is HELIX
-             better than pure Mamba? As in the paper the first 100 tokens are pooled, which are the labelled word itself,
-             so this asks what ten seconds of context do to it, and not for memory. What asks for memory are the two arms
-             model.pool_tokens=null (all tokens) and model.pool=last (those of the last word).
+Question.    Ten recordings of Speech Commands one after the other, 1000 raw tokens, the label of the first: is
+             HELIX better than pure Mamba? As in the paper the first 100 tokens are pooled, which are the labelled word
+             itself, so this asks what ten seconds of context do to it, and not for memory. What asks for memory are the
+             arms model.pool_tokens=null (all tokens) and model.pool=last (those of the last word).
 Command.     python orchestration/sweep.py --grid concat_speech_commands --source speech_commands_v0.02
              (add model.pool=last, or data.options.position=9, for the arms)
 Trials.      3 variants on raw audio x 1 official split x 1 seed = 3, the paper's size and its 24 epochs.

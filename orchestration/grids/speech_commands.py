@@ -7,8 +7,8 @@ Trials.      6 variants x 1 official split x 3 seeds = 18, the paper's size and 
              seeds tell noise from difference.
 Price.       About 16 GPU-hours a trial on one L40S (12.8 hours bought the authors 81 epochs), 290 in all.
 Expectation. The paper, at 76 to 100 epochs each: HELIX raw 92.9, HELIX mel 92.4, Mamba mel 92.4, attention mel 91.3,
-             Mamba raw 90.3 (and 54.5 at its last epoch), attention raw 82.4 %. A raw Mamba that does not fall apart would
-             say that its number was an accident of one run.
+             Mamba raw 90.3 (and 54.5 at its last epoch), attention raw 82.4 %. A raw Mamba that does not fall apart
+             would say that its number was an accident of one run.
 """
 
 from orchestration.grid import GRIDS, Grid
