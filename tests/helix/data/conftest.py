@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -62,12 +63,19 @@ def sound(path: Path, samples: int, *, rate_hz: int = 16_000, channels: int = 1,
     soundfile.write(path, wave_TC, rate_hz, subtype=subtype if path.suffix == ".wav" else None)
 
 
+def touch(path: Path, _samples: int, **_how: Any) -> None:
+    """An empty file: enough for everything that does not decode."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
 def write_urbansound8k(
     folder: Path,
     *,
     folds: Iterable[int] = (1, 2, 3),
     per_cell: int = 2,
     cells: dict[tuple[int, int], int] | None = None,
+    make: Callable[..., None] = sound,
 ) -> Path:
     """A small UrbanSound8K in the official layout: any rate, one or two channels, 16 or 24 bits, up to 4 s."""
     if cells is None:
@@ -82,9 +90,9 @@ def write_urbansound8k(
                 filename = f"{source_id}-{label}-0-{take}.wav"
                 table.writerow([filename, source_id, 0.0, 4.0, 1, fold, label, urbansound8k.CLASSES[label]])
                 number = len(cells) + take + label
-                sound(
+                make(
                     folder / "audio" / f"fold{fold}" / filename,
-                    [16, 2_000, 70_000][number % 3] if per_cell < 9 else 1,
+                    [16, 2_000, 70_000][number % 3],
                     rate_hz=[16_000, 44_100, 48_000][number % 3],
                     channels=1 + number % 2,
                     subtype=["PCM_16", "PCM_24"][take % 2],
@@ -92,15 +100,21 @@ def write_urbansound8k(
     return folder
 
 
-def write_speech_commands(folder: Path, *, words: Iterable[str] = speech_commands.WORDS, per_part: int = 2) -> Path:
+def write_speech_commands(
+    folder: Path,
+    *,
+    words: Iterable[str] = speech_commands.WORDS,
+    per_part: Callable[[str, str], int] = lambda _word, _part: 2,
+    make: Callable[..., None] = sound,
+) -> Path:
     """A small Speech Commands in the official layout; each speaker says every word and stands in one part."""
     lists: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for word in words:
         for number, part in enumerate(lists):
-            for take in range(per_part):
+            for take in range(per_part(word, part)):
                 line = f"{word}/{number}{take:07x}_nohash_0.wav"
                 lists[part].append(line)
-                sound(folder / line, [1_600, 16_000, 9_000][(take + number) % 3])
+                make(folder / line, [1_600, 16_000, 9_000][(take + number) % 3])
     for part, name in speech_commands.LISTS.items():
         (folder / name).write_text("".join(f"{line}\n" for line in lists[part]))
     sound(folder / speech_commands.NOT_WORDS / "hum.wav", 100)
@@ -115,6 +129,7 @@ def write_librispeech(
     chapters: int = 3,
     utterances: int = 4,
     samples: Callable[[int], int] = lambda number: 1_000 + 37 * number,
+    make: Callable[..., None] = sound,
 ) -> Path:
     """A small LibriSpeech in the official layout: every reader is listed, the first few have audio."""
     folder.mkdir(parents=True)
@@ -128,7 +143,7 @@ def write_librispeech(
             place = folder / subset / reader / str(chapter)
             names = [f"{reader}-{chapter}-{utterance:04d}" for utterance in range(utterances)]
             for name in names:
-                sound(place / f"{name}.flac", samples(number))
+                make(place / f"{name}.flac", samples(number))
                 number += 1
             (place / f"{reader}-{chapter}.trans.txt").write_text("".join(f"{name} WORDS\n" for name in names))
     return folder
@@ -141,7 +156,7 @@ def write_voxpopuli(
     sessions: int = 3,
     utterances: int = 3,
     whole_sessions: bool = True,
-    audio: bool = True,
+    make: Callable[..., None] = sound,
 ) -> Path:
     """A small VoxPopuli in the official layout, as whole sessions or as the utterances cut from them."""
     table_at = folder / voxpopuli.TABLES[0]
@@ -161,13 +176,13 @@ def write_voxpopuli(
                     part = ("train", "dev", "test")[(speaker + take) % 3]
                     row = [name, f"20100119-{number}", "A b.", "a b", f"{1000 + speaker}", part, "female", "False"]
                     table.writerow([*row, repr(spans)])
-                    if audio and not whole_sessions:
-                        sound(folder / "transcribed_data" / "en" / name[:4] / f"{name}-{row[1]}.ogg", 288)
+                    if not whole_sessions:
+                        make(folder / "transcribed_data" / "en" / name[:4] / f"{name}-{row[1]}.ogg", 288)
                     number += 1
             table.writerow([name, "20100119-x", "", "", "None", "train", "", "False", "[(0.0, 0.01)]"])
             table.writerow([name, "20100119-y", "", "", "1000", "invalid", "", "False", "[]"])
-            if audio and whole_sessions:
-                sound(folder / "raw_audios" / "original" / name[:4] / f"{name}_original.ogg", 320 * number)
+            if whole_sessions:
+                make(folder / "raw_audios" / "original" / name[:4] / f"{name}_original.ogg", 320 * number)
     return folder
 
 
@@ -225,19 +240,26 @@ def small_recordings(small: Small, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def recordings_folder() -> Path:
-    """The folder of real recordings in official layouts."""
-    named = os.environ.get("HELIX_TEST_RECORDINGS")
-    if not named:
-        pytest.skip("no real recordings: HELIX_TEST_RECORDINGS names no folder")
-    return Path(named)
+def layouts() -> SimpleNamespace:
+    """How to write each data set in its official layout."""
+    return SimpleNamespace(**SOURCES, sound=sound, touch=touch)
 
 
-def real(folder: Path, name: str) -> Path:
-    """The one of them that is called `name`, or a skip that says so."""
-    if not (folder / name).is_dir():
-        pytest.skip(f"no real recordings: HELIX_TEST_RECORDINGS has no {name}")
-    return folder / name
+@pytest.fixture(scope="session")
+def real_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The real recordings that are at hand, by the name of their pack and of its folder."""
+    unpacked = tmp_path_factory.mktemp("recordings")
+
+    def of(pack: str, name: str) -> Path:
+        named = os.environ.get("HELIX_TEST_RECORDINGS")
+        folder = Path(named) if named else unpacked
+        if not named and not (folder / name).is_dir() and (PACKS / "unpack.py").is_file():
+            subprocess.run([sys.executable, PACKS / "unpack.py", folder, pack], check=True, capture_output=True)
+        if not (folder / name).is_dir():
+            pytest.skip(f"no real recordings: there is no {name} in HELIX_TEST_RECORDINGS or ../shared/data")
+        return folder / name
+
+    return of
 
 
 @pytest.fixture
