@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from helix.data.dataset import DatasetError
 from helix.data.datasets import esc50
 from helix.data.shards import CorruptShardError, ShardTask, find, open_prepared, prepare, write_shard
+from helix.registry import DATASETS
 from helix.storage import Storage
 
 OPTIONS = {"clips_per_class": 4}
@@ -262,7 +263,7 @@ def test_a_shard_of_no_size_is_refused(storage):
 
 
 def test_an_unknown_data_set_is_named(storage):
-    with pytest.raises(ValueError, match="unknown data set 'esc-50'; known: esc50, tones"):
+    with pytest.raises(ValueError, match=f"unknown data set 'esc-50'; known: {', '.join(DATASETS.names())}"):
         prepare("esc-50", source=None, storage=storage)
 
 
