@@ -38,8 +38,8 @@ class Protocol:
         says="nothing on positions",
         does="adds none, so a stack of attention alone does not see the order of tokens",
     )  # fmt: skip
-    pad_mask: Literal["off", "on"] = switch(
-        authors="off", paper="off", fair="on",
+    pad_mask: Literal["none", "clip"] = switch(
+        authors="none", paper="none", fair="clip",
         says="clips are padded to one length",
         does="reads and averages the silence that completes a clip like any other token",
     )  # fmt: skip

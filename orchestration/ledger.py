@@ -2,9 +2,11 @@
 
 trials/<trial_id>/spec.json                     the resolved spec, with the data manifest and the science version
 trials/<trial_id>/attempts/<attempt_id>.json    one process that ran part of it: when, where, how it ended
+trials/<trial_id>/leases/000003.json            who may work on it (orchestration/lease.py)
 trials/<trial_id>/heartbeat.json                the attempt under way: its step and the time
 trials/<trial_id>/metrics/epoch-0007.json       one row per finished epoch
 trials/<trial_id>/checkpoints/step-00000070/    all state at a step (helix/training/checkpoint.py)
+trials/<trial_id>/best/                         the weights of the best epoch so far
 trials/<trial_id>/result.json                   put last and only once: the trial is done
 """
 

@@ -152,7 +152,7 @@ def data_facts(recordings: Recordings, trials: Sequence[Trial] = ()) -> DataFact
     if manifest["missing"]:
         notes.append(f"{len(manifest['missing'])} recordings were left out as missing or unreadable")
     notes += manifest.get("notes", ())
-    for fold, spec in {trial.spec.data.fold: trial.spec for trial in reversed(trials)}.items():
+    for fold, spec in sorted({trial.spec.data.fold: trial.spec for trial in trials}.items()):
         dataset: Dataset = DATASETS.make(spec.data.dataset, spec.data.options)
         classes = len(recordings.classes)
         parts = split_facts(dataset, recordings.index, classes=classes, fold=fold, protocol=spec.protocol)

@@ -1,12 +1,13 @@
 """What to do after an attempt ended: error and history in, decision out. Knows no Ray and touches nothing.
 
 Two budgets. A failure is an error that the attempt itself raised; few are allowed. A loss is an attempt that ended
-without a word (its process was killed, its machine is gone); losses cost nothing while the trial moves forward.
+without a word (its process was killed, its machine is gone, or it hung); losses cost nothing while the trial moves
+forward. Running out of memory is neither: the trial is tried again in smaller parts, as long as there are any.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 #: Errors that the same spec on the same data raises again: trying again would only spend.
 PERMANENT = ("ValueError", "TypeError", "KeyError", "DivergedError", "CheckpointError", "CorruptShardError")
@@ -22,27 +23,59 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How one attempt ended. `error` is the class name of what it raised, None where it was lost.
+    """How one attempt ended. `error` is what `kind` calls what it raised, None where it was lost.
 
-    `step` is the optimiser step of the newest checkpoint that the attempt started from.
+    `step` is the optimiser step of the newest checkpoint that the attempt started from. `smallest`: no smaller part of
+    a batch is left to try.
     """
 
     error: str | None
     step: int
+    smallest: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """`retry` continues from the newest checkpoint; `stop` leaves the trial failed with `reason`."""
+    """`retry` goes on from the newest checkpoint, `shrink` does so in smaller parts; `stop` leaves the trial failed."""
 
-    action: Literal["retry", "stop"]
+    action: Literal["retry", "shrink", "stop"]
     reason: str
 
 
+#: What `kind` calls an error that says that memory ran out.
+OUT_OF_MEMORY = "OutOfMemory"
+
+
 def kind(error: BaseException) -> str:
-    """What `Ended.error` calls an error: its class, or the permanent one that it is a kind of."""
+    """What `Ended.error` calls an error: its class, or the permanent one that it is a kind of.
+
+    torch raises OutOfMemoryError for a GPU and a plain RuntimeError where a CPU has no more memory; Python MemoryError.
+    """
     names = [cls.__name__ for cls in type(error).__mro__]
+    if {"OutOfMemoryError", "MemoryError"} & set(names) or "can't allocate memory" in str(error):
+        return OUT_OF_MEMORY
     return next((name for name in names if name in PERMANENT), names[0])
+
+
+def smaller(micro_batch: int, *, recompute: bool) -> tuple[int, bool] | None:
+    """The (micro_batch, recompute) to try after memory ran out: halves first, recomputing last; None at the end."""
+    if micro_batch > 1:
+        return (micro_batch + 1) // 2, recompute
+    return None if recompute else (1, True)
+
+
+def mean_between_losses_s(attempts: Sequence[Mapping[str, Any]], *, now: float) -> float:
+    """The mean time after which a machine was lost, over attempts as they are recorded, in seconds.
+
+    One loss in BETWEEN_LOSSES_S is taken for granted, so that few attempts say little.
+    """
+    worked_s = sum(attempt.get("ended", now) - attempt["started"] for attempt in attempts)
+    losses = sum(attempt.get("outcome") == "lost" for attempt in attempts)
+    return (BETWEEN_LOSSES_S + worked_s) / (1 + losses)
+
+
+#: What is expected of a machine before anything is known of it.
+BETWEEN_LOSSES_S = 4 * 3600.0
 
 
 def decide(history: Sequence[Ended], budget: Budget) -> Decision:
@@ -52,7 +85,11 @@ def decide(history: Sequence[Ended], budget: Budget) -> Decision:
     last = history[-1]
     if last.error in PERMANENT:
         return Decision(action="stop", reason=f"{last.error} would happen again")
-    failures = sum(ended.error is not None for ended in history)
+    if last.error == OUT_OF_MEMORY:
+        if last.smallest:
+            return Decision(action="stop", reason="out of memory with one clip at a time and every block recomputed")
+        return Decision(action="shrink", reason="out of memory; the next attempt runs the batch in smaller parts")
+    failures = sum(ended.error not in (None, OUT_OF_MEMORY) for ended in history)
     if failures > budget.failures:
         return Decision(action="stop", reason=f"{failures} failures; {budget.failures} are allowed")
     in_place = 0

@@ -5,8 +5,9 @@ import socket
 import time
 import traceback
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import ray.train
 import torch
@@ -19,13 +20,19 @@ from helix.storage import Storage, open_storage
 from helix.training.checkpoint import committed
 from helix.training.trainer import Fit, fit, trial_folder
 from orchestration.connection import POLL_S
+from orchestration.lease import LeaseLostError, Watch, acquire
 from orchestration.ledger import is_done
-from orchestration.recovery import Budget, Ended, decide, kind
+from orchestration.notices import Notices, sigterm_notice
+from orchestration.recovery import Budget, Ended, decide, kind, mean_between_losses_s, smaller
 
-#: A heartbeat this often is enough for people to see steps pass, and little enough for object storage.
-HEARTBEAT_S = 2.0
+#: The most seconds between checkpoints.
+SAVE_EVERY_S = 600.0
 
-SAVE_EVERY_S = 120.0
+#: Seconds between two looks at trials that other sweeps work on.
+HELD_S = 5.0
+
+#: The exit code of a process that ended itself because its training hung.
+HUNG = 75
 
 
 def drive(config: dict[str, Any]) -> None:
@@ -59,20 +66,46 @@ def worker_resources(pack: dict[str, Any]) -> dict[str, float]:
 def run_pack(config: dict[str, Any]) -> None:
     """What a Ray Train worker runs: the trials of `config["specs"]` in turn, those that are done passed over.
 
-    One trial's failure is recorded with the trial and does not keep the next from running. Errors of the storage
-    itself leave this function, since nothing could be recorded; Ray Train then restarts the worker.
+    One trial's failure is recorded with the trial and does not keep the next from running. A trial that another sweep
+    works on is left to it, and looked at again until it is done or free. Errors of the storage itself leave this
+    function, since nothing could be recorded; Ray Train then restarts the worker.
     """
     storage = open_storage(config["storage"])
     torch.set_num_threads(config["threads"])
     device = "cuda" if config["gpu"] else "cpu"
     recordings = open_prepared(storage, config["data"])
-    for number, value in enumerate(config["specs"]):
-        spec = from_json(value)
+    watch, notices = Watch(), Notices([ray_notice, sigterm_notice()])
+    todo = deque(enumerate(config["specs"]))
+    waiting = 0
+    while todo:
+        number, value = todo.popleft()
 
         def report(row: dict[str, Any], number: int = number) -> None:
             ray.train.report({"trial": number, "epoch": row["epoch"], "test_accuracy": row["test_accuracy"]})
 
-        run_trial(spec, recordings, storage, sweep_id=config["sweep_id"], device=device, on_epoch=report)
+        outcome = run_trial(
+            from_json(value),
+            recordings,
+            storage,
+            sweep_id=config["sweep_id"],
+            device=device,
+            on_epoch=report,
+            watch=watch,
+            notices=notices,
+        )
+        if outcome != "held":
+            waiting = 0
+            continue
+        todo.append((number, value))
+        waiting += 1
+        if waiting >= len(todo):  # all that is left is in other hands
+            waiting = 0
+            time.sleep(HELD_S)
+
+
+def ray_notice() -> Any:
+    """What Ray knows of the end of this node, None while it knows of none."""
+    return ray.train.get_preemption_info()
 
 
 def run_trial(
@@ -84,54 +117,85 @@ def run_trial(
     device: str = "cpu",
     on_epoch: Callable[[dict[str, Any]], None] = lambda _row: None,
     budget: Budget | None = None,
-) -> bool:
-    """Attempt a trial until it is done or its budget is spent; True when its result is stored."""
+    watch: Watch | None = None,
+    notices: Callable[[], bool] = lambda: False,
+) -> Literal["done", "failed", "held"]:
+    """Attempt a trial until its result is stored or its budget is spent; "held" where another process works on it."""
     name = trial_id(spec, recordings.manifest_sha256)
-    _close_lost(storage, name)
     while not is_done(storage, name):
-        history = _history(storage, name, sweep_id)
-        decision = decide(history, budget or Budget())
-        if decision.action == "stop":
-            _give_up(storage, name, sweep_id, decision.reason)
-            return False
-        attempt = Attempt(storage, name, sweep_id=sweep_id, device=device)
-        how = Fit(storage=storage, device=device, save_every_s=SAVE_EVERY_S, on_step=attempt.beat, on_epoch=on_epoch)
-        try:
-            fit(spec, recordings, how)
-        except Exception as error:  # whatever it is, it is this trial's: recorded, judged by decide(), never swallowed
-            attempt.end("failed", error)
-        else:
-            attempt.end("done")
-    return True
+        attempt = Attempt(name, sweep_id=sweep_id, device=device)
+        lease = acquire(
+            storage,
+            name,
+            attempt_id=attempt.id,
+            sweep_id=sweep_id,
+            watch=watch or Watch(),
+            stalled=lambda seconds, attempt=attempt: attempt.hang(storage, seconds),
+        )
+        if lease is None:
+            return "held"
+        with lease:
+            _close_lost(storage, name)
+            records = _attempts(storage, name)
+            own = [record for record in records if record["sweep_id"] == sweep_id]
+            decision = decide([_ended(record) for record in own], budget or Budget())
+            if decision.action == "stop":
+                _give_up(storage, name, own[-1], decision.reason)
+                return "failed"
+            micro_batch, recompute = _parts(own, spec.training.batch_size, shrink=decision.action == "shrink")
+            attempt.begin(storage, micro_batch=micro_batch, recompute=recompute)
+            how = Fit(
+                storage=storage,
+                device=device,
+                micro_batch=micro_batch,
+                recompute=recompute,
+                save_every_s=SAVE_EVERY_S,
+                between_losses_s=mean_between_losses_s(records, now=time.time()),
+                save_now=notices,
+                on_step=lease.moved,
+                on_epoch=on_epoch,
+            )
+            try:
+                fit(spec, recordings, how)
+            except LeaseLostError as error:
+                attempt.end(storage, "lost", error)
+                return "held"
+            except (
+                Exception
+            ) as error:  # whatever it is, it is this trial's: recorded, judged by decide(), not swallowed
+                attempt.end(storage, "failed", error)
+            else:
+                attempt.end(storage, "done")
+    return "done"
 
 
 class Attempt:
-    """The record of one process working on one trial, and its heartbeat."""
+    """The record of one process working on one trial."""
 
-    def __init__(self, storage: Storage, name: str, *, sweep_id: str, device: str):
+    def __init__(self, name: str, *, sweep_id: str, device: str):
         now = time.time()
-        self.storage, self.folder, self.beaten = storage, trial_folder(name), 0.0
+        self.id, self.folder = f"{int(now * 1000):014d}-{uuid.uuid4().hex[:8]}", trial_folder(name)
+        self.name = name
         self.record: dict[str, Any] = {
-            "attempt_id": f"{int(now * 1000):014d}-{uuid.uuid4().hex[:8]}",
+            "attempt_id": self.id,
             "sweep_id": sweep_id,
             "started": now,
-            "from_step": _newest_step(storage, name),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "device": device,
             "threads": torch.get_num_threads(),
         }
-        self._put()
 
-    def beat(self, total_step: int) -> None:
-        """Say that `total_step` is finished, at most every HEARTBEAT_S."""
-        now = time.time()
-        if now - self.beaten >= HEARTBEAT_S:
-            self.beaten = now
-            heartbeat = {"attempt_id": self.record["attempt_id"], "step": total_step, "time": now}
-            self.storage.put_json(f"{self.folder}/heartbeat.json", heartbeat)
+    def begin(self, storage: Storage, *, micro_batch: int, recompute: bool) -> None:
+        """Record that the attempt starts, from which step, and in what parts."""
+        self.record |= {
+            "from_step": _newest_step(storage, self.name),
+            "micro_batch": micro_batch,
+            "recompute": recompute,
+        }
+        self._put(storage)
 
-    def end(self, outcome: str, error: Exception | None = None) -> None:
+    def end(self, storage: Storage, outcome: str, error: Exception | None = None) -> None:
         """Record how the attempt ended."""
         self.record |= {"ended": time.time(), "outcome": outcome}
         if error is not None:
@@ -140,21 +204,37 @@ class Attempt:
                 "error": f"{type(error).__name__}: {error}",
                 "traceback": "".join(traceback.format_exception(error))[-8000:],
             }
-        self._put()
+        self._put(storage)
 
-    def _put(self) -> None:
-        self.storage.put_json(f"{self.folder}/attempts/{self.record['attempt_id']}.json", self.record)
+    def hang(self, storage: Storage, seconds: float) -> None:
+        """Record that no step was finished for so long, and end this process: Ray Train starts another one.
+
+        Nothing gentler would do: what hangs in a driver or a collective cannot be interrupted.
+        """
+        self.record |= {
+            "ended": time.time(),
+            "outcome": "lost",
+            "error": f"hung: no step was finished for {seconds:.0f} s, so its process was ended",
+        }
+        try:
+            self._put(storage)
+        finally:
+            os._exit(HUNG)
+
+    def _put(self, storage: Storage) -> None:
+        storage.put_json(f"{self.folder}/attempts/{self.id}.json", self.record)
 
 
-def _attempts(storage: Storage, name: str, sweep_id: str) -> list[dict[str, Any]]:
-    """The attempts of one sweep at one trial, oldest first."""
-    keys = storage.keys(f"{trial_folder(name)}/attempts")
-    records = [storage.get_json(key) for key in keys]
-    return [record for record in records if record["sweep_id"] == sweep_id]
+def _attempts(storage: Storage, name: str) -> list[dict[str, Any]]:
+    """All attempts at one trial, oldest first."""
+    return [storage.get_json(key) for key in storage.keys(f"{trial_folder(name)}/attempts")]
 
 
 def _close_lost(storage: Storage, name: str) -> None:
-    """Write down the end of attempts that ended without a word: their last heartbeat is the last that is known."""
+    """Write down the end of attempts that ended without a word: their last heartbeat is the last that is known.
+
+    Only who holds the lease may: every other attempt is over then.
+    """
     heartbeat = storage.get_json(f"{trial_folder(name)}/heartbeat.json") or {}
     for key in storage.keys(f"{trial_folder(name)}/attempts"):
         record = storage.get_json(key)
@@ -163,16 +243,24 @@ def _close_lost(storage: Storage, name: str) -> None:
             storage.put_json(key, record | {"ended": heard or record["started"], "outcome": "lost"})
 
 
-def _history(storage: Storage, name: str, sweep_id: str) -> list[Ended]:
-    """How the earlier attempts of this sweep ended; a lost one has no error."""
-    return [
-        Ended(error=record.get("error_kind"), step=record["from_step"]) for record in _attempts(storage, name, sweep_id)
-    ]
+def _ended(record: dict[str, Any]) -> Ended:
+    """How an attempt ended, for decide(); a lost one has no error."""
+    error = record.get("error_kind") if record["outcome"] != "lost" else None
+    return Ended(
+        error=error,
+        step=record["from_step"],
+        smallest=smaller(record["micro_batch"], recompute=record["recompute"]) is None,
+    )
 
 
-def _give_up(storage: Storage, name: str, sweep_id: str, reason: str) -> None:
+def _parts(own: Sequence[dict[str, Any]], batch_size: int, *, shrink: bool) -> tuple[int, bool]:
+    """In what parts to run the batch: as the sweep's last attempt did, or smaller."""
+    micro_batch, recompute = (own[-1]["micro_batch"], own[-1]["recompute"]) if own else (batch_size, False)
+    return (smaller(micro_batch, recompute=recompute) or (1, True)) if shrink else (micro_batch, recompute)
+
+
+def _give_up(storage: Storage, name: str, record: dict[str, Any], reason: str) -> None:
     """Record with the last attempt why the trial is not tried again in this sweep."""
-    record = _attempts(storage, name, sweep_id)[-1]
     error = record.get("error", "its process was lost")
     record |= {"ended": record.get("ended", time.time()), "outcome": "failed", "error": f"{error} (stopped: {reason})"}
     storage.put_json(f"{trial_folder(name)}/attempts/{record['attempt_id']}.json", record)

@@ -30,10 +30,11 @@ ONLY_IN = {
     "ray": {f"orchestration.{name}" for name in ("sweep", "worker", "preprocessing", "schedule", "connection")},
     "mlflow": {"orchestration.tracking"},
     "numba": {"helix.models.scan_numba"},
+    "mamba_ssm": {"helix.models.scan_mamba_ssm"},
 }
 
 #: Modules that are imported on first use, by importlib, because their library takes long to import and may be missing.
-MAY_BE_MISSING = {"helix.models.scan_numba"}
+MAY_BE_MISSING = {"helix.models.scan_numba", "helix.models.scan_mamba_ssm"}
 
 #: Modules that plan and read: what they import, directly or not, holds no torch (a laptop answers at once).
 WITHOUT_TORCH = (

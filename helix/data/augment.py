@@ -88,18 +88,16 @@ def gaussian(key_B: Tensor, samples: int) -> Tensor:
     return noise_BT[:, :samples]
 
 
-def mixup(
-    features: Tensor, label_B: Tensor, *, alpha: float, seed: int, epoch: int, step: int
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """(mixed, label_a_B, label_b_B, lam) with mixed = lam * features + (1 - lam) * features[partner] and lam drawn from
+def mixup(features: Tensor, *, alpha: float, seed: int, epoch: int, step: int) -> tuple[Tensor, Tensor, float]:
+    """(mixed, partner_B, lam) with mixed = lam * features + (1 - lam) * features[partner_B] and lam drawn from
     Beta(alpha, alpha) once for the batch. alpha 0 mixes nothing. Zhang et al. 2018, arXiv:1710.09412.
     """
     if alpha == 0:
-        return features, label_B, label_B, 1.0
+        return features, torch.arange(len(features), device=features.device), 1.0
     random = np.random.Generator(np.random.Philox(derive_seed(seed, "mixup", epoch, step)))
     lam = float(random.beta(alpha, alpha))
-    partner_B = torch.from_numpy(random.permutation(len(label_B))).to(features.device)
-    return torch.lerp(features[partner_B], features, lam), label_B, label_B[partner_B], lam
+    partner_B = torch.from_numpy(random.permutation(len(features))).to(features.device)
+    return torch.lerp(features[partner_B], features, lam), partner_B, lam
 
 
 def _key(clip_B: Tensor, seed: int) -> Tensor:

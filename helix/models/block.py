@@ -22,7 +22,8 @@ class Layer(nn.Module, ABC):
     """What a block builds. The residual connection and the normalisation before it are inside."""
 
     @abstractmethod
-    def forward(self, x_BLD: Tensor) -> Tensor: ...
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+        """Where there is a mask, tokens outside of it are padding: what they hold reaches no token inside."""
 
     @abstractmethod
     def flops(self, tokens: int) -> int:

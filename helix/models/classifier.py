@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from helix.models.block import Layer, count, natural_size
 from helix.models.frontend import Frontend, Tokenizer
@@ -26,30 +27,83 @@ class Cost:
 
 
 class Classifier(nn.Module):
-    """logits(features(wave)): the two stages are apart because mixup may act between them."""
+    """logits(features(wave)): the two stages are apart because mixup may act between them.
 
-    def __init__(self, frontend: Tokenizer, blocks: list[Layer], *, width: int, classes: int, pool_tokens: int | None):
+    `recompute` keeps of every block its input alone and runs it again in the backward: less memory, a third more work,
+    the same numbers.
+    """
+
+    recompute = False
+
+    def __init__(
+        self,
+        frontend: Tokenizer,
+        blocks: list[Layer],
+        *,
+        width: int,
+        classes: int,
+        pool: str,
+        pool_tokens: int | None,
+        protocol: Protocol,
+    ):
         super().__init__()
         self.frontend = frontend
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = nn.LayerNorm(width)
         self.classifier = nn.Linear(width, classes)
-        self.pool_tokens = pool_tokens
+        self.pool, self.pool_tokens = pool, pool_tokens
+        self.positions, self.masked = protocol.pos == "sinusoidal", protocol.pad_mask == "clip"
 
-    def forward(self, wave_BT: Tensor) -> Tensor:
-        return self.logits(self.features(wave_BT))
+    def forward(self, wave_BT: Tensor, samples_B: Tensor | None = None) -> Tensor:
+        return self.logits(self.features(wave_BT), samples_B)
 
     def features(self, wave_BT: Tensor) -> Tensor:
         """What the frontend computes without parameters, each clip for itself."""
         return self.frontend.features(wave_BT)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Logits [B, C] from `features`."""
+    def logits(self, features: Tensor, samples_B: Tensor | None = None) -> Tensor:
+        """Logits [B, C] from `features`.
+
+        Under `protocol.pad_mask = clip` what follows the first samples_B samples of a clip is padding, and no token
+        without any of them counts; without it, or without `samples_B`, all tokens do.
+        """
         x_BLD = self.frontend.embed(features)
-        _check_pooling(self.pool_tokens, x_BLD.shape[1])
+        if self.positions:
+            x_BLD = x_BLD + sinusoids(*x_BLD.shape[1:], device=x_BLD.device).to(x_BLD.dtype)
+        mask_BL = None
+        if self.masked and samples_B is not None:
+            mask_BL = self.frontend.sounding(samples_B.to(x_BLD.device), x_BLD.shape[1])
         for block in self.blocks:
-            x_BLD = block(x_BLD)
-        return self.classifier(self.final_norm(x_BLD[:, : self.pool_tokens]).mean(dim=1))
+            if self.recompute and torch.is_grad_enabled():
+                # No block draws random numbers, so there is no generator to keep.
+                x_BLD = checkpoint(block, x_BLD, mask_BL, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BLD = block(x_BLD, mask_BL)
+        return self.classifier(self._pooled(x_BLD, mask_BL))
+
+    def _pooled(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+        """The mean [B, D] of the normalised tokens, of the first or last `pool_tokens` that count where that is set."""
+        tokens = x_BLD.shape[1]
+        _check_pooling(self.pool_tokens, tokens)
+        if mask_BL is None:
+            first = tokens - self.pool_tokens if self.pool_tokens and self.pool == "last" else 0
+            last = first + (self.pool_tokens or tokens)
+            return self.final_norm(x_BLD[:, first:last]).mean(dim=1)
+        if self.pool_tokens is not None:
+            number_BL = mask_BL.cumsum(dim=1)
+            if self.pool == "last":
+                number_BL = number_BL[:, -1:] + 1 - number_BL
+            mask_BL = mask_BL & (number_BL <= self.pool_tokens)
+        share_BL1 = mask_BL[:, :, None] / mask_BL.sum(dim=1)[:, None, None]
+        return (self.final_norm(x_BLD) * share_BL1.to(x_BLD.dtype)).sum(dim=1)
+
+
+def sinusoids(tokens: int, width: int, *, device: torch.device | None = None) -> Tensor:
+    """Positions [L, D]: sines in the even channels, cosines in the odd ones. Vaswani et al. 2017, section 3.5."""
+    place_L1 = torch.arange(tokens, device=device, dtype=torch.float32)[:, None]
+    channel_D = torch.arange(width, device=device)
+    angle_LD = place_L1 * 10_000.0 ** (-(channel_D - channel_D % 2) / width)
+    return torch.where(channel_D % 2 == 0, angle_LD.sin(), angle_LD.cos())
 
 
 def build_classifier(model: ModelSpec, protocol: Protocol, *, classes: int) -> Classifier:
@@ -68,7 +122,9 @@ def build_classifier(model: ModelSpec, protocol: Protocol, *, classes: int) -> C
         [member.build(width=model.width, parameters=parameters, protocol=protocol) for member in members],
         width=model.width,
         classes=classes,
+        pool=model.pool,
         pool_tokens=model.pool_tokens,
+        protocol=protocol,
     )
 
 

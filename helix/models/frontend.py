@@ -55,6 +55,10 @@ class Tokenizer(nn.Module, ABC):
     def patches(self, features: Tensor) -> Tensor:
         """The patches [B, L, P] of `features`, in the order of the tokens; P numbers each, as in the convolution."""
 
+    @abstractmethod
+    def sounding(self, samples_B: Tensor, tokens: int) -> Tensor:
+        """bool [B, L]: which of so many tokens hold any of the first samples_B samples of their clip; at least one."""
+
     def embed(self, features: Tensor) -> Tensor:
         """x_BLD. Where kernel and stride of a convolution are equal, it is one linear map of each patch."""
         weight_DP = self.patch_embed.weight.flatten(1)
@@ -100,6 +104,9 @@ class RawTokenizer(Tokenizer):
 
     def patches(self, features: Tensor) -> Tensor:
         return features.unfold(-1, self.size, self.size)
+
+    def sounding(self, samples_B: Tensor, tokens: int) -> Tensor:
+        return _begins_before(samples_B, tokens, self.size)
 
 
 @FRONTENDS.register("mel")
@@ -184,11 +191,25 @@ class MelTokenizer(Tokenizer):
             grid = grid.transpose(1, 2)
         return grid.flatten(3).flatten(1, 2)
 
+    def sounding(self, samples_B: Tensor, tokens: int) -> Tensor:
+        """A patch begins where its first frame is centred; every row of patches has the same ones."""
+        rows = self.options.n_mels // self.options.patch
+        mask_BP = _begins_before(samples_B, tokens // rows, self.options.patch * self.options.hop)
+        if self.protocol.mel_order == "time_major":
+            return mask_BP.repeat_interleave(rows, dim=1)
+        return mask_BP.repeat(1, rows)
+
     def _power(self, wave_BT: Tensor) -> Tensor:
         """The power of each frequency in each frame."""
         n_fft, hop = self.options.n_fft, self.options.hop
         spectrum = torch.stft(wave_BT, n_fft, hop, window=self.window, pad_mode="reflect", return_complex=True)
         return spectrum.real.square() + spectrum.imag.square()
+
+
+def _begins_before(samples_B: Tensor, pieces: int, size: int) -> Tensor:
+    """bool [B, pieces]: whether a piece of `size` samples begins before the end; the first always does."""
+    begin_P = torch.arange(pieces, device=samples_B.device) * size
+    return begin_P < samples_B.clamp_min(1)[:, None]
 
 
 def mel_filters(n_mels: int, n_fft: int) -> Tensor:

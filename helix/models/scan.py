@@ -7,15 +7,18 @@ For every batch entry and channel e a state h of N numbers runs along the tokens
 Semantics and argument names follow `selective_scan_fn` of mamba-ssm; here the tokens stand before the channels, and
 `reverse` runs the recurrence from the last token to the first in place, so that no caller flips anything.
 
-`selective_scan` chooses between this reference and faster kernels; HELIX_SCAN in the environment overrides it.
+`selective_scan` and `conv_silu` choose between this reference and faster kernels, helix.models.scan_numba on a CPU and
+helix.models.scan_mamba_ssm on CUDA; HELIX_SCAN in the environment overrides the choice.
 
-Legend: B batch, L tokens, E inner channels, N state; R batch entries and Q tokens of one chunk.
+Legend: B batch, L tokens, E inner channels, N state, K taps of the convolution; R batch entries and Q tokens of one
+chunk.
 """
 
 import importlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -30,6 +33,27 @@ CHUNK = 16
 
 #: Numbers in the states [R, N, E] of the batch entries that a CPU runs together, so that its caches hold their chunk.
 CPU_STATES = 16384
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """A module with the functions `selective_scan` and `conv_silu`, imported on first use: it may not be installed.
+
+    `device` is the type that it runs on. `mixed`: it takes activations of another dtype than the parameters' float32.
+    """
+
+    device: str
+    load: Callable[[], ModuleType]
+    mixed: bool = False
+
+
+#: What may stand in for the reference; where several can, the last is taken.
+BACKENDS: dict[str, Backend] = {
+    "numba": Backend(device="cpu", load=lambda: importlib.import_module("helix.models.scan_numba")),
+    "mamba_ssm": Backend(
+        device="cuda", load=lambda: importlib.import_module("helix.models.scan_mamba_ssm"), mixed=True
+    ),
+}
 
 
 def selective_scan(
@@ -51,12 +75,41 @@ def selective_scan(
     Raises ValueError where the backend is unknown or cannot do this.
     """
     chosen = scan_backend(u_BLE.device, A_EN.dtype, backend=backend)
+    kernels, inputs = _kernels.get(chosen), [u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E]
     with torch.autocast(u_BLE.device.type, enabled=False):
-        inputs = [x.to(A_EN.dtype) for x in (u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E)]
-        kernels = numba_kernels() if chosen == "numba" else None
-        scan = _ChunkedScan.apply if kernels is None else kernels.selective_scan
-        y_BLE = scan(*inputs, reverse)
+        if kernels is None or not BACKENDS[chosen].mixed:
+            inputs = [x.to(A_EN.dtype) for x in inputs]
+        y_BLE = (_ChunkedScan.apply if kernels is None else kernels.selective_scan)(*inputs, reverse)
     return y_BLE.to(u_BLE.dtype)
+
+
+def conv_silu(
+    u_BLE: Tensor, weight_E1K: Tensor, bias_E: Tensor, *, reverse: bool = False, backend: str = "auto"
+) -> Tensor:
+    """silu of each channel's convolution over its own past tokens, or with `reverse` over those to come.
+
+    By the same backend as the scan; a kernel keeps none of the results in between.
+    """
+    chosen = scan_backend(u_BLE.device, weight_E1K.dtype, backend=backend)
+    kernels = _kernels.get(chosen)
+    if kernels is None:
+        return nn.functional.silu(depthwise_conv(u_BLE, weight_E1K, bias_E, reverse=reverse))
+    with torch.autocast(u_BLE.device.type, enabled=False):
+        given = u_BLE if BACKENDS[chosen].mixed else u_BLE.to(weight_E1K.dtype)
+        return kernels.conv_silu(given, weight_E1K.squeeze(1), bias_E, reverse).to(u_BLE.dtype)
+
+
+def depthwise_conv(u_BLE: Tensor, weight_E1K: Tensor, bias_E: Tensor, *, reverse: bool) -> Tensor:
+    """Each channel's convolution over its own past tokens, or with `reverse` over those to come.
+
+    As a two-dimensional convolution with the channels last, which is how the tokens already lie in memory.
+    """
+    past = weight_E1K.shape[-1] - 1
+    padded_BLE = nn.functional.pad(u_BLE, (0, 0, 0, past) if reverse else (0, 0, past, 0))
+    if reverse:
+        weight_E1K = weight_E1K.flip(-1)
+    y_BE1L = nn.functional.conv2d(padded_BLE.mT.unsqueeze(2), weight_E1K.unsqueeze(2), bias_E, groups=len(weight_E1K))
+    return y_BE1L.squeeze(2).mT
 
 
 def scan_backend(device: torch.device, dtype: torch.dtype, *, backend: str = "auto") -> str:
@@ -65,8 +118,8 @@ def scan_backend(device: torch.device, dtype: torch.dtype, *, backend: str = "au
     Raises ValueError where that is unknown or cannot do this.
     """
     possible = ["reference"]
-    if device.type == "cpu" and dtype == torch.float32 and numba_kernels() is not None:
-        possible.append("numba")
+    if dtype == torch.float32:
+        possible += [name for name, kernels in BACKENDS.items() if kernels.device == device.type and _is_there(name)]
     wanted = os.environ.get("HELIX_SCAN", "auto") if backend == "auto" else backend
     if wanted == "auto":
         return possible[-1]
@@ -77,29 +130,24 @@ def scan_backend(device: torch.device, dtype: torch.dtype, *, backend: str = "au
     return wanted
 
 
-def numba_kernels() -> ModuleType | None:
-    """helix.models.scan_numba, or None where numba cannot be imported."""
-    return _kernels if _kernels_are_there() else None
-
-
-_kernels: ModuleType | None = None
+#: The modules of BACKENDS that were imported so far.
+_kernels: dict[str, ModuleType] = {}
 
 
 @torch.compiler.assume_constant_result
-def _kernels_are_there() -> bool:
+def _is_there(name: str) -> bool:
     # Where torch.compile meets the import, it must not try to follow it.
-    return _import_kernels()
+    return _import(name)
 
 
 @cache
-def _import_kernels() -> bool:
-    """On first use and not before: numba takes a second, and it may be missing."""
-    global _kernels
+def _import(name: str) -> bool:
+    """On first use and not before: it takes a second, and the library may be missing or built for another torch."""
     try:
-        _kernels = importlib.import_module("helix.models.scan_numba")
+        _kernels[name] = BACKENDS[name].load()
     except ImportError as error:
-        logger.warning("numba cannot be imported (%s): the scan takes its much slower reference", error)
-    return _kernels is not None
+        logger.warning("%s cannot be imported (%s): the scan is much slower without; see `helix doctor`", name, error)
+    return name in _kernels
 
 
 def selective_scan_sequential(

@@ -5,11 +5,13 @@ position. B batch, T samples, C classes.
 """
 
 import logging
+import math
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,45 +21,59 @@ from torch.nn import functional as F
 from helix.data.augment import augment, mixup
 from helix.data.clips import Clips
 from helix.data.dataset import Dataset
-from helix.data.loader import Batches, in_order
+from helix.data.loader import Batches, Device, Host, in_order
 from helix.data.shards import Recordings
 from helix.data.splits import halves
 from helix.models.classifier import Classifier, build_classifier, cost
 from helix.models.scan import scan_backend
 from helix.registry import DATASETS
-from helix.spec import TrialSpec, derive_seed, identity, resolve, trial_id
+from helix.spec import TrialSpec, derive_seed, identity, resolve, to_json, trial_id
 from helix.storage import Storage, json_bytes
-from helix.training.checkpoint import Progress, load_checkpoint, prune, save_checkpoint, weights_sha256
+from helix.training.checkpoint import Progress, Saver, load_checkpoint, prune, save_interval_s, weights_sha256
 from helix.training.metrics import Evaluation, select
 from helix.training.optim import build_optimizer, learning_rate
 
 logger = logging.getLogger(__name__)
 
+#: What of a step is not finite where its training was and its evaluation is not: no single step is to blame.
+TEST_LOSS = "test loss"
+
 
 class DivergedError(Exception):
-    """The loss stopped being finite."""
+    """The `what` of an optimiser step (its loss or gradient, or the test loss after it) stopped being finite."""
 
-    def __init__(self, trial_id: str, step: int):
-        super().__init__(trial_id, step)
-        self.trial_id, self.step = trial_id, step
+    def __init__(self, trial_id: str, step: int, what: str = "loss"):
+        super().__init__(trial_id, step, what)
+        self.trial_id, self.step, self.what = trial_id, step, what
 
     def __str__(self) -> str:
-        return f"trial {self.trial_id} diverged: the loss of step {self.step} is not finite"
+        return f"trial {self.trial_id} diverged: the {self.what} of step {self.step} is not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """What one call of `fit` needs beside the spec, none of which is science.
 
-    `save_every_s`: seconds of training between checkpoints inside an epoch (each epoch ends with one anyway).
-    `save_now`: asked at every step; True (a preemption notice, say) saves at this step and training goes on.
+    `micro_batch`: clips that go through the model at a time, None for the whole batch; gradients add up to those of the
+    batch, each clip weighted the same. `recompute`: see helix.models.classifier.Classifier.
+    `placement`: where the samples are gathered, "host" from memory maps or "device" from the whole set held there.
+    `ahead`: how many batches are made before they are asked for, None for 2 on an accelerator and 0 on a CPU.
+    `save_every_s`: the most seconds of training between checkpoints; how many it is follows from what a checkpoint
+    costs and from `between_losses_s`, the mean time after which a machine is lost. The end of an epoch is saved as soon
+    as the checkpoint before it is written. `save_now`: asked at every step; True (a preemption notice, say) saves at
+    this step and training goes on.
     `on_step`: told the optimiser steps so far after each step, and again after each batch that is evaluated, so that
-    whoever listens knows that work goes on. `on_epoch`: told each row once its epoch is safe.
+    whoever listens knows that work goes on. `on_epoch`: told each row once it is stored.
     """
 
     storage: Storage
     device: str = "cpu"
+    micro_batch: int | None = None
+    recompute: bool = False
+    placement: Literal["host", "device"] = "host"
+    ahead: int | None = None
     save_every_s: float = 300.0
+    between_losses_s: float = 4 * 3600.0
     save_now: Callable[[], bool] = lambda: False
     on_step: Callable[[int], None] = lambda _total_step: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda _row: None
@@ -80,7 +96,12 @@ def fit(spec: TrialSpec, recordings: Recordings, how: Fit) -> dict[str, Any]:
     Raises DivergedError when a loss is not finite, CheckpointError when no checkpoint can be trusted, OSError when the
     storage fails; a call that was stopped by any of them, or killed, is continued by calling again.
     """
-    return _Trial(spec, recordings, how).run()
+    trial = _Trial(spec, recordings, how)
+    try:
+        return trial.run()
+    finally:
+        trial.batches.close()
+        trial.saver.close()
 
 
 class _Trial:
@@ -99,72 +120,213 @@ class _Trial:
             for part in (rows.test, rows.validation)
         )
         self.half_a = halves(self.test_clips.label, self.test_clips.group)
+        on_cpu = torch.device(how.device).type == "cpu"
+        self.ahead = (0 if on_cpu else 2) if how.ahead is None else how.ahead
+        host = Host(recordings=recordings, pinned=torch.device(how.device).type == "cuda")
+        self.placement = Device(recordings, how.device) if how.placement == "device" else host
         self.batches = Batches(
-            recordings, self.dataset, rows.train, batch_size=training.batch_size, seed=seed, protocol=protocol
+            recordings,
+            self.dataset,
+            rows.train,
+            batch_size=training.batch_size,
+            seed=seed,
+            protocol=protocol,
+            placement=self.placement,
+            ahead=self.ahead,
         )
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.tested: Evaluation | None = None
+        self.micro_batch = how.micro_batch or self.spec.training.batch_size
+        self.model, self.optimizer = self._initial()
+        described = {"trial_id": self.id, "spec": to_json(self.spec), "versions": versions()}
+        self.saver = Saver(how.storage, self.folder, identity=described)
+        self.saved = how.clock()
+        # Rows of finished epochs: those that no committed checkpoint has yet, and those stored and not yet told.
+        self.pending: deque[dict[str, Any]] = deque()
+        self.stored: deque[dict[str, Any]] = deque()
+
+    def _initial(self) -> tuple[Classifier, torch.optim.Optimizer]:
+        """The model and its optimiser before the first step."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.spec.seed, "initial weights"))
-            model = build_classifier(self.spec.model, self.spec.protocol, classes=self.classes)
-        self.model: Classifier = model.to(how.device)
-        self.optimizer = build_optimizer(self.model, self.spec.training, self.spec.protocol)
+            model = build_classifier(self.spec.model, self.spec.protocol, classes=self.classes).to(self.how.device)
+        model.recompute = self.how.recompute
+        return model, build_optimizer(model, self.spec.training, self.spec.protocol)
 
     def run(self) -> dict[str, Any]:
         storage = self.how.storage
         result = storage.get_json(f"{self.folder}/result.json")
         if result is not None:
             return result
-        progress = load_checkpoint(
-            storage, f"{self.folder}/checkpoints", model=self.model, optimizer=self.optimizer, trial_id=self.id
-        )
+        progress = self._restored()
         if progress is None:
             progress = Progress(epoch=0, step=0)
             described = {**identity(self.spec, self.recordings.manifest_sha256), "trial_id": self.id}
             storage.put_json(f"{self.folder}/spec.json", described)
-        elif progress.row is not None:
-            # The process may have died between the checkpoint and the row: putting it again writes the same bytes.
-            storage.put_json(row_key(self.id, progress.epoch), progress.row)
+        # The process may have died between the checkpoint and its rows: putting them again writes the same bytes.
+        self._store(progress.rows)
+        progress = replace(progress, rows=(), environments=self._environments(progress))
         while progress.epoch < self.spec.training.epochs:
-            progress = self._epoch(progress)
-        return self._finish()
+            try:
+                progress = self._epoch(progress)
+            except DivergedError as error:
+                progress = self._rolled_back(error, progress)
+        if self.pending:
+            self._save(progress)
+        self.saver.wait(final=True)
+        self._tell()
+        return self._finish(progress)
+
+    def _environments(self, progress: Progress) -> tuple[str, ...]:
+        """The environments that took part, this one last where it is new: bits are promised within one only."""
+        here = f"{torch.device(self.how.device).type}, scan {self._scan()}, torch {torch.__version__}"
+        if progress.environments and here not in progress.environments:
+            logger.warning(
+                "trial %s goes on in another environment (%s) than it began in (%s): the same up to rounding",
+                *(self.id, here, "; ".join(progress.environments)),
+            )
+        return tuple(dict.fromkeys((*progress.environments, here)))
+
+    def _scan(self) -> str:
+        return scan_backend(torch.device(self.how.device), torch.float32)
+
+    def _restored(self) -> Progress | None:
+        """The newest checkpoint, loaded; None where there is none."""
+        return load_checkpoint(
+            self.how.storage, f"{self.folder}/checkpoints", model=self.model, optimizer=self.optimizer, trial_id=self.id
+        )
+
+    def _rolled_back(self, error: DivergedError, progress: Progress) -> Progress:
+        """Where to train on from after a divergence, under `protocol.divergence = rollback` and once in a trial.
+
+        The steps since that checkpoint are the same ones again, so the outcome does not depend on which one it is.
+        """
+        switched_on = self.spec.protocol.divergence == "rollback" and self.steps_per_epoch > 1
+        self.saver.wait()
+        if not switched_on or progress.skipped or error.what == TEST_LOSS:
+            # No checkpoint will follow that they could wait for.
+            self._store(tuple(self.pending))
+            raise error
+        logger.warning("%s; it goes back to the last checkpoint and leaves that step out", error)
+        self.pending.clear()
+        restored = self._restored()
+        if restored is None:
+            self.model, self.optimizer = self._initial()
+            restored = Progress(epoch=0, step=0)
+        return replace(restored, rows=(), skipped=(error.step,), environments=progress.environments)
 
     def _epoch(self, progress: Progress) -> Progress:
         """One epoch, or what is left of it: steps, evaluation, checkpoint, row."""
         epoch, began = progress.epoch, self.how.clock() - progress.seconds
-        saved = self.how.clock()
-        losses = [torch.tensor(loss, dtype=torch.float64, device=self.how.device) for loss in progress.losses]
-        hits = torch.tensor(progress.hits, dtype=torch.float64, device=self.how.device)
+        # Per step the loss and the norm of the gradient, left on the device; what a checkpoint holds was finite.
+        losses = [self._number(math.nan if loss is None else loss) for loss in progress.losses]
+        norms = [self._number(0.0) for _ in losses]
+        hits = self._number(progress.hits)
+
+        def position(step: int) -> Progress:
+            values = self._finite(epoch, losses, norms, progress.skipped)
+            seconds = self.how.clock() - began
+            return replace(progress, step=step, losses=values, hits=hits.item(), seconds=seconds)
+
         self.model.train()
         for step in range(progress.step, self.steps_per_epoch):
-            loss, step_hits = self._step(epoch, step)
-            losses.append(loss)
-            hits += step_hits
-            self.how.on_step(epoch * self.steps_per_epoch + step + 1)
-            now = self.how.clock()
-            if self.how.save_now() or now - saved >= self.how.save_every_s:
-                values = self._finite(epoch, losses)
-                position = Progress(
-                    epoch=epoch, step=step + 1, losses=values, hits=hits.item(), seconds=now - began, row=progress.row
-                )
-                self._save(position)
-                saved = self.how.clock()
-        values = self._finite(epoch, losses)
-        row = self._row(epoch, values, hits.item(), began)
-        position = Progress(epoch=epoch + 1, step=0, row=row)
-        self._save(position)
-        self.how.storage.put_json(row_key(self.id, epoch + 1), row)
-        self.how.on_epoch(row)
-        return position
+            total_step = epoch * self.steps_per_epoch + step + 1
+            if total_step in progress.skipped:
+                losses.append(self._number(math.nan))
+                norms.append(self._number(0.0))
+            else:
+                loss, norm, step_hits = self._step(epoch, step)
+                losses.append(loss)
+                norms.append(norm)
+                hits += step_hits
+            self.how.on_step(total_step)
+            self._tell()
+            if self._due():
+                self._save(position(step + 1))
 
-    def _step(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """One optimiser step. Returns the loss and the number of correct predictions, both on the device."""
+        def on_batch() -> None:
+            self.how.on_step(total_steps)
+            if self.how.save_now():  # what is saved waits for its evaluation
+                self._save(position(self.steps_per_epoch))
+
+        total_steps = (epoch + 1) * self.steps_per_epoch
+        row = self._row(epoch, self._finite(epoch, losses, norms, progress.skipped), hits.item(), began, on_batch)
+        self.pending.append(row)
+        best = self._best(row, progress.best)
+        progress = Progress(
+            epoch=epoch + 1, step=0, skipped=progress.skipped, best=best, environments=progress.environments
+        )
+        if self._due():
+            self._save(progress)
+        self._tell()
+        return progress
+
+    def _due(self) -> bool:
+        """Whether to save now. Rows wait for a checkpoint, but none holds up the training by more than 1 % of it."""
+        if self.how.save_now():
+            return True
+        if self.saver.busy:
+            return False
+        interval_s = save_interval_s(
+            hold_s=self.saver.hold_s,
+            write_s=self.saver.write_s,
+            between_losses_s=self.how.between_losses_s,
+            most_s=self.how.save_every_s,
+        )
+        return self.how.clock() - self.saved >= (100 * self.saver.hold_s if self.pending else interval_s)
+
+    def _save(self, progress: Progress) -> None:
+        """Hand the state to the saver, with the rows that it makes safe."""
+        self.saver.wait()
+        rows = tuple(self.pending)
+        self.saver.save(
+            self.model,
+            self.optimizer,
+            replace(progress, rows=rows),
+            total_step=progress.epoch * self.steps_per_epoch + progress.step,
+            then=lambda: self._store(rows),
+        )
+        self.saved = self.how.clock()
+
+    def _store(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Put rows whose checkpoint is committed."""
+        for row in rows:
+            self.how.storage.put_json(row_key(self.id, row["epoch"]), row)
+            if self.pending and self.pending[0] is row:
+                self.pending.popleft()
+            self.stored.append(row)
+
+    def _tell(self) -> None:
+        """Tell the listener of stored rows, in the thread that trains."""
+        while self.stored:
+            self.how.on_epoch(self.stored.popleft())
+
+    def _best(self, row: dict[str, Any], best: tuple[int, float] | None) -> tuple[int, float] | None:
+        """The best epoch so far by what the protocol selects by; its weights are kept."""
+        select_by = self.spec.protocol.select
+        if select_by == "last":
+            metric, better = "test_accuracy", row["epoch"] == self.spec.training.epochs
+        else:
+            metric = (
+                "validation_accuracy" if select_by == "validation" and len(self.validation_clips) else "test_accuracy"
+            )
+            better = best is None or row[metric] > best[1]
+        if not better:
+            return best
+        self.saver.best(self.model, epoch=row["epoch"], metric=metric, value=row[metric])
+        return row["epoch"], row[metric]
+
+    def _number(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, device=self.how.device)
+
+    def _step(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimiser step. Returns the loss, the gradient's norm and the number of hits, all on the device."""
         training, protocol, seed = self.spec.training, self.spec.protocol, self.spec.seed
         rate = learning_rate(training, protocol, epoch=epoch, step=step, steps_per_epoch=self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = self.batches.batch(epoch, step).to(self.how.device)
-        wave_BT, label_B = batch.wave_BT, batch.label_B
+        wave_BT, label_B, samples_B = batch.wave_BT, batch.label_B, batch.samples_B
         if self.model.frontend.augmented:
             rate_hz = self.dataset.rate_hz
             wave_BT = augment(
@@ -174,89 +336,114 @@ class _Trial:
                 seed=seed,
                 epoch=epoch,
                 rate_hz=rate_hz,
-                samples_B=batch.samples_B if protocol.pad_mask == "on" else None,
+                samples_B=samples_B if protocol.pad_mask == "clip" else None,
                 parts=batch.parts,
             )
         mixing = {"alpha": self.spec.augment.mixup_alpha, "seed": seed, "epoch": epoch, "step": step}
         if protocol.mixup_on == "waveform":
-            mixed, label_B, other_B, share = mixup(wave_BT, label_B, **mixing)
+            mixed, partner_B, share = mixup(wave_BT, **mixing)
             features = self.model.features(mixed)
         else:
-            features, label_B, other_B, share = mixup(self.model.features(wave_BT), label_B, **mixing)
-        logits_BC = self.model.logits(features)
-        loss = share * F.cross_entropy(logits_BC, label_B) + (1 - share) * F.cross_entropy(logits_BC, other_B)
+            features, partner_B, share = mixup(self.model.features(wave_BT), **mixing)
+        other_B, samples_B = label_B[partner_B], torch.maximum(samples_B, samples_B[partner_B])
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
+        total, hits = self._number(0.0), self._number(0.0)
+        for first in range(0, len(features), self.micro_batch):
+            part = slice(first, first + self.micro_batch)
+            logits_BC = self._logits(features[part], samples_B[part])
+            a_B, b_B = (F.cross_entropy(logits_BC, wanted_B[part], reduction="sum") for wanted_B in (label_B, other_B))
+            loss = (share * a_B + (1 - share) * b_B) / len(features)
+            loss.backward()
+            with torch.no_grad():
+                guess_B = logits_BC.argmax(dim=1)
+                total += loss
+                hits += share * (guess_B == label_B[part]).sum() + (1 - share) * (guess_B == other_B[part]).sum()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
         self.optimizer.step()
-        with torch.no_grad():
-            guess_B = logits_BC.argmax(dim=1)
-            hits = share * (guess_B == label_B).sum() + (1 - share) * (guess_B == other_B).sum()
-        return loss.detach().double(), hits.double()
+        return total, norm.double(), hits
 
-    def _finite(self, epoch: int, losses: list[Tensor]) -> tuple[float, ...]:
-        """The losses of the epoch so far as numbers, read from the device in one go; raises DivergedError."""
-        values = torch.stack(losses).cpu().tolist() if losses else []
-        for step, value in enumerate(values):
-            if not np.isfinite(value):
-                raise DivergedError(self.id, epoch * self.steps_per_epoch + step + 1)
+    def _logits(self, features: Tensor, samples_B: Tensor) -> Tensor:
+        """float32 logits [B, C], the matrix products at the precision of the spec."""
+        half = self.spec.training.precision == "bf16"
+        with torch.autocast(torch.device(self.how.device).type, dtype=torch.bfloat16, enabled=half):
+            return self.model.logits(features, samples_B).float()
+
+    def _finite(
+        self, epoch: int, losses: list[Tensor], norms: list[Tensor], skipped: tuple[int, ...]
+    ) -> tuple[float | None, ...]:
+        """The losses of the epoch so far as numbers, read from the device in one go; raises DivergedError.
+
+        A norm that is not finite means that the gradient is not, and it spoils the weights from that step on.
+        """
+        if not losses:
+            return ()
+        values: list[float | None] = []
+        for step, (loss, norm) in enumerate(torch.stack([torch.stack(losses), torch.stack(norms)], 1).cpu().tolist()):
+            total_step = epoch * self.steps_per_epoch + step + 1
+            if total_step in skipped:
+                values.append(None)
+                continue
+            for what, value in (("loss", loss), ("gradient", norm)):
+                if not math.isfinite(value):
+                    raise DivergedError(self.id, total_step, what)
+            values.append(loss)
         return tuple(values)
 
-    def _row(self, epoch: int, losses: tuple[float, ...], hits: float, began: float) -> dict[str, Any]:
+    def _row(
+        self,
+        epoch: int,
+        losses: tuple[float | None, ...],
+        hits: float,
+        began: float,
+        on_batch: Callable[[], None],
+    ) -> dict[str, Any]:
         training, protocol = self.spec.training, self.spec.protocol
-        test = self.tested = self._evaluate(self.test_clips, total_step=(epoch + 1) * self.steps_per_epoch)
+        test = self.tested = self._evaluate(self.test_clips, on_batch)
         if not np.isfinite(test.loss):
-            raise DivergedError(self.id, (epoch + 1) * self.steps_per_epoch)
+            raise DivergedError(self.id, (epoch + 1) * self.steps_per_epoch, TEST_LOSS)
+        taken = [loss for loss in losses if loss is not None]
         row: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": (epoch + 1) * self.steps_per_epoch,
             "lr": learning_rate(training, protocol, epoch=epoch, step=0, steps_per_epoch=self.steps_per_epoch),
-            "train_loss": sum(losses) / len(losses),
+            "train_loss": sum(taken) / len(taken),
             "train_losses": list(losses),
-            "train_accuracy": hits / (len(losses) * training.batch_size),
+            "skipped_steps": [epoch * self.steps_per_epoch + n for n, loss in enumerate(losses, 1) if loss is None],
+            "train_accuracy": hits / (len(taken) * training.batch_size),
             "test_accuracy": test.accuracy,
             "test_loss": test.loss,
             "test_half_a": test.hits(self.half_a),
             "test_half_b": test.hits(~self.half_a),
         }
         if len(self.validation_clips):
-            validation = self._evaluate(self.validation_clips, total_step=(epoch + 1) * self.steps_per_epoch)
+            validation = self._evaluate(self.validation_clips, on_batch)
             row |= {"validation_accuracy": validation.accuracy, "validation_loss": validation.loss}
         now = self.how.clock()
         return row | {"seconds": now - began, "time": now}
 
     @torch.no_grad()
-    def _evaluate(self, clips: Clips, *, total_step: int) -> Evaluation:
+    def _evaluate(self, clips: Clips, on_batch: Callable[[], None]) -> Evaluation:
         self.model.eval()
         labels, guesses, losses = [], [], []
-        for batch in in_order(self.recordings, clips, batch_size=self.spec.training.batch_size):
-            logits_BC = self.model(batch.wave_BT.to(self.how.device))
-            label_B = batch.label_B.to(self.how.device)
+        how = {"batch_size": self.micro_batch, "placement": self.placement, "ahead": self.ahead}
+        for batch in in_order(self.recordings, clips, **how):
+            batch = batch.to(self.how.device)
+            label_B = batch.label_B
+            logits_BC = self._logits(self.model.features(batch.wave_BT), batch.samples_B)
             losses.append(F.cross_entropy(logits_BC, label_B, reduction="none").double())
             guesses.append(logits_BC.argmax(dim=1))
             labels.append(label_B)
-            self.how.on_step(total_step)
+            on_batch()
         loss = torch.cat(losses).mean().item()
         return Evaluation(label=torch.cat(labels).cpu().numpy(), predicted=torch.cat(guesses).cpu().numpy(), loss=loss)
 
-    def _save(self, progress: Progress) -> None:
-        save_checkpoint(
-            self.how.storage,
-            f"{self.folder}/checkpoints",
-            model=self.model,
-            optimizer=self.optimizer,
-            progress=progress,
-            total_step=progress.epoch * self.steps_per_epoch + progress.step,
-            identity={"trial_id": self.id, **versions()},
-        )
-
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, progress: Progress) -> dict[str, Any]:
         """Gather the rows into the result and put it once; a result that is there already is the one that counts."""
         storage = self.how.storage
         rows = [storage.get_json(row_key(self.id, epoch)) for epoch in range(1, self.spec.training.epochs + 1)]
         chosen = select(rows)
         # The last epoch's predictions are at hand, unless this process only came to finish what another one trained.
-        tested = self.tested or self._evaluate(self.test_clips, total_step=rows[-1]["step"])
+        tested = self.tested or self._evaluate(self.test_clips, lambda: self.how.on_step(rows[-1]["step"]))
         price = cost(self.spec.model, self.spec.protocol, classes=self.classes, samples=self.dataset.clip_samples)
         result = {
             "trial_id": self.id,
@@ -271,11 +458,15 @@ class _Trial:
             "best_epoch": {"best_test": chosen.best_test_epoch, "validation": list(chosen.validation_epochs)},
             "confusion": tested.confusion(),
             "weights_sha256": weights_sha256(self.model),
+            "skipped_steps": [step for row in rows for step in row["skipped_steps"]],
             "train_seconds": sum(row["seconds"] for row in rows),
             "finished": self.how.clock(),
             "device": self.how.device,
             "threads": torch.get_num_threads(),
-            "scan": scan_backend(torch.device(self.how.device), torch.float32),
+            "micro_batch": self.micro_batch,
+            "recompute": self.how.recompute,
+            "scan": self._scan(),
+            "environments": list(progress.environments),
             "versions": versions(),
             "rows": rows,
         }

@@ -42,6 +42,7 @@ OTHER_VALUE: dict[str, Any] = {
     "model.pattern": ["mamba"] * 5 + ["attention"],
     "model.width": 128,
     "model.reference": "attention",
+    "model.pool": "last",
     "model.pool_tokens": 8,
     "model.options": {"mamba": {"d_state": 16}},
     "augment.shift_s": 0.25,
@@ -55,6 +56,7 @@ OTHER_VALUE: dict[str, Any] = {
     "training.lr_min": 0.0,
     "training.weight_decay": 0.0,
     "training.clip_norm": 2.0,
+    "training.precision": "bf16",
     "seed": 1,
 } | {
     f"protocol.{name}": next(value for value in row["choices"] if value != row["paper"])
@@ -110,20 +112,20 @@ def test_trial_ids_are_pinned():
     """A change here renames every trial that was ever stored: results are trained again. Was that meant?"""
     pinned = {
         "demo": {
-            "mamba-raw": "e059093ee88c74bd",
-            "mamba-mel": "277e5e0eb7a3c908",
-            "helix-raw": "c51392fbbff03441",
-            "helix-mel": "9a6e2812d73030d6",
-            "attention-raw": "127e3ba1abec6a66",
-            "attention-mel": "ffd97d146c7c518b",
+            "mamba-raw": "7cf78c0e0aaf1c03",
+            "mamba-mel": "d481c76030a84151",
+            "helix-raw": "539e42f352af0d42",
+            "helix-mel": "7445fa3cf409c74d",
+            "attention-raw": "a0d9484db97b99ae",
+            "attention-mel": "7b1753379a6616c2",
         },
         "esc50": {
-            "mamba-raw": "abdc8c71516d1cd6",
-            "mamba-mel": "6ae325d59da5fc63",
-            "helix-raw": "6d24d5c49e7ebea1",
-            "helix-mel": "244e498e3c26bc93",
-            "attention-raw": "a2e4973fc0c7b3e0",
-            "attention-mel": "c1e54b5def685f68",
+            "mamba-raw": "1b3faf1ad7020e83",
+            "mamba-mel": "bc92bebe8762e8a6",
+            "helix-raw": "78b4fb145aab21bf",
+            "helix-mel": "55cb0d51765e1bee",
+            "attention-raw": "5f576e788274aff4",
+            "attention-mel": "2da451764cd994f4",
         },
     }
     found = {
@@ -266,8 +268,8 @@ def test_a_mistyped_option_of_a_member_that_is_not_used_is_refused_too():
 # Overrides
 
 PROTOCOL_KEYS = ", ".join(["profile", *SWITCHES])
-TRAINING_KEYS = "epochs, batch_size, lr, lr_min, weight_decay, clip_norm"
-MODEL_KEYS = "frontend, pattern, width, reference, pool_tokens, options"
+TRAINING_KEYS = "epochs, batch_size, lr, lr_min, weight_decay, clip_norm, precision"
+MODEL_KEYS = "frontend, pattern, width, reference, pool_tokens, pool, options"
 
 
 def test_an_override_replaces_one_value_and_leaves_the_rest():

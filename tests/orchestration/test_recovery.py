@@ -4,10 +4,22 @@ import importlib
 import pickle
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestration.recovery import PERMANENT, Budget, Decision, Ended, decide
+from orchestration.recovery import (
+    BETWEEN_LOSSES_S,
+    OUT_OF_MEMORY,
+    PERMANENT,
+    Budget,
+    Decision,
+    Ended,
+    decide,
+    kind,
+    mean_between_losses_s,
+    smaller,
+)
 
 TABLE = [
     # how the attempts ended, oldest first: (error or None where lost, step it started from) -> decision
@@ -101,3 +113,40 @@ def test_an_error_that_crosses_a_process_is_the_same_on_the_other_side(name: str
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error)
     assert (str(again), again.args, again.__dict__) == (str(error), error.args, error.__dict__)
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), OUT_OF_MEMORY),
+        (MemoryError(), OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "RuntimeError"),
+        (OSError(12, "Cannot allocate memory"), "OSError"),
+    ],
+)
+def test_out_of_memory_is_told_from_other_trouble(error: Exception, name: str):
+    assert kind(error) == name
+
+
+def test_out_of_memory_costs_no_failure_until_nothing_smaller_is_left():
+    history = [Ended(error=OUT_OF_MEMORY, step=0)] * 9
+    assert decide(history, Budget(failures=0)).action == "shrink"
+    assert decide([*history, Ended(error=OUT_OF_MEMORY, step=0, smallest=True)], Budget()).action == "stop"
+
+
+def test_parts_become_smaller_until_they_cannot():
+    parts, seen = (32, False), []
+    while parts is not None:
+        seen.append(parts)
+        parts = smaller(parts[0], recompute=parts[1])
+    assert seen == [(32, False), (16, False), (8, False), (4, False), (2, False), (1, False), (1, True)]
+    assert smaller(24, recompute=True) == (12, True) and smaller(1, recompute=True) is None
+
+
+def test_the_time_between_losses_is_learned_from_what_happened():
+    hour = 3600.0
+    lost = {"started": 0.0, "ended": hour, "outcome": "lost"}
+    assert mean_between_losses_s([], now=0) == BETWEEN_LOSSES_S
+    assert mean_between_losses_s([lost] * 36, now=0) == pytest.approx(40 * hour / 37)
+    assert mean_between_losses_s([{"started": 0.0}], now=36 * hour) == 40 * hour, "one that still runs counts"

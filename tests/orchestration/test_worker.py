@@ -1,16 +1,23 @@
 """Attempts of a trial, without Ray: what is recorded, what is tried again, and what is given up with its reason."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from helix.data.shards import Recordings
-from helix.spec import trial_id
+from helix.spec import to_json, trial_id
 from helix.storage import Storage
 from orchestration import worker
 from orchestration.ledger import read
 from orchestration.recovery import Budget
 from orchestration.worker import run_trial
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Stumbles:
@@ -45,20 +52,20 @@ def attempt(tiny_spec, tiny_data: Recordings, storage: Storage, monkeypatch):
 
 def test_a_trial_that_works_is_attempted_once(attempt):
     done, state, calls = attempt()
-    assert (done, state.status, calls) == (True, "done", 1)
+    assert (done, state.status, calls) == ("done", "done", 1)
     assert [record["outcome"] for record in state.attempts] == ["done"]
 
 
 def test_a_passing_trouble_is_tried_again_and_leaves_its_trace(attempt):
     done, state, calls = attempt(OSError("the disk went away"))
-    assert (done, state.status, calls) == (True, "done", 2)
+    assert (done, state.status, calls) == ("done", "done", 2)
     assert state.attempts[0]["error"] == "OSError: the disk went away"
     assert "Traceback" in state.attempts[0]["traceback"]
 
 
 def test_a_mistake_in_the_spec_is_not_tried_again(attempt):
     done, state, calls = attempt(ValueError("no such fold"))
-    assert (done, state.status, calls) == (False, "failed", 1)
+    assert (done, state.status, calls) == ("failed", "failed", 1)
     assert "no such fold" in state.error
     assert "would happen again" in state.error
 
@@ -66,20 +73,20 @@ def test_a_mistake_in_the_spec_is_not_tried_again(attempt):
 def test_failures_have_a_budget(attempt):
     errors = [RuntimeError(f"trouble {number}") for number in range(5)]
     done, state, calls = attempt(*errors, budget=Budget(failures=2))
-    assert (done, state.status, calls) == (False, "failed", 3)
+    assert (done, state.status, calls) == ("failed", "failed", 3)
     assert "3 failures; 2 are allowed" in state.error
 
 
 def test_a_new_sweep_tries_a_failed_trial_again(attempt):
-    assert not attempt(ValueError("once"), sweep_id="s1")[0]
+    assert attempt(ValueError("once"), sweep_id="s1")[0] == "failed"
     done, state, _ = attempt(sweep_id="s2")
-    assert (done, state.status) == (True, "done")
+    assert (done, state.status) == ("done", "done")
 
 
 def test_a_done_trial_is_not_attempted(attempt):
     attempt()
     done, state, calls = attempt(RuntimeError("must not be reached"), sweep_id="s2")
-    assert (done, calls, len(state.attempts)) == (True, 0, 1)
+    assert (done, calls, len(state.attempts)) == ("done", 0, 1)
 
 
 def test_a_trial_whose_process_dies_in_place_again_and_again_is_stopped(attempt):
@@ -87,7 +94,7 @@ def test_a_trial_whose_process_dies_in_place_again_and_again_is_stopped(attempt)
         with pytest.raises(SystemExit):  # not an Exception: the attempt ends without a word, as a killed process does
             attempt(SystemExit(9), budget=Budget(losses_in_place=3))
     done, state, calls = attempt(budget=Budget(losses_in_place=3))
-    assert (done, state.status, calls) == (False, "failed", 0)
+    assert (done, state.status, calls) == ("failed", "failed", 0)
     assert "lost 3 times in a row at step 0" in state.error
 
 
@@ -104,6 +111,69 @@ def test_an_attempt_that_ended_without_a_word_is_closed_by_the_next_one(attempt)
     with pytest.raises(SystemExit):
         attempt(SystemExit(9))
     done, state, _ = attempt(sweep_id="s2")
-    assert done
+    assert done == "done"
     assert [record["outcome"] for record in state.attempts] == ["lost", "done"]
     assert state.attempts[0]["started"] <= state.attempts[0]["ended"] <= state.attempts[1]["started"]
+
+
+def test_memory_that_runs_out_is_answered_with_smaller_parts_of_the_same_batch(attempt):
+    errors = [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("can't allocate memory: 9 bytes"),
+    ]
+    done, state, calls = attempt(*errors, budget=Budget(failures=0))
+    assert (done, state.status, calls) == ("done", "done", 4)
+    assert [record["micro_batch"] for record in state.attempts] == [24, 12, 6, 3]
+    assert [record.get("error_kind") for record in state.attempts] == ["OutOfMemory"] * 3 + [None]
+    assert state.result["micro_batch"] == 3
+
+
+def test_where_no_smaller_part_is_left_the_trial_is_stopped(attempt):
+    done, state, calls = attempt(*[MemoryError() for _ in range(9)])
+    assert (done, calls) == ("failed", 7)  # 24, 12, 6, 3, 2, 1, and 1 with every block recomputed
+    assert [record["recompute"] for record in state.attempts] == [False] * 6 + [True]
+    assert "one clip at a time and every block recomputed" in state.error
+
+
+def test_a_new_process_of_the_same_sweep_goes_on_in_the_parts_that_fitted(attempt):
+    with pytest.raises(SystemExit):
+        attempt(MemoryError(), SystemExit(9))
+    _, state, _ = attempt()
+    assert [record["micro_batch"] for record in state.attempts] == [24, 12, 12]
+
+
+def test_a_trial_that_another_living_process_holds_is_left_to_it(attempt, storage, tiny_data, tiny_spec):
+    spec = replace(tiny_spec, training=replace(tiny_spec.training, epochs=1))
+    name = trial_id(spec, tiny_data.manifest_sha256)
+    elsewhere = {"attempt_id": "a", "sweep_id": "other", "host": "elsewhere", "pid": 1, "born": 0.0}
+    storage.put_json(f"trials/{name}/leases/000001.json", elsewhere)
+    assert attempt()[0] == "held"
+    assert read(storage, name, now=1e12).attempts == ()
+
+
+HUNG = """
+import functools, sys, time
+from pathlib import Path
+from orchestration import lease, worker
+from helix.data.shards import open_prepared
+from helix.spec import from_json
+from helix.storage import Storage
+import json
+lease.Lease = functools.partial(lease.Lease, first_s=0.5)
+worker.fit = lambda *_: time.sleep(60)
+spec, data, prefix, storage = sys.argv[1:]
+worker.run_trial(
+    from_json(json.loads(spec)), open_prepared(Storage(Path(data)), prefix), Storage(Path(storage)), sweep_id="s"
+)
+"""
+
+
+def test_a_process_that_hangs_ends_itself_and_says_so(tiny_spec, tiny_data, storage):
+    spec = json.dumps(to_json(replace(tiny_spec, training=replace(tiny_spec.training, epochs=1))))
+    data = tiny_data._storage
+    arguments = [spec, str(data.root), tiny_data.prepared.prefix, str(storage.root)]
+    ended = subprocess.run([sys.executable, "-c", HUNG, *arguments], cwd=ROOT, timeout=120, check=False)
+    assert ended.returncode == worker.HUNG
+    state = read(storage, storage.children("trials")[0], now=1e12)
+    assert state.attempts[0]["outcome"] == "lost" and "hung: no step was finished for" in state.attempts[0]["error"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from helix.models.block import Layer
-from helix.models.scan import numba_kernels, scan_backend, selective_scan
+from helix.models.scan import conv_silu, selective_scan
 from helix.protocol import Protocol
 from helix.registry import BLOCKS
 
@@ -56,9 +56,13 @@ class BiMambaLayer(Layer):
         self.mamba_backward = Mamba(width, inner, d_state, d_conv, reverse=True)
         self.out_proj = nn.Linear(2 * width, width)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        h_BLD = self.norm(x_BLD)
-        return x_BLD + self.out_proj(torch.cat([self.mamba_forward(h_BLD), self.mamba_backward(h_BLD)], dim=-1))
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+        # Both read the same tokens, so their input projections are one matrix product.
+        in_proj = torch.cat([self.mamba_forward.in_proj.weight, self.mamba_backward.in_proj.weight])
+        u1_BLE, z1_BLE, u2_BLE, z2_BLE = nn.functional.linear(self.norm(x_BLD), in_proj).chunk(4, dim=-1)
+        y1_BLD = self.mamba_forward.mix(u1_BLE, z1_BLE, mask_BL)
+        y2_BLD = self.mamba_backward.mix(u2_BLE, z2_BLE, mask_BL)
+        return x_BLD + self.out_proj(torch.cat([y1_BLD, y2_BLD], dim=-1))
 
     def flops(self, tokens: int) -> int:
         return 2 * self.mamba_forward.flops(tokens) + 2 * tokens * self.out_proj.weight.numel()
@@ -86,9 +90,17 @@ class Mamba(nn.Module):
             # The inverse of softplus: log(exp(dt) - 1) = dt + log(1 - exp(-dt)).
             self.dt_proj.bias.copy_(dt_E + torch.log(-torch.expm1(-dt_E)))
 
-    def forward(self, h_BLD: Tensor) -> Tensor:
+    def forward(self, h_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         u_BLE, z_BLE = self.in_proj(h_BLD).chunk(2, dim=-1)
-        u_BLE = conv_silu(u_BLE, self.conv1d.weight, self.conv1d.bias, reverse=self.reverse)
+        return self.mix(u_BLE, z_BLE, mask_BL)
+
+    def mix(self, u_BLE: Tensor, z_BLE: Tensor, mask_BL: Tensor | None) -> Tensor:
+        """The layer after its input projection. What is not in the mask leaves no trace in any state.
+
+        So the direction that meets the padding first starts at the last sounding token, as if nothing came after it.
+        """
+        u_BLE = conv_silu(_keep(u_BLE, mask_BL), self.conv1d.weight, _bias(self.conv1d), reverse=self.reverse)
+        u_BLE = _keep(u_BLE, mask_BL)
         dt_BLR, B_BLN, C_BLN = self.x_proj(u_BLE).split(self.splits, dim=-1)
         y_BLE = selective_scan(
             u_BLE,
@@ -109,23 +121,11 @@ class Mamba(nn.Module):
         return tokens * (2 * sum(layer.weight.numel() for layer in weights) + 9 * self.A_log.numel())
 
 
-def conv_silu(u_BLE: Tensor, weight_E1K: Tensor, bias_E: Tensor | None, *, reverse: bool) -> Tensor:
-    """silu(depthwise_conv(...)), by the same backend as the scan where that can do it."""
-    kernels = numba_kernels() if scan_backend(u_BLE.device, weight_E1K.dtype) == "numba" else None
-    if kernels is None or bias_E is None:
-        return nn.functional.silu(depthwise_conv(u_BLE, weight_E1K, bias_E, reverse=reverse))
-    y_BLE = kernels.conv_silu(u_BLE.to(weight_E1K.dtype), weight_E1K.squeeze(1), bias_E, reverse)
-    return y_BLE.to(u_BLE.dtype)
+def _keep(x_BLE: Tensor, mask_BL: Tensor | None) -> Tensor:
+    """Zero outside of the mask."""
+    return x_BLE if mask_BL is None else x_BLE * mask_BL[:, :, None]
 
 
-def depthwise_conv(u_BLE: Tensor, weight_E1K: Tensor, bias_E: Tensor | None, *, reverse: bool) -> Tensor:
-    """Each channel's convolution over its own past tokens, or with `reverse` over those to come.
-
-    As a two-dimensional convolution with the channels last, which is how the tokens already lie in memory.
-    """
-    past = weight_E1K.shape[-1] - 1
-    padded_BLE = nn.functional.pad(u_BLE, (0, 0, 0, past) if reverse else (0, 0, past, 0))
-    if reverse:
-        weight_E1K = weight_E1K.flip(-1)
-    y_BE1L = nn.functional.conv2d(padded_BLE.mT.unsqueeze(2), weight_E1K.unsqueeze(2), bias_E, groups=len(weight_E1K))
-    return y_BE1L.squeeze(2).mT
+def _bias(layer: nn.Conv1d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias

@@ -1,7 +1,5 @@
 """Augmentation: what is drawn for a clip depends on (seed, epoch, clip) alone and has the right distribution."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -118,57 +116,32 @@ def test_shift_gain_and_noise_of_a_clip_are_drawn_apart():
 
 
 def test_mixup_mixes_each_clip_with_its_partner():
-    wave_BT, label_B = waves(8), torch.arange(8)
-    mixed, a_B, b_B, lam = mixup(wave_BT, label_B, alpha=0.3, seed=0, epoch=1, step=2)
-    assert torch.equal(a_B, label_B) and sorted(b_B.tolist()) == label_B.tolist() and 0 <= lam <= 1
-    assert torch.allclose(mixed, lam * wave_BT + (1 - lam) * wave_BT[b_B], atol=1e-6)
+    wave_BT = waves(8)
+    mixed, partner_B, lam = mixup(wave_BT, alpha=0.3, seed=0, epoch=1, step=2)
+    assert sorted(partner_B.tolist()) == list(range(8)) and 0 <= lam <= 1
+    assert torch.allclose(mixed, lam * wave_BT + (1 - lam) * wave_BT[partner_B], atol=1e-6)
 
 
 def test_mixup_is_a_pure_function_of_its_position():
-    wave_BT, label_B = waves(8), torch.arange(8)
+    wave_BT = waves(8)
 
     def at(seed: int, epoch: int, step: int):
-        return mixup(wave_BT, label_B, alpha=0.3, seed=seed, epoch=epoch, step=step)
+        return mixup(wave_BT, alpha=0.3, seed=seed, epoch=epoch, step=step)
 
     assert torch.equal(at(0, 1, 2)[0], at(0, 1, 2)[0])
-    assert len({at(*position)[3] for position in ((0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3))}) == 4
+    assert len({at(*position)[2] for position in ((0, 1, 2), (1, 1, 2), (0, 2, 2), (0, 1, 3))}) == 4
 
 
 def test_mixup_weights_have_the_beta_distribution():
-    one, label_B = torch.zeros(2, 1), torch.arange(2)
-    weights = [mixup(one, label_B, alpha=0.3, seed=0, epoch=0, step=step)[3] for step in range(1_000)]
+    one = torch.zeros(2, 1)
+    weights = [mixup(one, alpha=0.3, seed=0, epoch=0, step=step)[2] for step in range(1_000)]
     assert stats.kstest(weights, "beta", args=(0.3, 0.3)).pvalue > 1e-3
 
 
 def test_mixup_of_alpha_0_is_none():
-    wave_BT, label_B = waves(4), torch.arange(4)
-    mixed, a_B, b_B, lam = mixup(wave_BT, label_B, alpha=0.0, seed=0, epoch=0, step=0)
-    assert mixed is wave_BT and a_B is b_B is label_B and lam == 1.0
-
-
-def test_a_batch_of_five_second_clips_costs_less_than_150_ms_on_one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        wave_BT, clip_B = waves(32, 80_000), torch.arange(32)
-        seconds = []
-        for epoch in range(6):
-            began = time.thread_time()
-            augment(wave_BT, clip_B, SPEC, seed=0, epoch=epoch)
-            seconds.append(time.thread_time() - began)
-    finally:
-        torch.set_num_threads(threads)
-    assert min(seconds) < 0.15
-
-
-@pytest.mark.gpu
-def test_a_gpu_draws_what_the_cpu_draws():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    wave_BT, clip_B = waves(4, 8_000), torch.arange(4)
-    here = augment(wave_BT, clip_B, SPEC, seed=0, epoch=0)
-    there = augment(wave_BT.cuda(), clip_B.cuda(), SPEC, seed=0, epoch=0)
-    assert torch.allclose(here, there.cpu(), atol=1e-6)
+    wave_BT = waves(4)
+    mixed, partner_B, lam = mixup(wave_BT, alpha=0.0, seed=0, epoch=0, step=0)
+    assert mixed is wave_BT and partner_B.tolist() == [0, 1, 2, 3] and lam == 1.0
 
 
 SHIFT_ONLY = AugmentSpec(shift_s=0.5, gain_low=1.0, gain_high=1.0, noise=0.0)

@@ -1,12 +1,15 @@
 """What every block promises, for every block there is; and what Mamba and attention are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from helix.models.block import Layer, count, natural_size
-from helix.models.blocks.attention import AttentionLayer
-from helix.models.blocks.mamba import BiMambaLayer, Mamba, depthwise_conv
+from helix.models.blocks.attention import AttentionLayer, rotate
+from helix.models.blocks.mamba import BiMambaLayer, Mamba
+from helix.models.scan import depthwise_conv
 from helix.protocol import Protocol, profile
 from helix.registry import BLOCKS
 
@@ -188,3 +191,52 @@ def test_the_ffn_takes_up_what_the_reference_leaves(ffn_match, ffn_width):
 def test_a_width_that_does_not_divide_into_heads_is_refused():
     with pytest.raises(ValueError, match="width 66 does not divide into 4 heads"):
         BLOCKS.make("attention").build(width=66, parameters=None, protocol=Protocol())
+
+
+@pytest.mark.parametrize("attn_impl", ["sdpa", "weights"])
+@pytest.mark.parametrize("name", BLOCKS.names())
+def test_padding_leaves_no_trace_in_the_tokens_before_it(name, attn_impl):
+    """A masked clip gives what the shorter clip alone gives, in both directions and whatever the padding holds."""
+    layer, x_BLD = build(name, protocol=replace(Protocol(), attn_impl=attn_impl)), tokens(length=21)
+    mask_BL = torch.arange(21)[None, :] < torch.tensor([13, 21, 1])[:, None]
+    given = layer(x_BLD, mask_BL)
+    for b, length in enumerate((13, 21, 1)):
+        assert torch.allclose(given[b, :length], layer(x_BLD[b : b + 1, :length])[0], atol=2e-6), b
+    changed = torch.where(mask_BL[:, :, None], x_BLD, 100 * x_BLD)
+    assert torch.equal(layer(changed, mask_BL)[mask_BL], given[mask_BL])
+
+
+def test_without_a_mask_the_backward_direction_does_start_in_the_padding():
+    layer, x_BLD = build("mamba"), tokens(length=21)
+    silent = torch.cat([x_BLD[:, :13], torch.zeros(3, 8, 64)], dim=1)
+    assert not torch.allclose(layer(silent)[:, :13], layer(x_BLD[:, :13]), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BLOCKS.names())
+def test_a_mask_of_everything_changes_nothing(name):
+    layer, x_BLD = build(name), tokens()
+    assert torch.allclose(layer(x_BLD, torch.ones(3, 21, dtype=torch.bool)), layer(x_BLD), atol=1e-6)
+
+
+def test_rotary_positions_see_distances_and_not_places():
+    x_BHLK = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(0)).expand(-1, -1, 12, -1)
+    turned = rotate(x_BHLK)[0, 0]
+    products_LL = turned @ turned.T
+    for distance in range(12):
+        along = products_LL.diagonal(distance)
+        assert torch.allclose(along, along[0].expand_as(along), atol=1e-5), distance
+    assert torch.allclose(turned.norm(dim=-1), x_BHLK[0, 0].norm(dim=-1))
+    assert products_LL[0].unique().numel() == 12
+
+
+def test_rotary_attention_hears_order_and_plain_attention_does_not():
+    x_BLD = tokens()
+    order = torch.randperm(21, generator=torch.Generator().manual_seed(1))
+    for pos, same in (("none", True), ("rope", False)):
+        layer = build("attention", protocol=replace(Protocol(), pos=pos))
+        assert torch.allclose(layer(x_BLD[:, order]), layer(x_BLD)[:, order], atol=1e-5) == same, pos
+
+
+def test_an_odd_head_cannot_be_turned_in_pairs():
+    with pytest.raises(ValueError, match="pos=rope turns pairs of channels, and a head has 15"):
+        BLOCKS.make("attention", {}).build(width=60, parameters=None, protocol=replace(Protocol(), pos="rope"))

@@ -1,5 +1,6 @@
 """A classifier is its spec: the counts of the paper's authors, the cost that is planned, the tokens that are pooled."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from helix.models.block import count
-from helix.models.classifier import build_classifier, cost, count_parameters, decay_exempt
+from helix.models.classifier import build_classifier, cost, count_parameters, decay_exempt, sinusoids
 from helix.protocol import PROFILES, Protocol, profile
 from helix.registry import BLOCKS, FRONTENDS
 from helix.spec import ModelSpec
@@ -194,3 +195,80 @@ def test_a_clip_shorter_than_its_pooling_is_refused():
 def test_a_classifier_needs_classes():
     with pytest.raises(ValueError, match="classes is 0"):
         build_classifier(SMALL, Protocol(), classes=0)
+
+
+def logits(protocol: Protocol, wave_BT: torch.Tensor, samples_B: torch.Tensor | None = None, **changes) -> torch.Tensor:
+    torch.manual_seed(0)
+    model = build_classifier(replace(spec("helix"), **changes), protocol, classes=5)
+    with torch.no_grad():
+        return model(wave_BT, samples_B)
+
+
+@pytest.mark.parametrize("pool", [{}, {"pool_tokens": 3}, {"pool_tokens": 3, "pool": "last"}], ids=str)
+def test_with_the_padding_masked_a_padded_clip_is_the_clip(pool):
+    """Raw tokens of a clip of 17 tokens, alone and followed by the silence that completes 25."""
+    masked, whole = replace(Protocol(), pad_mask="clip"), wave(17 * 160, batch=1)
+    padded = torch.nn.functional.pad(whole, (0, 8 * 160))
+    alone = logits(Protocol(), whole, **pool)
+    assert torch.allclose(logits(masked, padded, torch.tensor([17 * 160]), **pool), alone, atol=1e-5)
+    unmasked = logits(Protocol(), padded, torch.tensor([17 * 160]), **pool)
+    assert not torch.allclose(unmasked, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("frontend", ["raw", "mel"])
+@pytest.mark.parametrize("mel_order", ["freq_major", "time_major"])
+def test_sounding_tokens_are_those_that_the_samples_reach(frontend, mel_order):
+    protocol = replace(Protocol(), pad_mask="clip", mel_order=mel_order)
+    tokenizer = build_classifier(spec("mamba", frontend=frontend), protocol, classes=5).frontend
+    silent, loud = torch.zeros(1, 24_576), torch.zeros(1, 24_576)
+    loud[:, 8_192:] = wave(16_384, batch=1)
+    differs_L = (tokenizer.patches(tokenizer.features(loud)) != tokenizer.patches(tokenizer.features(silent))).any(-1)[
+        0
+    ]
+    mask_L = tokenizer.sounding(torch.tensor([8_192]), len(differs_L))[0]
+    assert bool(mask_L.any()) and bool((~mask_L).any())
+    if frontend == "raw":
+        assert torch.equal(~mask_L[:51], differs_L[:51])
+    order = (8, -1) if mel_order == "freq_major" else (-1, 8)
+    if frontend == "mel":  # the same patches along time in every row of mel bins
+        rows = mask_L.view(order) if mel_order == "freq_major" else mask_L.view(order).T
+        assert all(torch.equal(row, rows[0]) for row in rows) and rows[0].tolist() == sorted(rows[0].tolist())[::-1]
+    assert tokenizer.sounding(torch.tensor([0]), len(differs_L)).any(), "a clip of silence keeps a token"
+
+
+def test_sinusoids_are_those_of_the_paper():
+    table_LD = sinusoids(50, 7)
+    for place, channel in ((0, 0), (3, 0), (3, 1), (49, 4), (49, 5), (20, 6)):
+        angle = place / 10_000 ** (2 * (channel // 2) / 7)
+        wanted = math.sin(angle) if channel % 2 == 0 else math.cos(angle)
+        assert abs(float(table_LD[place, channel]) - wanted) < 1e-5
+
+
+def test_sinusoidal_positions_let_pure_attention_hear_order():
+    wave_BT = wave(4_000)
+    turned = wave_BT.roll(1_600, dims=1)
+    for pos, same in (("none", True), ("sinusoidal", False), ("rope", False)):
+        given = [logits(replace(Protocol(), pos=pos), x, pattern=("attention",) * 2) for x in (wave_BT, turned)]
+        assert torch.allclose(*given, atol=1e-5) == same, pos
+
+
+@pytest.mark.parametrize("backbone", PATTERNS)
+def test_recomputing_saves_memory_and_changes_no_bit(backbone):
+    results, kept = [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = build_classifier(spec(backbone), Protocol(), classes=5)
+        model.recompute = recompute
+        held: dict[int, int] = {}
+
+        def keep(x: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = model(wave(8_000)).square().sum()
+        loss.backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+        kept.append(sum(held.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < 0.7 * kept[0]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import helix.models.scan as scan
-from helix.models.blocks.mamba import BiMambaLayer, conv_silu, depthwise_conv
-from helix.models.scan import scan_backend, selective_scan
+from helix.models.blocks.mamba import BiMambaLayer
+from helix.models.scan import conv_silu, depthwise_conv, scan_backend, selective_scan
 
 scan_numba = pytest.importorskip("helix.models.scan_numba")
 
@@ -331,8 +331,8 @@ def test_the_backend_is_chosen_by_device_dtype_environment_and_caller(monkeypatc
 
 def test_without_numba_the_reference_scans_and_says_so_once(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "helix.models.scan_numba", None)
-    monkeypatch.setattr(scan, "_kernels", None)
-    scan._import_kernels.cache_clear()
+    monkeypatch.setattr(scan, "_kernels", {})
+    scan._import.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
@@ -343,7 +343,7 @@ def test_without_numba_the_reference_scans_and_says_so_once(monkeypatch, caplog)
         with pytest.raises(ValueError, match=r"possible: auto, reference$"):
             scan_backend(torch.device("cpu"), torch.float32, backend="numba")
     finally:
-        scan._import_kernels.cache_clear()
+        scan._import.cache_clear()
 
 
 def python(code: str, **environment: str) -> subprocess.Popen:

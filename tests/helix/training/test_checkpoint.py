@@ -2,6 +2,8 @@
 
 import hashlib
 import pickle
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 from torch import nn
 
 from helix.data.shards import Recordings
@@ -20,11 +23,14 @@ from helix.training.checkpoint import (
     FILES,
     CheckpointError,
     Progress,
+    Saver,
     committed,
+    load_best,
     load_checkpoint,
     model_bytes,
     prune,
     save_checkpoint,
+    save_interval_s,
     weights_sha256,
 )
 from helix.training.optim import build_optimizer
@@ -162,7 +168,7 @@ def test_without_the_state_of_the_optimiser_the_step_would_differ(tmp_path: Path
 def test_progress_comes_back_as_it_was(tmp_path: Path):
     storage, mind = Storage(tmp_path), Mind.new()
     progress = Progress(
-        epoch=3, step=2, losses=(0.1 + 0.2, 1 / 3), hits=7.25, seconds=12.5, row={"epoch": 3, "loss": 2 / 3}
+        epoch=3, step=2, losses=(0.1 + 0.2, None), hits=7.25, seconds=12.5, rows=({"epoch": 3, "loss": 2 / 3},)
     )
     save_checkpoint(
         storage,
@@ -458,3 +464,122 @@ def test_pruning_where_nothing_is_committed_deletes_nothing(tmp_path: Path):
     storage.put(key(10, "model.safetensors"), b"under way")
     prune(storage, PREFIX, keep=1)
     assert storage.exists(key(10, "model.safetensors"))
+
+
+# Behind the training
+
+
+class Slow(Storage):
+    """A storage whose puts wait until they are let go, or fail while it is broken."""
+
+    def __init__(self, root: Path):
+        super().__init__(root)
+        self.go, self.broken = threading.Event(), False
+
+    def put(self, key: str, data: bytes) -> None:
+        assert self.go.wait(30)
+        if self.broken:
+            raise OSError(28, "No space left on device")
+        super().put(key, data)
+
+
+def saver(storage: Storage, **options) -> Saver:
+    return Saver(storage, f"trials/{TRIAL}", identity={"trial_id": TRIAL}, **options)
+
+
+def test_training_goes_on_while_the_state_of_its_step_is_written(tmp_path: Path):
+    storage, mind, behind = Slow(tmp_path), Mind.new(), None
+    mind.step(1)
+    behind, before = saver(storage), weights_sha256(mind.model)
+    behind.save(mind.model, mind.optimizer, Progress(epoch=1, step=0), total_step=10)
+    assert behind.busy and restored(storage) is None
+    mind.step(2)
+    storage.go.set()
+    behind.wait()
+    assert not behind.busy and weights_sha256(mind.model) != before
+    other = Mind.new(seed=1)
+    assert other.load(storage) == Progress(epoch=1, step=0)
+    assert weights_sha256(other.model) == before, "the weights of its own step, not of the one after"
+
+
+def test_at_most_one_is_behind(tmp_path: Path):
+    storage, mind = Slow(tmp_path), Mind.new()
+    behind = saver(storage)
+    behind.save(mind.model, mind.optimizer, Progress(epoch=1, step=0), total_step=10)
+    second = threading.Thread(
+        target=lambda: behind.save(mind.model, mind.optimizer, Progress(epoch=2, step=0), total_step=20)
+    )
+    second.start()
+    second.join(0.2)
+    assert second.is_alive(), "the second waits for the first"
+    storage.go.set()
+    second.join(30)
+    behind.wait()
+    assert restored(storage) == 20
+
+
+def test_what_follows_a_checkpoint_happens_once_it_is_committed(tmp_path: Path):
+    storage, mind, seen = Storage(tmp_path), Mind.new(), []
+    behind = saver(storage)
+    behind.save(
+        mind.model,
+        mind.optimizer,
+        Progress(epoch=1, step=0),
+        total_step=10,
+        then=lambda: seen.append(committed(storage, PREFIX)),
+    )
+    behind.wait()
+    assert seen == [["step-00000010"]]
+
+
+def test_a_storage_that_fails_for_a_while_costs_no_step(tmp_path: Path, caplog):
+    storage, mind = Slow(tmp_path), Mind.new()
+    storage.go.set()
+    behind, storage.broken = saver(storage), True
+    behind.save(mind.model, mind.optimizer, Progress(epoch=1, step=0), total_step=10)
+    behind.wait()
+    assert "could not be written ([Errno 28] No space left on device)" in caplog.text
+    storage.broken = False
+    behind.save(mind.model, mind.optimizer, Progress(epoch=2, step=0), total_step=20)
+    behind.wait(final=True)
+    assert restored(storage) == 20
+
+
+@pytest.mark.parametrize(("final", "patience_s"), [(True, 1e9), (False, 0.0)])
+def test_a_storage_that_fails_at_the_end_or_for_too_long_is_an_error(tmp_path: Path, final: bool, patience_s: float):
+    storage, mind = Slow(tmp_path), Mind.new()
+    storage.go.set()
+    behind, storage.broken = saver(storage, patience_s=patience_s), True
+    behind.save(mind.model, mind.optimizer, Progress(epoch=1, step=0), total_step=10)
+    if not final:
+        behind.wait()
+        time.sleep(0.01)
+        behind.save(mind.model, mind.optimizer, Progress(epoch=1, step=1), total_step=11)
+    with pytest.raises(OSError, match="No space left"):
+        behind.wait(final=final)
+
+
+def test_the_best_weights_are_kept_apart_and_checked(tmp_path: Path):
+    storage, mind = Storage(tmp_path), Mind.new()
+    behind, best = saver(storage), model_bytes(mind.model)
+    behind.best(mind.model, epoch=3, metric="test_accuracy", value=0.5)
+    mind.step(1)
+    for step in (10, 20):
+        behind.save(mind.model, mind.optimizer, Progress(epoch=step // 10, step=0), total_step=step)
+    behind.wait()
+    weights, said = load_best(storage, f"trials/{TRIAL}")
+    assert save(weights) == best and (said["epoch"], said["value"]) == (3, 0.5)
+    damage_bit(storage, f"trials/{TRIAL}/best/model.safetensors")
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        load_best(storage, f"trials/{TRIAL}")
+    assert load_best(storage, "trials/another") is None
+
+
+def test_the_interval_weighs_what_is_lost_against_what_saving_costs():
+    usual = {"hold_s": 0.02, "write_s": 0.5, "between_losses_s": 3600.0, "most_s": 600.0}
+    assert save_interval_s(**usual) == pytest.approx((2 * 0.02 * 3600) ** 0.5)
+    assert save_interval_s(**usual | {"between_losses_s": 900.0}) < save_interval_s(**usual)
+    assert save_interval_s(**usual | {"hold_s": 5.0}) == 500.0, "the training stands still for 1 % at most"
+    assert save_interval_s(**usual | {"write_s": 30.0}) == 300.0, "a tenth of the time is written at most"
+    assert save_interval_s(**usual | {"between_losses_s": 1e9}) == 600.0, "the ceiling"
+    assert save_interval_s(**usual | {"write_s": 0.0}) == 30.0, "before anything was measured"

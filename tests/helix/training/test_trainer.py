@@ -1,19 +1,24 @@
 """The loop: stopping it anywhere changes nothing, it learns, and it never hides a loss that is not a number."""
 
+import hashlib
+import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from helix.data.shards import Recordings
 from helix.protocol import profile
 from helix.spec import TrialSpec, trial_id
 from helix.storage import Storage
-from helix.training.checkpoint import committed
-from helix.training.trainer import DivergedError, Fit, fit, row_key
+from helix.training.checkpoint import committed, load_best
+from helix.training.trainer import DivergedError, Fit, _Trial, fit, row_key
 from orchestration.grid import VARIANTS
 
 STEPS = 9  # three epochs of three
@@ -182,3 +187,155 @@ def test_results_of_a_moved_storage_are_still_whole(tiny_spec, tiny_data, storag
     moved = Storage(tmp_path / "moved")
     shutil.copytree(storage.root, moved.root)
     assert fit(tiny_spec, tiny_data, Fit(storage=moved))["rows"][-1]["step"] == STEPS
+
+
+@pytest.mark.parametrize("pad_mask", ["none", "clip"])
+def test_micro_batches_add_up_to_the_batch(pad_mask, tiny_spec, tiny_data, storage, tmp_path):
+    """24 clips in parts of 7, 7, 7 and 3: the same losses as in one go, but for rounding."""
+    spec = replace(tiny_spec, protocol=replace(tiny_spec.protocol, pad_mask=pad_mask))
+    whole = fit(spec, tiny_data, Fit(storage=storage))
+    parts = fit(spec, tiny_data, Fit(storage=Storage(tmp_path / "parts"), micro_batch=7))
+    assert parts["trial_id"] == whole["trial_id"] and (parts["micro_batch"], whole["micro_batch"]) == (7, 24)
+    for a, b in zip(whole["rows"], parts["rows"], strict=True):
+        assert b["train_losses"] == pytest.approx(a["train_losses"], rel=2e-4)
+        assert b["train_accuracy"] == pytest.approx(a["train_accuracy"], abs=0.05)
+
+
+def test_recomputing_changes_no_bit_of_a_trial(tiny_spec, tiny_data, storage, undisturbed):
+    result = science(fit(tiny_spec, tiny_data, Fit(storage=storage, recompute=True)))
+    assert result.pop("recompute") and not undisturbed(tiny_spec)["recompute"]
+    assert result == {key: value for key, value in undisturbed(tiny_spec).items() if key != "recompute"}
+
+
+def test_half_precision_is_another_trial_and_nearly_the_same_numbers(tiny_spec, tiny_data, storage, undisturbed):
+    half = replace(tiny_spec, training=replace(tiny_spec.training, precision="bf16"))
+    result = fit(half, tiny_data, Fit(storage=storage))
+    assert result["trial_id"] != undisturbed(tiny_spec)["trial_id"]
+    given, wanted = (r["rows"][0]["train_losses"] for r in (result, undisturbed(tiny_spec)))
+    assert given != wanted and given == pytest.approx(wanted, rel=0.05)
+
+
+class Spoiled:
+    """A trial whose gradient, or loss, is spoiled at one step, as an overflow would."""
+
+    def __init__(self, monkeypatch, step: int, what: str):
+        self.step, self.what, self.met = step, what, 0
+        real = _Trial._logits
+
+        def logits(trial: _Trial, features: torch.Tensor, samples_B: torch.Tensor) -> torch.Tensor:
+            logits_BC = real(trial, features, samples_B)
+            if torch.is_grad_enabled() and trial.at == step:
+                self.met += 1
+                if what == "loss":
+                    return logits_BC * torch.inf
+                logits_BC.register_hook(lambda gradient: gradient * torch.nan)
+            return logits_BC
+
+        real_step = _Trial._step
+
+        def one_step(trial: _Trial, epoch: int, number: int):
+            trial.at = epoch * trial.steps_per_epoch + number + 1  # type: ignore[attr-defined]
+            return real_step(trial, epoch, number)
+
+        monkeypatch.setattr(_Trial, "_logits", logits)
+        monkeypatch.setattr(_Trial, "_step", one_step)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_trial_at_its_step(what, tiny_spec, tiny_data, storage, monkeypatch):
+    Spoiled(monkeypatch, 5, what)
+    with pytest.raises(DivergedError, match=f"the {what} of step 5 is not finite") as caught:
+        fit(tiny_spec, tiny_data, Fit(storage=storage))
+    assert (caught.value.step, caught.value.what) == (5, what)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    name = trial_id(tiny_spec, tiny_data.manifest_sha256)
+    assert len(list(storage.keys(f"trials/{name}/metrics"))) == 1, "the epoch before it stays"
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_rollback_leaves_out_the_one_step_wherever_it_was_saved(
+    what, step, tiny_spec, tiny_data, storage, tmp_path, monkeypatch
+):
+    """Saved at every step or only at the ends of epochs, and before the first of them: one and the same result."""
+    spec = replace(tiny_spec, protocol=replace(tiny_spec.protocol, divergence="rollback"))
+    spoiled = Spoiled(monkeypatch, step, what)
+    often = fit(spec, tiny_data, Fit(storage=storage, save_now=lambda: True))
+    seldom = fit(spec, tiny_data, Fit(storage=Storage(tmp_path / "seldom")))
+    assert science(often) == science(seldom)
+    assert spoiled.met == 2, "once in each run: the step is left out and not tried again"
+    assert often["skipped_steps"] == [step]
+    losses = [loss for row in often["rows"] for loss in row["train_losses"]]
+    assert [number for number, loss in enumerate(losses, 1) if loss is None] == [step]
+
+
+def test_a_trial_killed_after_its_rollback_ends_as_if_it_had_not_been(
+    tiny_spec, tiny_data, storage, tmp_path, monkeypatch
+):
+    spec = replace(tiny_spec, protocol=replace(tiny_spec.protocol, divergence="rollback"))
+    Spoiled(monkeypatch, 5, "gradient")
+    wanted = fit(spec, tiny_data, Fit(storage=Storage(tmp_path / "whole")))
+    with pytest.raises(Killed):
+        fit(spec, tiny_data, Fit(storage=storage, on_step=kill_at(8), save_now=lambda: True))
+    assert science(fit(spec, tiny_data, Fit(storage=storage))) == science(wanted)
+
+
+def test_a_second_divergence_is_not_rolled_back(tiny_spec, tiny_data, storage, monkeypatch):
+    spec = replace(tiny_spec, protocol=replace(tiny_spec.protocol, divergence="rollback"))
+    Spoiled(monkeypatch, 5, "gradient")
+    Spoiled(monkeypatch, 7, "gradient")
+    with pytest.raises(DivergedError, match="the gradient of step 7"):
+        fit(spec, tiny_data, Fit(storage=storage))
+
+
+def test_a_notice_during_the_evaluation_saves_what_waits_for_it(tiny_spec, tiny_data, storage, undisturbed):
+    """The third step of three is done and its epoch is being evaluated; after a kill no step is trained again."""
+    seen: list[int] = []
+
+    def on_step(total_step: int) -> None:
+        seen.append(total_step)
+        if seen.count(3) == 3:  # after its own step and two batches of the evaluation
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(
+            tiny_spec,
+            tiny_data,
+            Fit(storage=storage, micro_batch=8, on_step=on_step, save_now=lambda: seen.count(3) == 2),
+        )
+    name = trial_id(tiny_spec, tiny_data.manifest_sha256)
+    assert committed(storage, f"trials/{name}/checkpoints")[-1] == "step-00000003"
+    assert not list(storage.keys(f"trials/{name}/metrics"))
+    trained: list[int] = []
+    fit(tiny_spec, tiny_data, Fit(storage=storage, micro_batch=8, on_step=trained.append))
+    assert trained[0] == 3 and trained.count(3) == 3, "evaluated, not trained"
+
+
+def test_the_best_weights_are_those_of_the_best_epoch(tiny_spec, tiny_data, storage, tmp_path):
+    result = fit(tiny_spec, tiny_data, Fit(storage=storage))
+    folder = f"trials/{result['trial_id']}"
+    weights, said = load_best(storage, folder)
+    assert said["epoch"] == result["best_epoch"]["best_test"] and said["value"] == result["accuracy"]["best_test"]
+    if said["epoch"] == tiny_spec.training.epochs:
+        assert hashlib.sha256(save(weights)).hexdigest() == result["weights_sha256"]
+    killed = Storage(tmp_path / "killed")
+    for step in (2, 5, 8):
+        with pytest.raises(Killed):
+            fit(tiny_spec, tiny_data, Fit(storage=killed, on_step=kill_at(step), save_now=lambda: True))
+    fit(tiny_spec, tiny_data, Fit(storage=killed))
+    assert save(load_best(killed, folder)[0]) == save(weights)
+
+
+def test_a_change_of_environment_is_told_and_recorded(tiny_spec, tiny_data, storage, monkeypatch, caplog):
+    with pytest.raises(Killed):
+        fit(tiny_spec, tiny_data, Fit(storage=storage, on_step=kill_at(4), save_now=lambda: True))
+    monkeypatch.setenv("HELIX_SCAN", "reference")
+    result = fit(tiny_spec, tiny_data, Fit(storage=storage))
+    assert [name.split(", ")[1] for name in result["environments"]] == ["scan numba", "scan reference"]
+    assert "goes on in another environment" in caplog.text
+
+
+@pytest.mark.parametrize("how", [{"placement": "device"}, {"ahead": 3}, {"placement": "device", "ahead": 1}])
+def test_where_samples_lie_and_who_makes_batches_changes_no_bit(tiny_spec, tiny_data, storage, undisturbed, how):
+    assert science(fit(tiny_spec, tiny_data, Fit(storage=storage, **how))) == undisturbed(tiny_spec)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches ahead")]

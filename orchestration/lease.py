@@ -1,0 +1,187 @@
+"""Who works on a trial: a lease, put if absent, kept alive by a heartbeat, taken over when that falls silent.
+
+    trials/<trial_id>/leases/000003.json    the third holder; the highest number holds, and numbers only grow
+    trials/<trial_id>/heartbeat.json        what the holder last said
+
+Whoever wants a trial and finds it held watches the heartbeat with its own clock: one that did not change for EXPIRY_S
+is dead. No two clocks are ever compared. To take over is to put the next number, which one process can do; the one
+before sees it at its next beat and stops. A holder on this machine whose process is gone is dead at once.
+"""
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+from helix.storage import Storage, json_bytes
+from helix.training.trainer import trial_folder
+
+logger = logging.getLogger(__name__)
+
+#: A heartbeat this often is enough for people to see steps pass, and little enough for object storage.
+BEAT_S = 2.0
+
+#: A holder whose heartbeat did not change for so long is dead.
+EXPIRY_S = 60.0
+
+
+#: A process that finished no step for this long, and for so many times its slowest step, hangs; and how long the first
+#: step may take, which loads data and compiles.
+STALL_S = 300.0
+STALL_STEPS = 20
+FIRST_STEP_S = 1800.0
+
+
+class LeaseLostError(Exception):
+    """Another process took the trial over: this one was silent for too long."""
+
+    def __init__(self, trial_id: str, number: int):
+        super().__init__(trial_id, number)
+        self.trial_id, self.number = trial_id, number
+
+    def __str__(self) -> str:
+        return f"trial {self.trial_id} was taken over by another process (lease {self.number}); this one leaves it"
+
+
+class Watch:
+    """What one process has seen of other holders, by its own clock."""
+
+    def __init__(self, *, expiry_s: float = EXPIRY_S, clock: Callable[[], float] = time.monotonic):
+        self.expiry_s, self.clock = expiry_s, clock
+        self._seen: dict[str, tuple[Any, float]] = {}
+
+    def silent(self, trial_id: str, said: Any) -> bool:
+        """Whether what is said of a trial is what was said `expiry_s` ago, as far as this process was looking."""
+        before, since = self._seen.get(trial_id, (None, 0.0))
+        if trial_id not in self._seen or said != before:
+            self._seen[trial_id] = (said, self.clock())
+            return False
+        return self.clock() - since >= self.expiry_s
+
+
+class Lease:
+    """A trial held by this process. A thread says every `beat_s` that it lives, and watches whether it still moves.
+
+    `stalled` is called, in that thread, with the seconds since the last step once they are more than a step can take: a
+    process that hangs in a driver or a collective says nothing by itself.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        trial_id: str,
+        number: int,
+        holder: dict[str, Any],
+        *,
+        beat_s: float = BEAT_S,
+        first_s: float = FIRST_STEP_S,
+        stall_s: float = STALL_S,
+        stalled: Callable[[float], None] = lambda _seconds: None,
+    ):
+        self.storage, self.trial_id, self.number, self.holder = storage, trial_id, number, holder
+        self.beat_s, self.first_s, self.stall_s, self.stalled = beat_s, first_s, stall_s, stalled
+        self.step, self.lost_to = 0, 0
+        self._moved, self._slowest_s, self._moves = time.monotonic(), 0.0, 0
+        self._stop, self._beats = threading.Event(), 0
+        self._thread = threading.Thread(target=self._live, name=f"helix-lease-{trial_id}", daemon=True)
+
+    def __enter__(self) -> "Lease":
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if not self.lost_to:
+            self.storage.put_json(_key(self.trial_id, self.number), self.holder | {"released": True})
+
+    def moved(self, total_step: int) -> None:
+        """Say that `total_step` is finished. Raises LeaseLostError."""
+        now = time.monotonic()
+        if self._moves:  # the first one also loaded data, restored a checkpoint and compiled
+            self._slowest_s = max(self._slowest_s, now - self._moved)
+        self.step, self._moved, self._moves = total_step, now, self._moves + 1
+        if self.lost_to:
+            raise LeaseLostError(self.trial_id, self.lost_to)
+
+    def _live(self) -> None:
+        while not self._stop.wait(self.beat_s):
+            still_s = time.monotonic() - self._moved
+            if still_s > (max(self.stall_s, STALL_STEPS * self._slowest_s) if self._moves > 1 else self.first_s):
+                self.stalled(still_s)
+            try:
+                self._beat()
+                newest = _newest(self.storage, self.trial_id)
+            except OSError as error:  # the storage is away; whether the lease is still held shows when it is back
+                logger.warning("trial %s: no heartbeat (%s)", self.trial_id, error)
+                continue
+            if newest > self.number:
+                self.lost_to = newest
+                return
+
+    def _beat(self) -> None:
+        self._beats += 1
+        said = {"attempt_id": self.holder["attempt_id"], "step": self.step, "time": time.time(), "beat": self._beats}
+        self.storage.put_json(f"{trial_folder(self.trial_id)}/heartbeat.json", said)
+
+
+def acquire(
+    storage: Storage,
+    trial_id: str,
+    *,
+    attempt_id: str,
+    sweep_id: str,
+    watch: Watch,
+    stalled: Callable[[float], None] = lambda _seconds: None,
+) -> Lease | None:
+    """The lease of a trial, or None while another process that may be alive holds it."""
+    number = _newest(storage, trial_id)
+    if number:
+        standing = storage.get_json(_key(trial_id, number))
+        if not _is_free(storage, trial_id, number, standing, sweep_id=sweep_id, watch=watch):
+            return None
+    holder = {"attempt_id": attempt_id, "sweep_id": sweep_id, **this_process()}
+    if not storage.put_if_absent(_key(trial_id, number + 1), json_bytes(holder)):
+        return None
+    if number > 1:  # the one that was taken over stays, for its holder to see that it is not the newest
+        storage.delete(_key(trial_id, number - 1))
+    return Lease(storage, trial_id, number + 1, holder, stalled=stalled)
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from all others on this machine, also from a later one with its number."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "born": psutil.Process().create_time()}
+
+
+def _is_free(storage: Storage, trial_id: str, number: int, standing: Any, *, sweep_id: str, watch: Watch) -> bool:
+    if not isinstance(standing, dict) or standing.get("released"):
+        return True
+    here = this_process()
+    if standing["host"] == here["host"]:
+        return standing["pid"] == here["pid"] or not _lives(standing)
+    if standing["sweep_id"] == sweep_id:  # Ray starts another worker for a pack only once the one before is gone
+        return True
+    return watch.silent(trial_id, (number, storage.get_json(f"{trial_folder(trial_id)}/heartbeat.json")))
+
+
+def _lives(standing: dict[str, Any]) -> bool:
+    """Whether the process that a lease of this machine names is still there."""
+    try:
+        return abs(psutil.Process(standing["pid"]).create_time() - standing["born"]) < 1
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _newest(storage: Storage, trial_id: str) -> int:
+    names = storage.children(f"{trial_folder(trial_id)}/leases")
+    return max((int(name.removesuffix(".json")) for name in names), default=0)
+
+
+def _key(trial_id: str, number: int) -> str:
+    return f"{trial_folder(trial_id)}/leases/{number:06d}.json"
