@@ -1,7 +1,6 @@
 """From a sound file to int16 samples: decode, mix to mono, resample, round. Nothing that is wrong passes in silence."""
 
 import struct
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +29,12 @@ def decode(
     rate_hz: int,
     source_rate_hz: int | None = None,
     source_channels: int | None = None,
-    spans: Sequence[tuple[float, float]] | None = None,
 ) -> np.ndarray:
     """int16 [samples]: the file as mono at `rate_hz`. A 16-bit mono file of that rate comes through sample for sample.
 
     Channels are averaged, soxr resamples at its HQ setting, rounding is to nearest without dither, and what then lies
-    beyond full scale is clipped. `spans`: only these parts, (from, to) in seconds, one after the other. Raises
-    AudioError: not there, unreadable, truncated, empty, NaN or infinite, a rate or a level that no recording has, a
-    rate or number of channels other than `source_rate_hz` and `source_channels`, a span beyond the end.
+    beyond full scale is clipped. Raises AudioError: not there, unreadable, truncated, empty, NaN or infinite, a rate or
+    a level that no recording has, a rate or number of channels other than `source_rate_hz` and `source_channels`.
     """
     if not path.is_file():
         raise AudioError(str(path), "is not there")
@@ -51,11 +48,8 @@ def decode(
                 raise AudioError(str(path), f"has a rate of {found_rate_hz} Hz; wanted {source_rate_hz}")
             if source_channels is not None and channels != source_channels:
                 raise AudioError(str(path), f"has {channels} channels; wanted {source_channels}")
-            if spans is None:
-                promised = file.frames
-                wave_TC = file.read(dtype="float64", always_2d=True)
-            else:
-                promised, wave_TC = _read_spans(path, file, spans)
+            promised = file.frames
+            wave_TC = file.read(dtype="float64", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise AudioError(str(path), f"cannot be decoded: {error.error_string}") from error
     except OSError as error:
@@ -79,22 +73,6 @@ def decode(
     if len(wave_T) == 0:
         raise AudioError(str(path), f"is too short: no sample is left at {rate_hz} Hz")
     return to_int16(wave_T)
-
-
-def _read_spans(path: Path, file: soundfile.SoundFile, spans: Sequence[tuple[float, float]]) -> tuple[int, np.ndarray]:
-    """How many frames the spans promise, and what is there of them, float64 [frames, channels]."""
-    # The last span of a session may end a little after its audio does; VoxPopuli's own script cuts it there too.
-    parts, promised = [], 0
-    for low_s, high_s in spans:
-        low, high = int(low_s * file.samplerate), min(int(high_s * file.samplerate), file.frames)
-        if low >= high:
-            raise AudioError(
-                str(path), f"ends after {file.frames / file.samplerate:g} s; wanted {low_s:g} to {high_s:g} s"
-            )
-        file.seek(low)
-        parts.append(file.read(high - low, dtype="float64", always_2d=True))
-        promised += high - low
-    return promised, np.concatenate(parts)
 
 
 def to_int16(wave_T: np.ndarray) -> np.ndarray:

@@ -128,7 +128,7 @@ def write_librispeech(
     speakers: int = 6,
     chapters: int = 3,
     utterances: int = 4,
-    samples: Callable[[int], int] = lambda number: 1_000 + 37 * number,
+    samples: Callable[[int], int] = lambda number: 5_000 + 37 * number,
     make: Callable[..., None] = sound,
 ) -> Path:
     """A small LibriSpeech in the official layout: every reader is listed, the first few have audio."""
@@ -171,18 +171,18 @@ def write_voxpopuli(
             number = 0
             for speaker in range(speakers):
                 for take in range(utterances):
-                    begin = 0.02 * number
-                    spans = [(begin, begin + 0.01), (begin + 0.012, begin + 0.02)]
+                    begin = 0.5 * number
+                    spans = [(begin, begin + 0.25), (begin + 0.3, begin + 0.5)]
                     part = ("train", "dev", "test")[(speaker + take) % 3]
                     row = [name, f"20100119-{number}", "A b.", "a b", f"{1000 + speaker}", part, "female", "False"]
                     table.writerow([*row, repr(spans)])
                     if not whole_sessions:
-                        make(folder / "transcribed_data" / "en" / name[:4] / f"{name}-{row[1]}.ogg", 288)
+                        make(folder / "transcribed_data" / "en" / name[:4] / f"{name}-{row[1]}.ogg", 7_200)
                     number += 1
             table.writerow([name, "20100119-x", "", "", "None", "train", "", "False", "[(0.0, 0.01)]"])
             table.writerow([name, "20100119-y", "", "", "1000", "invalid", "", "False", "[]"])
             if whole_sessions:
-                make(folder / "raw_audios" / "original" / name[:4] / f"{name}_original.ogg", 320 * number)
+                make(folder / "raw_audios" / "original" / name[:4] / f"{name}_original.ogg", 8_000 * number)
     return folder
 
 

@@ -2,6 +2,8 @@
 
 import gc
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from helix.data.clips import Clips, concat, single, stitch
 from helix.data.datasets.tones import Tones
 from helix.data.loader import Batch, Batches, Device, Host, in_order
-from helix.data.shards import CorruptShardError, Recordings, open_prepared
+from helix.data.shards import CorruptShardError, Recordings, open_prepared, prepare
 from helix.protocol import Protocol, profile
 from helix.storage import Storage
 
@@ -281,3 +283,42 @@ def test_a_batch_of_nothing_and_fewer_than_none_ahead_are_refused(tones):
         training(tones, batch_size=0)
     with pytest.raises(ValueError, match="ahead is -1; wanted 0 or more"):
         training(tones, ahead=-1)
+
+
+RESIDENT = """
+import sys
+import numpy as np
+from pathlib import Path
+from helix.data.clips import single
+from helix.data.loader import in_order
+from helix.data.shards import open_prepared
+from helix.storage import Storage
+
+def own_kib():
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0])
+
+recordings = open_prepared(Storage(Path(sys.argv[1])), sys.argv[2])
+clips = single(recordings.index, np.arange(len(recordings)), clip_samples=recordings.clip_samples)
+for batch in in_order(recordings, clips.take(np.arange(16)), batch_size=8):
+    pass
+before = own_kib()
+for batch in in_order(recordings, clips, batch_size=8):
+    pass
+print(own_kib() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="it reads the memory of its process from /proc")
+def test_what_reading_keeps_in_memory_does_not_grow_with_the_set(esc50_layout, storage):
+    source = esc50_layout(folds=[1], per_cell=8)
+    prepared = prepare("esc50", source=source, storage=storage, allow_partial=True, shard_mib=8)
+    size_kib = sum(shard["bytes"] for shard in prepared.manifest["shards"]) / 1024
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, str(storage.root), prepared.prefix],
+        cwd=Path(__file__).resolve().parents[3],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert size_kib > 60_000 and int(done.stdout) < size_kib / 2  # what is left is the slack of the allocator
