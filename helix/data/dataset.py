@@ -90,8 +90,6 @@ class Dataset(ABC):
     needs_source: ClassVar[bool]
     #: What a reader of results has to know about this data set.
     caveat: ClassVar[str | None] = None
-    #: The official files, where licence and address allow to fetch them.
-    downloads: ClassVar[tuple[Download, ...]] = ()
     #: The data set whose recordings this one reads, where they are not its own: nothing is stored twice.
     shares: ClassVar[str | None] = None
     #: Whether each clip is made for one recording, so that clips can be counted before anything is decoded.
@@ -114,6 +112,11 @@ class Dataset(ABC):
     @abstractmethod
     def clip_samples(self) -> int:
         """Samples of one clip at `rate_hz`."""
+
+    @property
+    def downloads(self) -> tuple[Download, ...]:
+        """The official files, where licence and address allow to fetch them."""
+        return ()
 
     @property
     def recording_samples(self) -> int:

@@ -31,6 +31,19 @@ from helix.registry import DATASETS
 TABLE = Path("SPEAKERS.TXT")
 SPEAKERS = {"train-clean-100": 251, "train-clean-360": 921}
 UTTERANCES = {"train-clean-100": 28_539, "train-clean-360": 104_014}
+#: No checksum of train-clean-360 is at hand.
+ARCHIVES = {
+    "train-clean-100": Download(
+        url="https://www.openslr.org/resources/12/train-clean-100.tar.gz",
+        name="train-clean-100.tar.gz",
+        sha256="d4ddd1d5a6ab303066f14971d768ee43278a5f2a0aa43dc716b0e64ecbbbf6e2",
+        md5="2a93770f6d5c6c964bc36631d331a522",
+        bytes=6_387_309_499,
+    ),
+    "train-clean-360": Download(
+        url="https://www.openslr.org/resources/12/train-clean-360.tar.gz", name="train-clean-360.tar.gz"
+    ),
+}
 #: 100.6 h over 28539 utterances.
 TYPICAL_S = 12.7
 NAME = re.compile(r"(?P<speaker>\d+)-(?P<chapter>\d+)-(?P<number>\d{4})")
@@ -54,15 +67,6 @@ class LibriSpeech(Dataset):
         "there is no official split for speaker identification; utterances of one chapter share a room and a "
         "microphone, and only speaker_split=session keeps them on one side"
     )
-    downloads: ClassVar[tuple[Download, ...]] = (
-        Download(
-            url="https://www.openslr.org/resources/12/train-clean-100.tar.gz",
-            name="train-clean-100.tar.gz",
-            sha256="d4ddd1d5a6ab303066f14971d768ee43278a5f2a0aa43dc716b0e64ecbbbf6e2",
-            md5="2a93770f6d5c6c964bc36631d331a522",
-            bytes=6_387_309_499,
-        ),
-    )
 
     def __post_init__(self) -> None:
         if self.subset not in SPEAKERS:
@@ -73,6 +77,10 @@ class LibriSpeech(Dataset):
     @property
     def class_count(self) -> int:
         return SPEAKERS[self.subset]
+
+    @property
+    def downloads(self) -> tuple[Download, ...]:
+        return (ARCHIVES[self.subset],)
 
     @property
     def clip_samples(self) -> int:

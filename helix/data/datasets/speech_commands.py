@@ -42,6 +42,13 @@ PER_WORD = {
 }
 # fmt: on
 WORDS = tuple(sorted(PER_WORD))
+ARCHIVE = Download(
+    url="https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
+    name="speech_commands_v0.02.tar.gz",
+    sha256="af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
+    md5="6b74f3901214cb2c2934e98196829835",
+    bytes=2_428_923_189,
+)
 
 
 @DATASETS.register("speech_commands")
@@ -57,19 +64,14 @@ class SpeechCommands(Dataset):
         "the authors of the paper choose the epoch on the official test list and leave the validation list unused; the "
         "profile fair does not"
     )
-    downloads: ClassVar[tuple[Download, ...]] = (
-        Download(
-            url="https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
-            name="speech_commands_v0.02.tar.gz",
-            sha256="af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
-            md5="6b74f3901214cb2c2934e98196829835",
-            bytes=2_428_923_189,
-        ),
-    )
 
     @property
     def class_count(self) -> int:
         return len(WORDS)
+
+    @property
+    def downloads(self) -> tuple[Download, ...]:
+        return (ARCHIVE,)
 
     @property
     def clip_samples(self) -> int:

@@ -43,6 +43,11 @@ PER_CLASS = {
     "street_music": 1000,
 }
 CLASSES = tuple(PER_CLASS)
+ARCHIVE = Download(
+    url="https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz",
+    name="UrbanSound8K.tar.gz",
+    md5="9aa69802bbf37fb986f71ec1483a196e",
+)
 
 
 @DATASETS.register("urbansound8k")
@@ -57,17 +62,14 @@ class UrbanSound8K(Dataset):
     caveat: ClassVar[str | None] = (
         "classes are of unequal size, and excerpts are shorter than a clip of 4 s by up to 3.95 s"
     )
-    downloads: ClassVar[tuple[Download, ...]] = (
-        Download(
-            url="https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz",
-            name="UrbanSound8K.tar.gz",
-            md5="9aa69802bbf37fb986f71ec1483a196e",
-        ),
-    )
 
     @property
     def class_count(self) -> int:
         return len(CLASSES)
+
+    @property
+    def downloads(self) -> tuple[Download, ...]:
+        return (ARCHIVE,)
 
     @property
     def clip_samples(self) -> int:

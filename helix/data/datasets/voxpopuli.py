@@ -69,13 +69,6 @@ class VoxPopuli(Dataset):
         "there is no official split for speaker identification; 20 % of a speaker are about one clip, many of them "
         "padded, so accuracy rests on about 1300 clips"
     )
-    downloads: ClassVar[tuple[Download, ...]] = (
-        Download(url=f"{BASE}/annotations/asr/asr_en.tsv.gz", name="transcribed_data/en/asr_en.tsv.gz"),
-        *(
-            Download(url=f"{BASE}/audios/original_{year}.tar", name=f"raw_audios/original_{year}.tar")
-            for year in range(2009, 2021)
-        ),
-    )
 
     def __post_init__(self) -> None:
         if self.clip_s < 1:
@@ -84,6 +77,17 @@ class VoxPopuli(Dataset):
     @property
     def class_count(self) -> int:
         return SPEAKERS
+
+    @property
+    def downloads(self) -> tuple[Download, ...]:
+        years = range(2009, 2021)
+        return (
+            Download(url=f"{BASE}/annotations/asr/asr_en.tsv.gz", name="transcribed_data/en/asr_en.tsv.gz"),
+            *(
+                Download(url=f"{BASE}/audios/original_{year}.tar", name=f"raw_audios/original_{year}.tar")
+                for year in years
+            ),
+        )
 
     @property
     def clip_samples(self) -> int:

@@ -83,6 +83,12 @@ def test_utterances_that_are_listed_and_absent_are_missing_and_others_are_wrong(
     )
 
 
+def test_what_is_downloaded_is_the_subset_that_was_asked_for():
+    for subset in SPEAKERS:
+        (download,) = LibriSpeech(subset=subset).downloads
+        assert download.name == f"{subset}.tar.gz" and download.url.endswith(f"/{download.name}")
+
+
 def test_another_rate_is_refused_by_name(layouts, tmp_path):
     source = layouts.librispeech(tmp_path / "LibriSpeech", speakers=1)
     recording = SPEECH.recordings(source)[0]
