@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dashboards.view import DataFacts, SweepView, TrialEntry
-from helix.data.dataset import Dataset
+from helix.data.dataset import Dataset, split_facts
 from helix.data.shards import Recordings
 from helix.models.classifier import Cost, cost
 from helix.registry import DATASETS
@@ -53,14 +53,16 @@ def check_trials(trials: Sequence[Trial]) -> None:
 
 def make_plan(trials: Sequence[Trial], recordings: Recordings) -> list[Planned]:
     """The plan of these trials on prepared data. Raises ValueError where a fold or a full batch is not there."""
-    return [_plan(trial, recordings) for trial in trials]
+    counted: dict[str, int] = {}
+    return [_plan(trial, recordings, counted) for trial in trials]
 
 
-def price(trial: Trial) -> Cost:
-    """What the model of a trial costs for a clip of its data set."""
+def price(trial: Trial, *, classes: int | None = None) -> Cost:
+    """What the model of a trial costs for a clip of its data set; `classes` None: as many as the complete set has."""
     spec = trial.spec
     dataset: Dataset = DATASETS.make(spec.data.dataset, spec.data.options)
-    return cost(spec.model, spec.protocol, classes=len(dataset.classes), samples=dataset.clip_samples)
+    classes = dataset.class_count if classes is None else classes
+    return cost(spec.model, spec.protocol, classes=classes, samples=dataset.clip_samples)
 
 
 def check_band(counts: dict[str, tuple[str, int]]) -> None:
@@ -107,7 +109,7 @@ class Snapshot:
         command: str,
     ):
         self.grid_name, self.grid, self.plan, self.storage, self.command = grid_name, grid, plan, storage, command
-        self.facts = data_facts(recordings)
+        self.facts = data_facts(recordings, [entry.trial for entry in plan])
         self._done: dict[str, TrialState] = {}
 
     def state(self, trial_id: str) -> TrialState:
@@ -142,8 +144,8 @@ class Snapshot:
         )
 
 
-def data_facts(recordings: Recordings) -> DataFacts:
-    """What the report says of a prepared data set."""
+def data_facts(recordings: Recordings, trials: Sequence[Trial] = ()) -> DataFacts:
+    """What the report says of a prepared data set, and of the clips that the folds of these trials make of it."""
     manifest = recordings.manifest
     per_class = manifest["recordings_per_class"].values()
     notes = [f"{manifest['padded_fraction']:.1%} of the samples are padding or silence at the end of a recording"]
@@ -151,8 +153,14 @@ def data_facts(recordings: Recordings) -> DataFacts:
         notes.append(f"{len(manifest['missing'])} recordings are missing")
     if manifest["quarantined"]:
         notes.append(f"{len(manifest['quarantined'])} recordings were left out because their files cannot be used")
+    notes += manifest.get("notes", ())
+    for fold, spec in sorted({trial.spec.data.fold: trial.spec for trial in trials}.items()):
+        dataset: Dataset = DATASETS.make(spec.data.dataset, spec.data.options)
+        classes = len(recordings.classes)
+        parts = split_facts(dataset, recordings.index, classes=classes, fold=fold, protocol=spec.protocol)
+        notes += [f"fold {fold}, {name}: {facts}" for name, facts in parts.items() if facts.recordings]
     return DataFacts(
-        name=manifest["dataset"],
+        name=trials[0].spec.data.dataset if trials else manifest["dataset"],
         classes=len(manifest["classes"]),
         recordings=manifest["recordings"],
         # Guessing means naming the most frequent class.
@@ -167,19 +175,24 @@ def data_facts(recordings: Recordings) -> DataFacts:
     )
 
 
-def _plan(trial: Trial, recordings: Recordings) -> Planned:
+def _plan(trial: Trial, recordings: Recordings, counted: dict[str, int]) -> Planned:
+    """`counted` remembers the training clips of what several trials share."""
     spec = trial.spec
     dataset: Dataset = DATASETS.make(spec.data.dataset, spec.data.options)
-    rows = dataset.split(recordings.index, fold=spec.data.fold, validation=spec.protocol.validation)
-    steps_per_epoch = len(rows.train) // spec.training.batch_size
+    shared = repr((spec.data, spec.protocol))
+    if shared not in counted:
+        rows = dataset.split(recordings.index, fold=spec.data.fold, protocol=spec.protocol).train
+        clips = dataset.clips(recordings.index, rows, protocol=spec.protocol, seed=spec.seed, epoch=0)
+        counted[shared] = len(clips)
+    steps_per_epoch = counted[shared] // spec.training.batch_size
     if steps_per_epoch == 0:
         raise ValueError(
-            f"{trial.label}: {len(rows.train)} training clips do not fill one batch of {spec.training.batch_size}; "
+            f"{trial.label}: {counted[shared]} training clips do not fill one batch of {spec.training.batch_size}; "
             "lower training.batch_size"
         )
     return Planned(
         trial=trial,
         trial_id=trial_id(spec, recordings.manifest_sha256),
-        cost=price(trial),
+        cost=price(trial, classes=len(recordings.classes)),
         steps_per_epoch=steps_per_epoch,
     )

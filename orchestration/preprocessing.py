@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from helix.data.dataset import Dataset
+from helix.data.dataset import Dataset, listed_index
 from helix.data.shards import Prepared, Recordings, Watch, check_source, find, open_prepared, prepare
 from helix.registry import DATASETS
 from helix.spec import DataSpec
@@ -118,7 +118,8 @@ def prepared_data(
 def summary(prepared: Prepared) -> str:
     """A prepared set in half a line."""
     manifest = prepared.manifest
-    part = f", of {manifest['expected_recordings']} (a partial set)" if manifest["partial"] else ""
+    expected = manifest["expected_recordings"]
+    part = f"{f', of {expected}' if expected else ''} (a partial set)" if manifest["partial"] else ""
     without = f" ({len(manifest['quarantined'])} in quarantine)" if manifest["quarantined"] else ""
     return (
         f"{manifest['dataset']}, {manifest['recordings']} recordings{part}{without}, "
@@ -157,18 +158,14 @@ def check_listing(trials: Sequence[Trial], *, source: Path | None, allow_partial
     refuse_needless(source, dataset, data.dataset)
     if source is None and dataset.needs_source:
         return
-    folds = Counter(
-        row.fold
-        for row in check_source(data.dataset, data.options, source=source, allow_partial=allow_partial).recordings
-    )
+    listing = check_source(data.dataset, data.options, source=source, allow_partial=allow_partial)
+    index = listed_index(listing.recordings)
     for trial in trials:
-        fold, size = trial.spec.data.fold, trial.spec.training.batch_size
-        if not folds[fold]:
-            present = ", ".join(sorted(map(str, folds)))
-            raise ValueError(f"the source has no recordings of fold {fold}; it has {present}")
-        if folds.total() - folds[fold] < size:
+        size = trial.spec.training.batch_size
+        rows = dataset.split(index, fold=trial.spec.data.fold, protocol=trial.spec.protocol)
+        if dataset.clip_per_recording and len(rows.train) < size:
             raise ValueError(
-                f"{trial.label}: {folds.total() - folds[fold]} training clips do not fill one batch of {size}; lower "
+                f"{trial.label}: {len(rows.train)} training clips do not fill one batch of {size}; lower "
                 "training.batch_size"
             )
 
@@ -211,7 +208,10 @@ def _found(data: DataSpec, dataset: Dataset, storage: Storage, *, allow_partial:
             f"(they come from {dataset.url})"
         )
     if not usable:
-        counts = ", ".join(f"{p.manifest['recordings']} of {p.manifest['expected_recordings']}" for p in found)
+        counts = ", ".join(
+            f"{p.manifest['recordings']} of {p.manifest['expected_recordings'] or 'an unknown number of'}"
+            for p in found
+        )
         raise ValueError(f"only a part of {data.dataset} is prepared ({counts} recordings); --allow-partial accepts it")
     if len(usable) > 1:
         listed = ", ".join(f"{p.prefix} ({p.manifest['recordings']} recordings)" for p in usable)

@@ -25,19 +25,30 @@ class AudioError(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def decode(path: Path, *, rate_hz: int) -> np.ndarray:
+def decode(
+    path: Path,
+    *,
+    rate_hz: int,
+    source_rate_hz: int | None = None,
+    source_channels: int | None = None,
+) -> np.ndarray:
     """int16 [samples]: the file as mono at `rate_hz`. A 16-bit mono file of that rate comes through sample for sample.
 
     Channels are averaged, soxr resamples at its HQ setting, rounding is to nearest without dither, and what then lies
     beyond full scale is clipped. Raises AudioError: not there, unreadable, truncated, empty, NaN or infinite, a rate or
-    a level that no recording has.
+    a level that no recording has, a rate or number of channels other than `source_rate_hz` and `source_channels`.
     """
     try:
         with path.open("rb", buffering=0) as opened:
             _check_riff_length(path, opened)
             opened.seek(0)
             with soundfile.SoundFile(opened.fileno(), closefd=False) as file:
-                source_rate_hz, promised, subtype = file.samplerate, file.frames, file.subtype
+                found_rate_hz, channels = file.samplerate, file.channels
+                promised, subtype = file.frames, file.subtype
+                if source_rate_hz is not None and found_rate_hz != source_rate_hz:
+                    raise AudioError(str(path), f"has a rate of {found_rate_hz} Hz; wanted {source_rate_hz}")
+                if source_channels is not None and channels != source_channels:
+                    raise AudioError(str(path), f"has {channels} channels; wanted {source_channels}")
                 wave_TC = file.read(dtype="int16" if subtype == "PCM_16" else "float64", always_2d=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise AudioError(str(path), "is not there") from error
@@ -51,13 +62,13 @@ def decode(path: Path, *, rate_hz: int) -> np.ndarray:
         raise AudioError(str(path), "holds no samples")
     if len(wave_TC) < promised:
         raise AudioError(str(path), f"is truncated: {len(wave_TC)} of {promised} samples are there")
-    if not RATES_HZ[0] <= source_rate_hz <= RATES_HZ[1]:
-        raise AudioError(str(path), f"claims a rate of {source_rate_hz} Hz; wanted {RATES_HZ[0]} to {RATES_HZ[1]}")
+    if not RATES_HZ[0] <= found_rate_hz <= RATES_HZ[1]:
+        raise AudioError(str(path), f"claims a rate of {found_rate_hz} Hz; wanted {RATES_HZ[0]} to {RATES_HZ[1]}")
     if subtype == "PCM_16" and wave_TC.shape[1] == 1:
-        return _resampled_int16(path, wave_TC[:, 0], source_rate_hz, rate_hz)
+        return _resampled_int16(path, wave_TC[:, 0], found_rate_hz, rate_hz)
     wave_T = wave_TC.mean(axis=1) / 32768.0 if subtype == "PCM_16" else _mono_float(path, wave_TC)
-    if source_rate_hz != rate_hz:
-        wave_T = soxr.resample(wave_T, source_rate_hz, rate_hz, quality="HQ")
+    if found_rate_hz != rate_hz:
+        wave_T = soxr.resample(wave_T, found_rate_hz, rate_hz, quality="HQ")
     if len(wave_T) == 0:
         raise _too_short(path, rate_hz)
     return to_int16(wave_T)

@@ -21,9 +21,21 @@ MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def augment(
-    wave_BT: Tensor, clip_B: Tensor, spec: AugmentSpec, *, seed: int, epoch: int, rate_hz: int = Dataset.rate_hz
+    wave_BT: Tensor,
+    clip_B: Tensor,
+    spec: AugmentSpec,
+    *,
+    seed: int,
+    epoch: int,
+    rate_hz: int = Dataset.rate_hz,
+    samples_B: Tensor | None = None,
+    parts: int = 1,
 ) -> Tensor:
-    """A shifted, scaled and noisy copy of `wave_BT`. `spec` is resolved: its shift is a number of seconds."""
+    """A shifted, scaled and noisy copy of `wave_BT`. `spec` is resolved: its shift is a number of seconds.
+
+    With `samples_B` the shift turns the first samples_B[b] samples of a wave and leaves the silence after them where
+    it is. With `parts` each of so many equal parts of a wave is shifted by a number of its own, within itself.
+    """
     if spec.shift_s is None:
         raise ValueError("augment.shift_s is None; wanted seconds, as helix.spec.resolve writes them")
     shift_key_B, gain_key_B, noise_key_B = (
@@ -31,8 +43,16 @@ def augment(
     )
     most = round(spec.shift_s * rate_hz)
     if most > 0:
+        batch, samples = wave_BT.shape
+        if samples % parts:
+            raise ValueError(f"waves of {samples} samples do not fall into {parts} equal parts")
+        if parts > 1:
+            shift_key_B = _key(shift_key_B[:, None] + torch.arange(parts, device=wave_BT.device), 0).view(-1)
+        if samples_B is not None:
+            before_P = torch.arange(parts, device=wave_BT.device) * (samples // parts)
+            samples_B = (samples_B[:, None] - before_P).clamp(1, samples // parts).view(-1)
         shift_B = _logical_shift(shift_key_B, 1).remainder_(2 * most + 1).sub_(most)
-        wave_BT = roll(wave_BT, shift_B)
+        wave_BT = roll(wave_BT.reshape(batch * parts, -1), shift_B, samples_B).view(batch, samples)
     if (spec.gain_low, spec.gain_high) != (1.0, 1.0):
         gain_B = spec.gain_low + (spec.gain_high - spec.gain_low) * _unit(_logical_shift(gain_key_B, 40))
         wave_BT = wave_BT * gain_B[:, None].to(wave_BT.dtype)
@@ -42,11 +62,18 @@ def augment(
     return wave_BT
 
 
-def roll(wave_BT: Tensor, shift_B: Tensor) -> Tensor:
-    """Each wave moved to the right by its own number of samples, the end coming in again at the start."""
-    samples = wave_BT.shape[1]
-    from_BT = torch.arange(samples, device=wave_BT.device)[None, :] - shift_B[:, None]
-    return wave_BT.gather(1, from_BT.remainder_(samples))
+def roll(wave_BT: Tensor, shift_B: Tensor, samples_B: Tensor | None = None) -> Tensor:
+    """Each wave moved to the right by its own number of samples, the end coming in again at the start.
+
+    With `samples_B` only the first samples_B[b] samples are turned and the rest stays.
+    """
+    at_T = torch.arange(wave_BT.shape[1], device=wave_BT.device)
+    from_BT = at_T[None, :] - shift_B[:, None]
+    if samples_B is None:
+        from_BT = from_BT.remainder_(wave_BT.shape[1])
+    else:
+        from_BT = torch.where(at_T < samples_B[:, None], from_BT.remainder_(samples_B[:, None]), at_T)
+    return wave_BT.gather(1, from_BT)
 
 
 def gaussian(key_B: Tensor, samples: int) -> Tensor:

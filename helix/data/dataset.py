@@ -1,38 +1,43 @@
-"""The contract of a data set: which recordings it has, how one sounds, and which rows train, validate and test.
+"""The contract of a data set: which recordings it has, how one sounds, which rows train, validate and test, and which
+clips are made of them.
 
 A member is a frozen keyword-only dataclass in helix/data/datasets/, registered in helix.registry.DATASETS; its
 fields are its options and part of a trial's identity. It lists recordings from metadata alone (`scan`) and decodes one
 at a time (`wave`); shards.py does the rest.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 
+from helix.data.clips import Clips, single
+from helix.data.index import Index, Recording, listed_index
+from helix.data.splits import Split, by_folds, listed
+from helix.protocol import Protocol
+from helix.registry import DATASETS
+
+__all__ = [
+    "Dataset",
+    "DatasetError",
+    "Download",
+    "Index",
+    "PartFacts",
+    "Recording",
+    "Scan",
+    "Split",
+    "listed_index",
+    "official_root",
+    "recordings_of",
+    "split_facts",
+]
+
 #: How many problems an error message spells out before it says how many more there are.
 PROBLEMS_SHOWN = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recording:
-    """One recording as its metadata describes it.
-
-    `path` is relative to the source, None where the wave is made up. `group` names the longer recording that several
-    clips were cut from: rows of one group never stand on both sides of a comparison.
-    """
-
-    recording_id: str
-    label: int
-    path: str | None
-    fold: int | None
-    speaker: str | None
-    group: str
 
 
 class DatasetError(ValueError):
@@ -61,40 +66,17 @@ class Download:
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """What a source holds. `missing` (recording id -> reason) a partial set may leave out; `problems` nobody may."""
+    """What a source holds. `missing` (recording id -> reason) a partial set may leave out; `problems` nobody may.
+
+    `classes` are the names of the labels 0, 1, ...: those of the listing, so that a part of the audio has the classes
+    of the whole. `notes`: one plain sentence each on what was left out by rule and counted.
+    """
 
     recordings: list[Recording]
+    classes: tuple[str, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Index:
-    """The prepared recordings as columns; row r of each array is recording r. A fold of -1 stands for none."""
-
-    recording_id: np.ndarray
-    shard: np.ndarray
-    offset: np.ndarray
-    samples: np.ndarray
-    label: np.ndarray
-    speaker: np.ndarray
-    fold: np.ndarray
-    group: np.ndarray
-    crc32: np.ndarray
-    source_sha256: np.ndarray
-    padded_samples: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.recording_id)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Split:
-    """Row numbers of an index, ascending and disjoint."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
+    notes: tuple[str, ...] = ()
 
 
 class Dataset(ABC):
@@ -106,15 +88,25 @@ class Dataset(ABC):
     #: The circular shift that the authors' code uses here, in seconds either way.
     authors_shift_s: ClassVar[float]
     needs_source: ClassVar[bool]
-    #: The official files, where licence and address allow to fetch them.
-    downloads: ClassVar[tuple[Download, ...]] = ()
     #: What a reader of results has to know about this data set.
     caveat: ClassVar[str | None] = None
+    #: The data set whose recordings this one reads, where they are not its own: nothing is stored twice.
+    shares: ClassVar[str | None] = None
+    #: Whether each clip is made for one recording, so that clips can be counted before anything is decoded.
+    clip_per_recording: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        absent = [name for name in ("licence", "url", "authors_shift_s", "needs_source") if not hasattr(cls, name)]
+        if absent:
+            raise ValueError(
+                f"data set class {cls.__name__} does not say its {listed(absent)}; set them as class variables"
+            )
 
     @property
     @abstractmethod
-    def classes(self) -> tuple[str, ...]:
-        """The names of the labels 0, 1, ..."""
+    def class_count(self) -> int:
+        """How many classes the complete data set has; their names come with the listing."""
 
     @property
     @abstractmethod
@@ -122,17 +114,44 @@ class Dataset(ABC):
         """Samples of one clip at `rate_hz`."""
 
     @property
-    @abstractmethod
+    def downloads(self) -> tuple[Download, ...]:
+        """The official files, where licence and address allow to fetch them."""
+        return ()
+
+    @property
+    def recording_samples(self) -> int:
+        """Samples of a typical recording, by which shards are planned."""
+        return self.clip_samples
+
+    @property
     def expected_cells(self) -> Mapping[tuple[int, int], int]:
-        """How many recordings the complete data set has per (fold, label)."""
+        """How many recordings the complete data set has per (fold, label); empty where that is not published."""
+        return {}
+
+    @property
+    def expected_per_fold(self) -> Mapping[int, int]:
+        """How many per fold; empty where that is not published."""
+        return _summed(self.expected_cells, 0)
+
+    @property
+    def expected_per_class(self) -> Mapping[int, int]:
+        """How many per label; empty where that is not published."""
+        return _summed(self.expected_cells, 1)
+
+    @property
+    def expected_recordings(self) -> int | None:
+        """How many recordings there are; None where that is not published."""
+        return sum(self.expected_per_fold.values()) or None
 
     @property
     def folds(self) -> tuple[int, ...]:
-        return tuple(sorted({fold for fold, _ in self.expected_cells}))
+        """What a trial may be tested on."""
+        return tuple(sorted(self.expected_per_fold))
 
     @property
-    def expected_recordings(self) -> int:
-        return sum(self.expected_cells.values())
+    def fold_column(self) -> tuple[int, ...]:
+        """What the fold of a recording may be; empty where recordings belong to none."""
+        return tuple(sorted(self.expected_per_fold))
 
     @abstractmethod
     def scan(self, source: Path | None) -> Scan:
@@ -140,7 +159,34 @@ class Dataset(ABC):
 
     @abstractmethod
     def wave(self, recording: Recording, source: Path | None) -> np.ndarray:
-        """int16 [samples], mono at `rate_hz`. Raises AudioError."""
+        """int16 [samples], mono at `rate_hz`, of the recording's own length. Raises AudioError."""
+
+    def split(self, index: Index, *, fold: int, protocol: Protocol) -> Split:
+        """The recordings for testing on `fold`. Raises ValueError where a part would be empty."""
+        return by_folds(index, fold=fold, validation=protocol.validation)
+
+    def clips(  # members that draw use what this one leaves unused
+        self,
+        index: Index,
+        rows: np.ndarray,
+        *,
+        protocol: Protocol,  # noqa: ARG002
+        seed: int,  # noqa: ARG002
+        epoch: int | None,  # noqa: ARG002
+    ) -> Clips:
+        """The clips made of `rows`, as many in every epoch: a pure function of (seed, epoch).
+
+        None as epoch is evaluation: always the same clips, whatever the seed.
+        """
+        return single(index, rows, clip_samples=self.clip_samples)
+
+    @property
+    def recording_options(self) -> dict[str, Any]:
+        """Those options (of the data set in `shares`, where it is set) that decide which recordings there are.
+
+        Settings that differ in others only share their prepared recordings.
+        """
+        return asdict(self)  # pyright: ignore
 
     def recordings(self, source: Path | None) -> list[Recording]:
         """All recordings, sorted by id. Raises DatasetError with everything that is wrong, absent audio too."""
@@ -162,82 +208,114 @@ class Dataset(ABC):
             if count > 1:
                 problems.append(f"{recording_id}: stands {count} times in the metadata; wanted once")
         for row in found.recordings:
-            if not 0 <= row.label < len(self.classes):
-                problems.append(f"{row.recording_id}: label {row.label}; wanted 0 to {len(self.classes) - 1}")
-            if row.fold is not None and row.fold not in self.folds:
-                problems.append(f"{row.recording_id}: fold {row.fold}; wanted one of {_listed(self.folds)}")
+            if not 0 <= row.label < len(found.classes):
+                problems.append(f"{row.recording_id}: label {row.label}; wanted 0 to {len(found.classes) - 1}")
+            if row.fold is not None and row.fold not in self.fold_column:
+                problems.append(f"{row.recording_id}: fold {row.fold}; wanted one of {listed(self.fold_column)}")
         if not allow_missing:
             problems += [f"{recording_id}: {reason}" for recording_id, reason in sorted(found.missing.items())]
         if problems:
             raise DatasetError(self._subject(source), problems)
         return Scan(
             recordings=sorted(found.recordings, key=lambda row: row.recording_id),
+            classes=found.classes,
             missing=dict(sorted(found.missing.items())),
+            notes=found.notes,
         )
 
-    def shortfall(self, cells: Iterable[tuple[int | None, int]]) -> list[str]:
-        """Where the recordings, each given as its (fold, label), differ in number from the complete data set."""
+    def shortfall(self, cells: Iterable[tuple[int | None, int]], classes: Sequence[str]) -> list[str]:
+        """Where the recordings, each given as its (fold, label), and the classes differ from the complete data set."""
         found, lines = Counter(cells), []
-        for fold in self.folds:
-            wanted = {label: count for (of, label), count in self.expected_cells.items() if of == fold}
-            total = sum(found[fold, label] for label in wanted)
-            odd = [label for label in wanted if found[fold, label] != wanted[label]]
+        if len(classes) != self.class_count:
+            lines.append(f"{len(classes)} classes; wanted {self.class_count}")
+        per_fold, per_class = _summed(found, 0), _summed(found, 1)
+        for fold, wanted in sorted(self.expected_per_fold.items()):
+            cell = {label: count for (of, label), count in self.expected_cells.items() if of == fold}
+            odd = [label for label in cell if found[fold, label] != cell[label]]
+            total = per_fold.get(fold, 0)
             if total == 0:
-                lines.append(f"fold {fold}: no recordings; wanted {sum(wanted.values())}")
-            elif odd:
-                classes = ", ".join(f"{self.classes[label]} {found[fold, label]} of {wanted[label]}" for label in odd)
-                lines.append(f"fold {fold}: {total} recordings of {sum(wanted.values())}; {classes}")
+                lines.append(f"fold {fold}: no recordings; wanted {wanted}")
+            elif odd or total != wanted:
+                named = ", ".join(f"{_named(classes, label)} {found[fold, label]} of {cell[label]}" for label in odd)
+                lines.append(f"fold {fold}: {total} recordings of {wanted}{'; ' if named else ''}{named}")
+        if not self.expected_cells:
+            lines += [
+                f"{_named(classes, label)}: {per_class.get(label, 0)} recordings of {wanted}"
+                for label, wanted in sorted(self.expected_per_class.items())
+                if per_class.get(label, 0) != wanted
+            ]
+        wanted = self.expected_recordings
+        if not lines and wanted is not None and found.total() != wanted:
+            lines.append(f"{found.total()} recordings of {wanted}")
         return lines
-
-    def split(self, index: Index, *, fold: int, validation: Literal["test_halves", "held_out"]) -> Split:
-        """The rows for testing on `fold`, under the switch `protocol.validation`.
-
-        "held_out": the next fold that is present (cyclic) selects and is not trained on. "test_halves": every other
-        fold trains and nothing is held out; who selects does it on one half of the test rows (see `halves`).
-        """
-        present = tuple(int(number) for number in np.unique(index.fold) if number >= 0)
-        if fold not in present:
-            raise ValueError(f"fold {fold} is not among the prepared recordings; present: {_listed(present)}")
-        if validation not in ("test_halves", "held_out"):
-            raise ValueError(f"validation is {validation!r}; wanted test_halves or held_out")
-        held_out = [fold]
-        if validation == "held_out":
-            held_out.append(present[(present.index(fold) + 1) % len(present)])
-        trained = [number for number in present if number not in held_out]
-        if not trained:
-            raise ValueError(
-                f"testing on fold {fold} with validation={validation} leaves no fold to train on; present: "
-                f"{_listed(present)}; prepare more folds"
-            )
-        return Split(
-            train=np.flatnonzero(np.isin(index.fold, trained)),
-            validation=np.flatnonzero(np.isin(index.fold, held_out[1:])),
-            test=np.flatnonzero(index.fold == fold),
-        )
 
     def _subject(self, source: Path | None) -> str:
         return f"{type(self).__name__} from {source or 'no source'}:"
 
 
-def halves(index: Index, rows: np.ndarray) -> np.ndarray:
-    """bool [len(rows)]: True for the half that selects, False for the half that is reported.
-
-    A group is never split. Groups are taken by size, then by a hash of their name, and each goes where fewer clips of
-    its classes are, so that both halves hold about half of every class.
-    """
-    members: dict[str, list[int]] = defaultdict(list)
-    for position, row in enumerate(rows):
-        members[str(index.group[row])].append(position)
-    loads = (Counter[int](), Counter[int]())
-    selects = np.zeros(len(rows), dtype=bool)
-    for group in sorted(members, key=lambda name: (-len(members[name]), hashlib.sha256(name.encode()).digest())):
-        labels = [int(index.label[rows[position]]) for position in members[group]]
-        cost = [(sum(load[label] for label in labels), load.total()) for load in loads]
-        side = int(cost[1] < cost[0])
-        loads[side].update(labels)
-        selects[members[group]] = bool(side)
-    return selects
+def recordings_of(name: str, options: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    """The data set whose prepared recordings `name` reads, and all options of it: what prepared data is keyed by."""
+    dataset: Dataset = DATASETS.make(name, options)
+    owner = dataset.shares or name
+    return owner, DATASETS.resolve(owner, dataset.recording_options)
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers)) or "none"
+@dataclass(frozen=True, kw_only=True)
+class PartFacts:
+    """One part of a split in numbers. `silence`: the share of samples that only complete clips to one length."""
+
+    recordings: int
+    speakers: int
+    clips: int
+    silence: float
+    clips_per_class: tuple[int, ...]
+
+    def __str__(self) -> str:
+        held = [count for count in self.clips_per_class if count]
+        spread = f"{min(held)} to {max(held)} clips" if held else "no clips"
+        classes = f"{len(held)} of {len(self.clips_per_class)} classes with {spread} each"
+        speakers = f", {self.speakers} speakers" if self.speakers else ""
+        return f"{self.clips} clips of {self.recordings} recordings{speakers}, {classes}, {self.silence:.1%} silence"
+
+
+def split_facts(dataset: Dataset, index: Index, *, classes: int, fold: int, protocol: Protocol) -> dict[str, PartFacts]:
+    """train, validation and test in numbers; what the first epoch trains on and what evaluation hears."""
+    split = dataset.split(index, fold=fold, protocol=protocol)
+    facts = {}
+    for name, rows in (("train", split.train), ("validation", split.validation), ("test", split.test)):
+        clips = dataset.clips(index, rows, protocol=protocol, seed=0, epoch=0 if name == "train" else None)
+        facts[name] = PartFacts(
+            recordings=len(rows),
+            speakers=len({speaker for speaker in index.speaker[rows].tolist() if speaker is not None}),
+            clips=len(clips),
+            silence=clips.silence,
+            clips_per_class=tuple(np.bincount(clips.label, minlength=classes).tolist()),
+        )
+    return facts
+
+
+def official_root(source: Path, marker: Path, name: str) -> Path:
+    """The folder of an official layout: `source` itself or the one folder inside it that has `marker`."""
+    children = sorted(path for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
+    found = [folder for folder in (source, *children) if (folder / marker).exists()]
+    if not found:
+        raise DatasetError(
+            f"{name} from {source}:",
+            [f"there is no {marker} in it or in a folder inside it; wanted the unpacked {name}"],
+        )
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder in found)
+        raise DatasetError(f"{name} from {source}:", [f"holds {len(found)} copies ({names}); name one of them"])
+    return found[0]
+
+
+def _summed(cells: Mapping[Any, int], part: int) -> dict[int, int]:
+    """The counts by fold (part 0) or by label (part 1)."""
+    sums = Counter[int]()
+    for cell, count in cells.items():
+        sums[cell[part]] += count
+    return dict(sums)
+
+
+def _named(classes: Sequence[str], label: int) -> str:
+    return classes[label] if label < len(classes) else f"class {label}"

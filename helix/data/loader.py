@@ -1,71 +1,282 @@
-"""Batches of prepared recordings: a pure function of (seed, epoch, step). There is no other state to save or restore.
+"""Batches of clips: a pure function of (spec, seed, epoch, step), whoever makes them. There is no state to save.
 
-B batch, T samples.
+Where the samples lie is a placement and not science: `Host` copies them out of memory maps, `Device` holds the whole
+set on the accelerator and gathers there. Both give the same bits, and so does making a batch ahead of time.
+
+B batch, T samples, P pieces, S samples of a whole data set.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
+import helix.protocol
+from helix.data.clips import Clips
+from helix.data.dataset import Dataset
 from helix.data.shards import Recordings
 from helix.spec import derive_seed
+
+#: int16 to [-1, 1); a power of two, so that it is exact wherever it is computed.
+FULL_SCALE = 1 / 32768
+
+#: A gather on a device holds three int64 per sample while it runs; so many samples at once are 400 MB.
+GATHERED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
-    """Waves in [-1, 1), their labels, how many samples come before the padding, and the rows of the index."""
+    """Waves in [-1, 1), their labels, keys and sounding samples (before the silence that ends a clip).
 
-    wave_BT: torch.Tensor  # noqa: N815
-    label_B: torch.Tensor  # noqa: N815
-    samples_B: torch.Tensor  # noqa: N815
-    clip_B: torch.Tensor  # noqa: N815
+    `parts`: into how many equal parts each wave falls that shift on their own, as augment takes it.
+    """
+
+    wave_BT: Tensor  # noqa: N815
+    label_B: Tensor  # noqa: N815
+    clip_B: Tensor  # noqa: N815
+    samples_B: Tensor  # noqa: N815
+    parts: int = 1
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        """The batch on another device; from pinned memory the copy does not wait."""
+        tensors = ("wave_BT", "label_B", "clip_B", "samples_B")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
+
+
+class Placement(Protocol):
+    """Where samples lie and are gathered."""
+
+    def gather(self, clips: Clips) -> Batch:
+        """These clips as one batch."""
+        ...
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Host:
+    """Copies pieces out of the memory maps of the shards. `pinned` memory is what a CUDA device copies from best."""
+
+    recordings: Recordings
+    pinned: bool = False
+
+    def gather(self, clips: Clips) -> Batch:
+        pcm_BT = torch.zeros(len(clips), clips.clip_samples, dtype=torch.int16)
+        flat_S = pcm_BT.numpy().reshape(-1)
+        of_piece = np.repeat(np.arange(len(clips)), np.diff(clips.first_piece))
+        to = of_piece * clips.clip_samples + clips.place
+        for row, start, samples, first in zip(
+            clips.row.tolist(), clips.start.tolist(), clips.samples.tolist(), to.tolist(), strict=True
+        ):
+            flat_S[first : first + samples] = self.recordings.wave(row)[start : start + samples]
+        wave_BT = torch.empty(pcm_BT.shape, dtype=torch.float32, pin_memory=self.pinned)
+        torch.mul(pcm_BT, FULL_SCALE, out=wave_BT)
+        return _batch(wave_BT, clips, "cpu", pinned=self.pinned)
+
+
+class Device:
+    """Holds every recording on `device` as one int16 tensor; a batch is one gather by index arithmetic."""
+
+    def __init__(self, recordings: Recordings, device: torch.device | str):
+        index = recordings.index
+        self.device = torch.device(device)
+        self.first_row = np.concatenate([[0], np.cumsum(index.samples, dtype=np.int64)])
+        self.pcm_S = torch.empty(int(self.first_row[-1]), dtype=torch.int16, device=self.device)
+        edges = np.flatnonzero(np.diff(index.shard, prepend=-1, append=-1))
+        for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            shard = torch.from_numpy(np.concatenate([recordings.wave(row) for row in range(low, high)]))
+            self.pcm_S[int(self.first_row[low]) : int(self.first_row[high])] = shard.to(self.device)
+
+    def gather(self, clips: Clips) -> Batch:
+        wave_BT = torch.zeros(len(clips), clips.clip_samples, dtype=torch.float32, device=self.device)
+        at_once = max(1, GATHERED_AT_ONCE // clips.clip_samples)
+        for low in range(0, len(clips), at_once):
+            high = min(low + at_once, len(clips))
+            self._gather(clips.take(np.arange(low, high)), wave_BT[low:high].view(-1))
+        return _batch(wave_BT, clips, self.device)
+
+    def _gather(self, clips: Clips, wave_S: Tensor) -> None:
+        """Pieces into the clips that lie one after the other in `wave_S`."""
+        of_piece = np.repeat(np.arange(len(clips)), np.diff(clips.first_piece))
+        before = np.cumsum(clips.samples) - clips.samples
+        columns = (clips.samples, self.first_row[clips.row] + clips.start - before)
+        samples_P, source_P = (torch.from_numpy(column).to(self.device) for column in columns)
+        place_P = torch.from_numpy(of_piece * clips.clip_samples + clips.place - before).to(self.device)
+        total = int(clips.samples.sum())
+        place_S = torch.arange(total, device=self.device)
+        source_S = place_S + torch.repeat_interleave(source_P, samples_P, output_size=total)
+        place_S += torch.repeat_interleave(place_P, samples_P, output_size=total)
+        wave_S[place_S] = self.pcm_S[source_S].to(torch.float32).mul_(FULL_SCALE)
+
+
+def _batch(wave_BT: Tensor, clips: Clips, device: torch.device | str, *, pinned: bool = False) -> Batch:
+    label_B, clip_B, samples_B = (torch.from_numpy(column) for column in (clips.label, clips.clip, clips.sounding))
+    if pinned:
+        label_B, clip_B, samples_B = (tensor.pin_memory() for tensor in (label_B, clip_B, samples_B))
+    return Batch(
+        wave_BT=wave_BT,
+        label_B=label_B.to(device),
+        clip_B=clip_B.to(device),
+        samples_B=samples_B.to(device),
+        parts=clips.parts,
+    )
 
 
 class Batches:
-    """The training batches of `rows`: every epoch a new order, each row once, what fills no batch dropped."""
+    """The training batches of `rows`: every epoch a new order, each clip once, what fills no batch dropped.
 
-    def __init__(self, recordings: Recordings, rows: np.ndarray, *, batch_size: int, seed: int):
+    `ahead`: how many batches a thread makes before they are asked for. The thread changes no bit; what fails in it is
+    raised where its batch is asked for, and it ends with `close`, with the object or with the process.
+    """
+
+    def __init__(
+        self,
+        recordings: Recordings,
+        dataset: Dataset,
+        rows: np.ndarray,
+        *,
+        batch_size: int,
+        seed: int,
+        protocol: helix.protocol.Protocol,
+        placement: Placement | None = None,
+        ahead: int = 0,
+    ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; wanted 1 or more")
-        if len(rows) < batch_size:
+        if ahead < 0:
+            raise ValueError(f"ahead is {ahead}; wanted 0 or more")
+        self.recordings, self.dataset, self.rows = recordings, dataset, np.asarray(rows, np.int64)
+        self.batch_size, self.seed, self.protocol = batch_size, seed, protocol
+        self.placement: Placement = placement or Host(recordings=recordings)
+        self._epochs: dict[int, Clips] = {}
+        self._lock = threading.Lock()
+        self._ahead: _Ahead | None = None
+        self.clips_per_epoch = len(self._drawn(0))
+        if self.clips_per_epoch < batch_size:
             raise ValueError(
-                f"{len(rows)} training clips do not fill one batch of {batch_size}; lower training.batch_size or "
-                "prepare more recordings"
+                f"{self.clips_per_epoch} training clips do not fill one batch of {batch_size}; lower "
+                "training.batch_size or prepare more recordings"
             )
-        self.recordings, self.rows, self.batch_size, self.seed = recordings, np.asarray(rows), batch_size, seed
+        if ahead:
+            self._ahead = _Ahead(self._make, self._next, ahead)
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.rows) // self.batch_size
+        return self.clips_per_epoch // self.batch_size
 
-    def order(self, epoch: int) -> np.ndarray:
-        """All rows in the order of this epoch."""
+    def clips(self, epoch: int) -> Clips:
+        """All clips of this epoch in the order in which it takes them."""
+        clips = self._drawn(epoch)
         random = np.random.Generator(np.random.Philox(derive_seed(self.seed, "order", epoch)))
-        return self.rows[random.permutation(len(self.rows))]
+        return clips.take(random.permutation(len(clips)))
 
-    def batch(self, epoch: int, step: int) -> Batch:
-        """The batch of the step `step` (from 0) of an epoch."""
+    def batch(self, epoch: int, step: int, *, rank: int = 0, ranks: int = 1) -> Batch:
+        """The batch of the step `step` (from 0) of an epoch; of `ranks` equal workers, the part of `rank`.
+
+        The parts are contiguous, differ by at most one clip, and one after the other are the batch.
+        """
         if not 0 <= step < self.steps_per_epoch:
             raise ValueError(f"step is {step}; an epoch has the steps 0 to {self.steps_per_epoch - 1}")
-        first = step * self.batch_size
-        return gather(self.recordings, self.order(epoch)[first : first + self.batch_size])
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank is {rank} of {ranks}; wanted 0 to {ranks - 1}")
+        if ranks > self.batch_size:
+            raise ValueError(f"{ranks} workers do not each get a clip of a batch of {self.batch_size}; use fewer")
+        place = (epoch, step, rank, ranks)
+        return self._ahead(place) if self._ahead else self._make(place)
+
+    def close(self) -> None:
+        """End the thread; batches can still be asked for and are made then."""
+        if self._ahead:
+            self._ahead.close()
+            self._ahead = None
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ahead": None, "_lock": None, "_epochs": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_lock": threading.Lock()})
+
+    def _make(self, place: tuple[int, ...]) -> Batch:
+        epoch, step, rank, ranks = place
+        low, high = (step * self.batch_size + self.batch_size * part // ranks for part in (rank, rank + 1))
+        return self.placement.gather(self._ordered(epoch).take(np.arange(low, high)))
+
+    def _next(self, place: tuple[int, ...]) -> tuple[int, ...]:
+        epoch, step, rank, ranks = place
+        return (epoch, step + 1, rank, ranks) if step + 1 < self.steps_per_epoch else (epoch + 1, 0, rank, ranks)
+
+    def _drawn(self, epoch: int) -> Clips:
+        return self.dataset.clips(self.recordings.index, self.rows, protocol=self.protocol, seed=self.seed, epoch=epoch)
+
+    def _ordered(self, epoch: int) -> Clips:
+        """`clips(epoch)`, kept for the batches that follow; two epochs, as the next one may be made ahead."""
+        with self._lock:
+            if epoch not in self._epochs:
+                while len(self._epochs) > 1:
+                    del self._epochs[next(iter(self._epochs))]
+                self._epochs[epoch] = self.clips(epoch)
+            return self._epochs[epoch]
 
 
-def in_order(recordings: Recordings, rows: np.ndarray, *, batch_size: int) -> Iterator[Batch]:
-    """All of `rows` as they stand, for evaluation; the last batch may be smaller."""
-    for first in range(0, len(rows), batch_size):
-        yield gather(recordings, rows[first : first + batch_size])
+class _Ahead:
+    """Makes what is likely asked for next on one thread: `make` of a place, then of the places that follow it."""
+
+    def __init__(self, make: Callable[[tuple[int, ...]], Batch], follow: Callable[..., tuple[int, ...]], depth: int):
+        self.make, self.follow, self.depth = make, follow, depth
+        self.waiting: deque[tuple[tuple[int, ...], Future[Batch]]] = deque()
+        self.process = os.getpid()
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="batches ahead")
+
+    def __call__(self, place: tuple[int, ...]) -> Batch:
+        if os.getpid() != self.process:  # a thread does not come along when a process forks
+            return self.make(place)
+        while self.waiting and self.waiting[0][0] != place:
+            self.waiting.popleft()[1].cancel()
+        if not self.waiting:
+            self._order(place)
+        batch = self.waiting.popleft()[1]
+        after = self.waiting[-1][0] if self.waiting else place
+        while len(self.waiting) < self.depth:
+            after = self.follow(after)
+            self._order(after)
+        return batch.result()
+
+    def _order(self, place: tuple[int, ...]) -> None:
+        self.waiting.append((place, self.thread.submit(self.make, place)))
+
+    def close(self) -> None:
+        self.thread.shutdown(wait=True, cancel_futures=True)
 
 
-def gather(recordings: Recordings, rows: np.ndarray) -> Batch:
-    """The rows as one batch on the CPU."""
-    wave_BT = torch.from_numpy(recordings.waves(rows)).to(torch.float32).mul_(1 / 32768)
-    label_B = torch.from_numpy(recordings.index.label[rows].astype(np.int64))
-    samples_B = torch.from_numpy(recordings.index.samples[rows] - recordings.index.padded_samples[rows])
-    clip_B = torch.from_numpy(np.asarray(rows, dtype=np.int64))
-    return Batch(wave_BT=wave_BT, label_B=label_B, samples_B=samples_B, clip_B=clip_B)
+def in_order(
+    recordings: Recordings, clips: Clips, *, batch_size: int, placement: Placement | None = None, ahead: int = 0
+) -> Iterator[Batch]:
+    """All clips as they stand, for evaluation; the last batch may be smaller. `ahead` as in Batches."""
+    place = placement or Host(recordings=recordings)
+    parts = [np.arange(low, min(low + batch_size, len(clips))) for low in range(0, len(clips), batch_size)]
+    if ahead == 0:
+        for part in parts:
+            yield place.gather(clips.take(part))
+        return
+    thread = ThreadPoolExecutor(1, thread_name_prefix="batches ahead")
+    try:
+        waiting: deque[Future[Batch]] = deque()
+        for part in parts:
+            waiting.append(thread.submit(place.gather, clips.take(part)))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        thread.shutdown(wait=True, cancel_futures=True)

@@ -36,7 +36,7 @@ import pyarrow.parquet as parquet
 
 from helix.data.audio import AudioError
 from helix.data.cache import ShardCache
-from helix.data.dataset import Dataset, DatasetError, Index, Recording, Scan
+from helix.data.dataset import Dataset, DatasetError, Index, Recording, Scan, recordings_of
 from helix.data.sources import Content, is_unchanged, read_contents
 from helix.registry import DATASETS
 from helix.storage import CorruptObjectError, Storage, json_bytes
@@ -294,6 +294,7 @@ def check_source(
     name: str, options: Mapping[str, Any] | None = None, *, source: Path | None, allow_partial: bool = False
 ) -> Scan:
     """What `source` holds by its metadata, decoding nothing. Raises DatasetError with everything that is wrong."""
+    name, options = recordings_of(name, options)
     listing, problems = _looked_at(DATASETS.make(name, options), source, allow_partial=allow_partial)
     if problems:
         raise _refusal(name, source, problems)
@@ -326,8 +327,8 @@ def prepare(
         raise ValueError(f"quarantine is {quarantine}; wanted the number of bad files to accept, 0 or more")
     source = None if source is None else source.resolve()
     shard_bytes = max(2, int(shard_mib * 2**20))
-    dataset: Dataset = DATASETS.make(name, options)
-    resolved = DATASETS.resolve(name, options)
+    name, resolved = recordings_of(name, options)
+    dataset: Dataset = DATASETS.make(name, resolved)
     listing, problems = _looked_at(dataset, source, allow_partial=allow_partial)
     if not listing.recordings:
         raise _refusal(name, source, problems)
@@ -383,7 +384,7 @@ def prepare(
 
 def find(storage: Storage, name: str, options: Mapping[str, Any] | None = None) -> list[Prepared]:
     """What is prepared for exactly these options, by prefix. Several where it was prepared from several sources."""
-    resolved = DATASETS.resolve(name, options)
+    name, resolved = recordings_of(name, options)
     summaries = []
     for prefix in prepared_prefixes(storage, name):
         with contextlib.suppress(FormatError):
@@ -461,8 +462,9 @@ def _looked_at(dataset: Dataset, source: Path | None, *, allow_partial: bool) ->
         # What is said to be missing need not be counted again.
         explained = listing.missing and len(listing.recordings) + len(listing.missing) == dataset.expected_recordings
         if listing.recordings and not explained:
-            shortfall = dataset.shortfall((row.fold, row.label) for row in listing.recordings)
-            count = f"{len(listing.recordings)} of {dataset.expected_recordings} recordings"
+            shortfall = dataset.shortfall(((row.fold, row.label) for row in listing.recordings), listing.classes)
+            wanted = dataset.expected_recordings
+            count = f"{len(listing.recordings)}{'' if wanted is None else f' of {wanted}'} recordings"
             problems += [
                 (f"counts differ: it is not complete, {count} (--allow-partial accepts a partial set)", line)
                 for line in shortfall
@@ -511,7 +513,9 @@ def _planned(
     total = 0
     for row in recordings:
         content = contents.get(str(row.path))
-        seconds = dataset.clip_samples / dataset.rate_hz if content is None else content.seconds / sharing[row.path]
+        seconds = (
+            dataset.recording_samples / dataset.rate_hz if content is None else content.seconds / sharing[row.path]
+        )
         size = 2 * round(seconds * dataset.rate_hz)
         if batch and total + size > shard_bytes:
             yield tuple(batch)
@@ -564,17 +568,20 @@ def _described(
         "format": FORMAT,
         "dataset": name,
         "options": options,
-        "classes": list(dataset.classes),
+        "classes": list(listing.classes),
         "rate_hz": dataset.rate_hz,
         "clip_samples": dataset.clip_samples,
         "recordings": len(rows),
         "expected_recordings": dataset.expected_recordings,
         # A recording in quarantine was accepted by number, so the set counts as complete without it.
-        "partial": bool(dataset.shortfall((row.fold, row.label) for row in listing.recordings)),
+        "partial": bool(
+            listing.missing
+            or dataset.shortfall(((row.fold, row.label) for row in listing.recordings), listing.classes)
+        ),
         "missing": listing.missing,
         "quarantined": quarantined,
-        "shortfall": dataset.shortfall((row["fold"], row["label"]) for row in rows),
-        "recordings_per_class": _counts(dataset.classes[row["label"]] for row in rows),
+        "shortfall": dataset.shortfall(((row["fold"], row["label"]) for row in rows), listing.classes),
+        "recordings_per_class": _counts(listing.classes[row["label"]] for row in rows),
         "recordings_per_fold": _counts(str(row["fold"]) for row in rows),
         "speakers_per_fold": {fold: len(names) for fold, names in sorted(speakers.items())},
         "seconds": samples / dataset.rate_hz,
@@ -587,6 +594,7 @@ def _described(
             "bytes": sum(content.bytes for content in contents.values()),
             "sha256": _sha256(json_bytes(_sources(listing.recordings, contents))),
         },
+        **({"notes": list(listing.notes)} if listing.notes else {}),
         "shards": shards,
         "index": {"name": "index.parquet", "bytes": len(index), "sha256": _sha256(index)},
     }

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helix.data.augment import augment, mixup
-from helix.data.dataset import Dataset, halves
-from helix.data.loader import Batches, in_order
+from helix.data.clips import Clips
+from helix.data.dataset import Dataset
+from helix.data.loader import Batches, Device, Host, in_order
 from helix.data.shards import Recordings
+from helix.data.splits import halves
 from helix.models.classifier import Classifier, build_classifier, cost
 from helix.models.scan import scan_backend
 from helix.registry import DATASETS
@@ -54,6 +56,8 @@ class Fit:
 
     `micro_batch`: clips that go through the model at a time, None for the whole batch; gradients add up to those of the
     batch, each clip weighted the same. `recompute`: see helix.models.classifier.Classifier.
+    `placement`: where the samples are gathered, "host" from memory maps or "device" from the whole set held there.
+    `ahead`: how many batches are made before they are asked for, None for 2 on an accelerator and 0 on a CPU.
     `save_every_s`: the most seconds of training between checkpoints; how many it is follows from what a checkpoint
     costs and from `between_losses_s`, the mean time after which a machine is lost. The end of an epoch is saved as soon
     as the checkpoint before it is written. `save_now`: asked at every step; True (a preemption notice, say) saves at
@@ -66,6 +70,8 @@ class Fit:
     device: str = "cpu"
     micro_batch: int | None = None
     recompute: bool = False
+    placement: Literal["host", "device"] = "host"
+    ahead: int | None = None
     save_every_s: float = 300.0
     between_losses_s: float = 4 * 3600.0
     save_now: Callable[[], bool] = lambda: False
@@ -94,6 +100,7 @@ def fit(spec: TrialSpec, recordings: Recordings, how: Fit) -> dict[str, Any]:
     try:
         return trial.run()
     finally:
+        trial.batches.close()
         trial.saver.close()
 
 
@@ -105,11 +112,28 @@ class _Trial:
         self.id = trial_id(spec, recordings.manifest_sha256)
         self.folder = trial_folder(self.id)
         self.dataset: Dataset = DATASETS.make(self.spec.data.dataset, self.spec.data.options)
-        self.classes = len(self.dataset.classes)
-        clips = self.dataset.split(recordings.index, fold=self.spec.data.fold, validation=self.spec.protocol.validation)
-        self.test_clips, self.validation_clips = clips.test, clips.validation
-        self.half_a = halves(recordings.index, clips.test)
-        self.batches = Batches(recordings, clips.train, batch_size=self.spec.training.batch_size, seed=self.spec.seed)
+        self.classes = len(recordings.classes)
+        training, protocol, seed, index = self.spec.training, self.spec.protocol, self.spec.seed, recordings.index
+        rows = self.dataset.split(index, fold=self.spec.data.fold, protocol=protocol)
+        self.test_clips, self.validation_clips = (
+            self.dataset.clips(index, part, protocol=protocol, seed=seed, epoch=None)
+            for part in (rows.test, rows.validation)
+        )
+        self.half_a = halves(self.test_clips.label, self.test_clips.group)
+        on_cpu = torch.device(how.device).type == "cpu"
+        self.ahead = (0 if on_cpu else 2) if how.ahead is None else how.ahead
+        host = Host(recordings=recordings, pinned=torch.device(how.device).type == "cuda")
+        self.placement = Device(recordings, how.device) if how.placement == "device" else host
+        self.batches = Batches(
+            recordings,
+            self.dataset,
+            rows.train,
+            batch_size=training.batch_size,
+            seed=seed,
+            protocol=protocol,
+            placement=self.placement,
+            ahead=self.ahead,
+        )
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.tested: Evaluation | None = None
         self.micro_batch = how.micro_batch or self.spec.training.batch_size
@@ -305,7 +329,16 @@ class _Trial:
         wave_BT, label_B, samples_B = batch.wave_BT, batch.label_B, batch.samples_B
         if self.model.frontend.augmented:
             rate_hz = self.dataset.rate_hz
-            wave_BT = augment(wave_BT, batch.clip_B, self.spec.augment, seed=seed, epoch=epoch, rate_hz=rate_hz)
+            wave_BT = augment(
+                wave_BT,
+                batch.clip_B,
+                self.spec.augment,
+                seed=seed,
+                epoch=epoch,
+                rate_hz=rate_hz,
+                samples_B=samples_B if protocol.pad_mask == "clip" else None,
+                parts=batch.parts,
+            )
         mixing = {"alpha": self.spec.augment.mixup_alpha, "seed": seed, "epoch": epoch, "step": step}
         if protocol.mixup_on == "waveform":
             mixed, partner_B, share = mixup(wave_BT, **mixing)
@@ -389,10 +422,11 @@ class _Trial:
         return row | {"seconds": now - began, "time": now}
 
     @torch.no_grad()
-    def _evaluate(self, clips: np.ndarray, on_batch: Callable[[], None]) -> Evaluation:
+    def _evaluate(self, clips: Clips, on_batch: Callable[[], None]) -> Evaluation:
         self.model.eval()
         labels, guesses, losses = [], [], []
-        for batch in in_order(self.recordings, clips, batch_size=self.micro_batch):
+        how = {"batch_size": self.micro_batch, "placement": self.placement, "ahead": self.ahead}
+        for batch in in_order(self.recordings, clips, **how):
             batch = batch.to(self.how.device)
             label_B = batch.label_B
             logits_BC = self._logits(self.model.features(batch.wave_BT), batch.samples_B)
@@ -418,7 +452,7 @@ class _Trial:
             "classes": self.classes,
             "parameters": price.parameters,
             "tokens": price.tokens,
-            "train_clips": len(self.batches.rows),
+            "train_clips": self.batches.clips_per_epoch,
             "test_clips": len(self.test_clips),
             "accuracy": {"best_test": chosen.best_test, "last": chosen.last, "validation": chosen.validation},
             "best_epoch": {"best_test": chosen.best_test_epoch, "validation": list(chosen.validation_epochs)},

@@ -229,13 +229,20 @@ def test_a_shift_that_is_given_is_kept():
 @pytest.mark.parametrize(
     ("spec", "complaint"),
     [
-        (TrialSpec(data=DataSpec(dataset="esc51")), "unknown data set 'esc51'; known: esc50, tones"),
-        (TrialSpec(model=ModelSpec(frontend="raws")), "unknown frontend 'raws'; known: mel, raw"),
-        (TrialSpec(model=ModelSpec(pattern=("mamba9",))), "unknown block 'mamba9'; known: attention, mamba"),
-        (TrialSpec(model=ModelSpec(reference="mamba9")), "unknown block 'mamba9'; known: attention, mamba"),
+        (TrialSpec(data=DataSpec(dataset="esc51")), f"unknown data set 'esc51'; known: {', '.join(DATASETS.names())}"),
+        (
+            TrialSpec(model=ModelSpec(frontend="raws")),
+            f"unknown frontend 'raws'; known: {', '.join(FRONTENDS.names())}",
+        ),
+        (
+            TrialSpec(model=ModelSpec(pattern=("mamba9",))),
+            f"unknown block 'mamba9'; known: {', '.join(BLOCKS.names())}",
+        ),
+        (TrialSpec(model=ModelSpec(reference="mamba9")), f"unknown block 'mamba9'; known: {', '.join(BLOCKS.names())}"),
         (
             TrialSpec(model=ModelSpec(options={"mamba9": {"d_state": 8}})),
-            "model.options names 'mamba9', which is no block and no frontend; known: attention, mamba, mel, raw",
+            "model.options names 'mamba9', which is no block and no frontend; known: "
+            + ", ".join((*BLOCKS.names(), *FRONTENDS.names())),
         ),
         (
             TrialSpec(model=ModelSpec(options={"mamba": {"state": 8}})),

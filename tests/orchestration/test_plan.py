@@ -1,6 +1,7 @@
 """The plan: what may be compared, what it costs, how it is dealt over workers, and how it stands."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helix.data.index import Recording, listed_index
 from helix.models.classifier import Cost
 from helix.protocol import PROFILES
 from helix.registry import GRIDS
@@ -50,7 +52,14 @@ def prepared(*, clips_per_fold: int = 144, folds: Sequence[int] = (1, 2, 3, 4), 
         "missing": {},
         "quarantined": {},
     }
-    return SimpleNamespace(index=SimpleNamespace(fold=fold), manifest=manifest | changed, manifest_sha256=MANIFEST)
+    listing = [
+        Recording(recording_id=str(row), label=row % 6, path=None, fold=int(of), speaker=None, group=str(row))
+        for row, of in enumerate(fold)
+    ]
+    index = replace(listed_index(listing), samples=np.full(len(fold), 24_576))
+    return SimpleNamespace(
+        index=index, classes=tuple(manifest["classes"]), manifest=manifest | changed, manifest_sha256=MANIFEST
+    )
 
 
 # What may be compared
@@ -267,3 +276,22 @@ def test_what_preparation_left_out_is_told():
         "1 recordings are missing",
         "2 recordings were left out because their files cannot be used",
     )
+
+
+def test_the_clips_of_every_fold_that_is_asked_for_are_told():
+    trials = expand(load_grid("demo"), variants=["mamba-raw"], folds=[1, 2], overrides=["protocol.validation=held_out"])
+    notes = data_facts(prepared(), trials).notes[1:]
+    assert [note.partition(":")[0] for note in notes] == [
+        f"fold {fold}, {part}" for fold in (1, 2) for part in ("train", "validation", "test")
+    ]
+    assert notes[0] == (
+        "fold 1, train: 288 clips of 288 recordings, 6 of 6 classes with 48 to 48 clips each, 0.0% silence"
+    )
+
+
+def test_the_model_has_as_many_classes_as_were_prepared():
+    (entry,) = make_plan([TRIAL], prepared(classes=["a"] * 6))
+    fewer = prepared()
+    fewer.classes = fewer.classes[:4]
+    (other,) = make_plan([TRIAL], fewer)
+    assert entry.cost.parameters - other.cost.parameters == 2 * (TRIAL.spec.model.width + 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helix import storage_s3
+from helix.registry import GRIDS
 from helix.storage import FolderStorage, Storage, open_storage
 from orchestration import sweep
 from tests.fault_proxy import FaultProxy
@@ -53,7 +54,7 @@ def science(result: dict) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--grid", "nonsense"], "unknown grid 'nonsense'; known: demo, esc50"),
+        (["--grid", "nonsense"], f"unknown grid 'nonsense'; known: {', '.join(GRIDS.names())}"),
         (["--grid", "demo", "training.epocs=3"], "training has epochs, batch_size"),
         (["--grid", "demo", "training.epochs=many"], "could not be converted to Integer"),
         (["--grid", "demo", "model.options.mamba.d_stat=3"], "has no option 'd_stat'; it has"),
@@ -87,7 +88,7 @@ def test_bad_input_is_refused_with_what_was_wanted(arguments, said, tmp_path, mo
 def test_a_refusal_seen_from_outside_is_one_message_and_exit_code_2(tmp_path):
     done = run(["--grid", "nonsense"], cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "refused: unknown grid 'nonsense'; known: demo, esc50\n"
+    assert done.stderr == f"refused: unknown grid 'nonsense'; known: {', '.join(GRIDS.names())}\n"
 
 
 def test_a_dry_run_prints_the_plan_and_leaves_no_trace(tmp_path):

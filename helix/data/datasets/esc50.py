@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from helix.data.audio import decode, fit_length
-from helix.data.dataset import Dataset, DatasetError, Recording, Scan
+from helix.data.dataset import Dataset, Recording, Scan, official_root
 from helix.data.metadata import read_table
 from helix.registry import DATASETS
 
@@ -53,6 +53,10 @@ class Esc50(Dataset):
         return CLASSES
 
     @property
+    def class_count(self) -> int:
+        return len(CLASSES)
+
+    @property
     def clip_samples(self) -> int:
         return CLIP_S * self.rate_hz
 
@@ -62,7 +66,7 @@ class Esc50(Dataset):
 
     def scan(self, source: Path | None) -> Scan:
         assert source is not None
-        root = _root(source)
+        root = official_root(source, TABLE, "esc50")
         recordings, missing, problems = [], {}, []
         table = read_table(root / TABLE, COLUMNS, name=str(TABLE))
         for line, row in table.rows:
@@ -73,25 +77,11 @@ class Esc50(Dataset):
                 missing[recording.recording_id] = f"audio/{row['filename']} is not there"
             else:
                 recordings.append(recording)
-        return Scan(recordings=recordings, missing=missing, problems=table.problems + problems)
+        return Scan(recordings=recordings, classes=self.classes, missing=missing, problems=table.problems + problems)
 
     def wave(self, recording: Recording, source: Path | None) -> np.ndarray:
         assert source is not None and recording.path is not None
         return fit_length(decode(source / recording.path, rate_hz=self.rate_hz), self.clip_samples)
-
-
-def _root(source: Path) -> Path:
-    """The folder of the official layout: `source` itself or the one folder inside it that has the table."""
-    children = sorted(path for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
-    found = [folder for folder in (source, *children) if (folder / TABLE).is_file()]
-    if not found:
-        raise DatasetError(
-            f"esc50 from {source}:", [f"there is no {TABLE} in it or in a folder inside it; wanted the unpacked ESC-50"]
-        )
-    if len(found) > 1:
-        names = ", ".join(folder.name for folder in found)
-        raise DatasetError(f"esc50 from {source}:", [f"holds {len(found)} copies ({names}); name one of them"])
-    return found[0]
 
 
 def _parse(row: Mapping[str, str], root: Path) -> tuple[Recording | None, str]:

@@ -134,6 +134,10 @@ class Tones(Dataset):
         return tuple(f"{triple}-{order}" for triple in TRIPLES for order in ORDERS)
 
     @property
+    def class_count(self) -> int:
+        return len(self.classes)
+
+    @property
     def clip_samples(self) -> int:
         return CLIP_SAMPLES
 
@@ -155,7 +159,7 @@ class Tones(Dataset):
                         recording_id=recording_id, label=label, path=None, fold=fold, speaker=None, group=recording_id
                     )
                 )
-        return Scan(recordings=recordings)
+        return Scan(recordings=recordings, classes=self.classes)
 
     def score(self, recording: Recording) -> Score:
         """What the recording plays; the first of its random draws."""

@@ -157,3 +157,13 @@ def test_a_wave_is_padded_with_silence_and_cropped():
 def test_an_audio_error_crosses_processes():
     error = pickle.loads(pickle.dumps(AudioError("a.wav", "is empty")))
     assert (error.path, error.reason, str(error)) == ("a.wav", "is empty", "a.wav: is empty")
+
+
+def test_only_the_rate_and_channels_that_were_asked_for_pass(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros((80, 2)), 8_000, subtype="PCM_16")
+    with pytest.raises(AudioError, match=r"a\.wav: has a rate of 8000 Hz; wanted 16000"):
+        decode(path, rate_hz=16_000, source_rate_hz=16_000)
+    with pytest.raises(AudioError, match=r"a\.wav: has 2 channels; wanted 1"):
+        decode(path, rate_hz=16_000, source_channels=1)
+    assert len(decode(path, rate_hz=16_000, source_rate_hz=8_000, source_channels=2)) == 160

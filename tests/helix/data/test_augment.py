@@ -6,7 +6,9 @@ import torch
 from scipy import stats
 
 from helix.data.augment import augment, gaussian, mixup, roll
+from helix.data.datasets.tones import Tones
 from helix.data.loader import Batches
+from helix.protocol import Protocol
 from helix.spec import AugmentSpec
 
 RATE_HZ = 16_000
@@ -27,7 +29,8 @@ def test_a_clip_is_augmented_alike_in_any_company():
 
 def test_the_loader_and_the_augmentation_together_carry_no_state(tones):
     def clip_in_epoch(batch_size: int, clip: int) -> torch.Tensor:
-        batches = Batches(tones, np.arange(48), batch_size=batch_size, seed=0)
+        how = {"batch_size": batch_size, "seed": 0, "protocol": Protocol()}
+        batches = Batches(tones, Tones(clips_per_class=8), np.arange(48), **how)
         for step in range(batches.steps_per_epoch):
             batch = batches.batch(4, step)
             wave_BT = augment(batch.wave_BT, batch.clip_B, SPEC, seed=0, epoch=4)
@@ -139,3 +142,48 @@ def test_mixup_of_alpha_0_is_none():
     wave_BT = waves(4)
     mixed, partner_B, lam = mixup(wave_BT, alpha=0.0, seed=0, epoch=0, step=0)
     assert mixed is wave_BT and partner_B.tolist() == [0, 1, 2, 3] and lam == 1.0
+
+
+SHIFT_ONLY = AugmentSpec(shift_s=0.5, gain_low=1.0, gain_high=1.0, noise=0.0)
+
+
+def test_with_the_silence_masked_the_shift_turns_the_sounding_part_alone():
+    wave_BT = waves(6, 1_000)
+    samples_B = torch.tensor([1_000, 700, 1, 999, 50, 333])
+    for row, samples in enumerate(samples_B.tolist()):
+        wave_BT[row, samples:] = 0
+    rolled_BT = augment(wave_BT, torch.arange(6), SHIFT_ONLY, seed=0, epoch=0, samples_B=samples_B)
+    for wave_T, rolled_T, samples in zip(wave_BT, rolled_BT, samples_B.tolist(), strict=True):
+        assert not rolled_T[samples:].any()
+        turned = [torch.equal(torch.roll(wave_T[:samples], shift), rolled_T[:samples]) for shift in range(samples)]
+        assert any(turned)
+    assert not torch.equal(rolled_BT, wave_BT)
+    plain = augment(wave_BT, torch.arange(6), SHIFT_ONLY, seed=0, epoch=0)
+    assert torch.equal(plain[0], rolled_BT[0]), "a clip that sounds to its end is turned as without a mask"
+
+
+def test_each_part_of_a_concatenation_is_turned_within_itself_by_a_number_of_its_own():
+    wave_BT = waves(3, 4_000)
+    rolled_BT = augment(wave_BT, torch.arange(3), SHIFT_ONLY, seed=0, epoch=0, parts=4)
+    shifts = []
+    for before, after in zip(wave_BT.reshape(12, 1_000), rolled_BT.reshape(12, 1_000), strict=True):
+        found = [shift for shift in range(1_000) if torch.equal(torch.roll(before, shift), after)]
+        assert len(found) == 1
+        shifts += found
+    assert len(set(shifts)) > 9
+
+
+def test_in_a_concatenation_the_last_part_keeps_its_silence():
+    wave_BT = waves(2, 3_000)
+    wave_BT[:, 2_300:] = 0
+    rolled_BT = augment(
+        wave_BT, torch.arange(2), SHIFT_ONLY, seed=0, epoch=0, parts=3, samples_B=torch.tensor([2_300, 2_300])
+    )
+    assert not rolled_BT[:, 2_300:].any() and not torch.equal(rolled_BT, wave_BT)
+    for part in (slice(0, 1_000), slice(1_000, 2_000), slice(2_000, 2_300)):
+        assert torch.equal(rolled_BT[:, part].sort(dim=1).values, wave_BT[:, part].sort(dim=1).values)
+
+
+def test_parts_that_do_not_divide_the_wave_are_refused():
+    with pytest.raises(ValueError, match="waves of 1000 samples do not fall into 3 equal parts"):
+        augment(waves(1, 1_000), torch.arange(1), SHIFT_ONLY, seed=0, epoch=0, parts=3)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from helix.data.dataset import DatasetError, halves
+from helix.data.dataset import DatasetError
 from helix.data.datasets import esc50
 from helix.data.datasets.esc50 import Esc50
 from helix.data.shards import open_prepared, prepare
+from helix.data.splits import halves
 
 ESC50 = Esc50()
 
@@ -47,7 +48,7 @@ def test_the_complete_set_lacks_nothing(esc50_layout):
     layout = esc50_layout(folds=range(1, 6), per_cell=8, samples=1)
     recordings = ESC50.recordings(layout)
     assert len(recordings) == ESC50.expected_recordings == 2000
-    assert ESC50.shortfall((row.fold, row.label) for row in recordings) == []
+    assert ESC50.shortfall([(row.fold, row.label) for row in recordings], ESC50.classes) == []
 
 
 def test_any_rate_becomes_five_seconds_at_16_khz(esc50_layout):
@@ -193,7 +194,7 @@ def test_one_real_fold_prepares_and_halves(real_esc50, tmp_path, storage):
     assert len(recordings) == 400 and recordings.manifest["seconds"] == 2000.0
     assert 0.01 < recordings.manifest["padded_fraction"] < 0.3
     rows = np.arange(400)
-    selects = halves(recordings.index, rows)
+    selects = halves(recordings.index.label, recordings.index.group)
     per_class = np.bincount(recordings.index.label[rows[selects]], minlength=50)
     assert 190 <= selects.sum() <= 210 and per_class.min() >= 1 and per_class.max() <= 7
     assert np.mean(np.abs(per_class - 4) <= 1) > 0.9

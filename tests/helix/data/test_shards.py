@@ -29,6 +29,7 @@ from helix.data.shards import (
     verify,
     write_shard,
 )
+from helix.registry import DATASETS
 from helix.storage import FolderStorage, Storage, open_storage
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -310,7 +311,7 @@ def test_a_shard_of_no_size_is_refused(storage):
 
 
 def test_an_unknown_data_set_is_named(storage):
-    with pytest.raises(ValueError, match="unknown data set 'esc-50'; known: esc50, tones"):
+    with pytest.raises(ValueError, match=f"unknown data set 'esc-50'; known: {', '.join(DATASETS.names())}"):
         prepare("esc-50", source=None, storage=storage)
 
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from helix.models.block import count
 from helix.models.classifier import build_classifier, cost, count_parameters, decay_exempt, sinusoids
 from helix.protocol import PROFILES, Protocol, profile
+from helix.registry import BLOCKS, FRONTENDS
 from helix.spec import ModelSpec
 
 PATTERNS = {
@@ -171,8 +172,8 @@ def test_what_is_exempt_from_decay_is_marked_or_has_no_direction():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"frontend": "cqt"}, "unknown frontend 'cqt'; known: mel, raw"),
-        ({"pattern": ("mamba9",)}, "unknown block 'mamba9'; known: attention, mamba"),
+        ({"frontend": "cqt"}, f"unknown frontend 'cqt'; known: {', '.join(FRONTENDS.names())}"),
+        ({"pattern": ("mamba9",)}, f"unknown block 'mamba9'; known: {', '.join(BLOCKS.names())}"),
         ({"reference": "mamba9"}, "unknown block 'mamba9'"),
         ({"options": {"mamba": {"states": 8}}}, "block 'mamba' has no option 'states'; it has d_state"),
         ({"options": {"raw": {"samples_per_token": "10"}}}, "option samples_per_token is '10'; wanted int"),

@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -332,3 +333,9 @@ def test_a_change_of_environment_is_told_and_recorded(tiny_spec, tiny_data, stor
     result = fit(tiny_spec, tiny_data, Fit(storage=storage))
     assert [name.split(", ")[1] for name in result["environments"]] == ["scan numba", "scan reference"]
     assert "goes on in another environment" in caplog.text
+
+
+@pytest.mark.parametrize("how", [{"placement": "device"}, {"ahead": 3}, {"placement": "device", "ahead": 1}])
+def test_where_samples_lie_and_who_makes_batches_changes_no_bit(tiny_spec, tiny_data, storage, undisturbed, how):
+    assert science(fit(tiny_spec, tiny_data, Fit(storage=storage, **how))) == undisturbed(tiny_spec)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches ahead")]
