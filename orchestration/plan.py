@@ -4,6 +4,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dashboards.view import DataFacts, SweepView, TrialEntry
 from helix.data.dataset import Dataset, split_facts
 from helix.data.shards import Recordings
@@ -147,7 +149,9 @@ class Snapshot:
 def data_facts(recordings: Recordings, trials: Sequence[Trial] = ()) -> DataFacts:
     """What the report says of a prepared data set, and of the clips that the folds of these trials make of it."""
     manifest = recordings.manifest
-    per_class = manifest["recordings_per_class"].values()
+    # Guessing means naming the most frequent class, of the clips that are tested where it is known which they are.
+    per_class = np.array(list(manifest["recordings_per_class"].values()))
+    tested = np.zeros(len(manifest["classes"]), np.int64)
     notes = [f"{manifest['padded_fraction']:.1%} of the samples are padding or silence at the end of a recording"]
     if manifest["missing"]:
         notes.append(f"{len(manifest['missing'])} recordings are missing")
@@ -159,12 +163,14 @@ def data_facts(recordings: Recordings, trials: Sequence[Trial] = ()) -> DataFact
         classes = len(recordings.classes)
         parts = split_facts(dataset, recordings.index, classes=classes, fold=fold, protocol=spec.protocol)
         notes += [f"fold {fold}, {name}: {facts}" for name, facts in parts.items() if facts.recordings]
+        tested += np.array(parts["test"].clips_per_class)
+    if trials:
+        per_class = tested
     return DataFacts(
         name=trials[0].spec.data.dataset if trials else manifest["dataset"],
         classes=len(manifest["classes"]),
         recordings=manifest["recordings"],
-        # Guessing means naming the most frequent class.
-        chance=max(per_class) / manifest["recordings"],
+        chance=float(per_class.max() / per_class.sum()),
         expected=manifest["expected_recordings"],
         partial=manifest["partial"],
         seconds=manifest["seconds"],

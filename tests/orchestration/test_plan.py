@@ -267,6 +267,14 @@ def test_guessing_is_naming_the_most_frequent_class():
     assert data_facts(prepared(clips_per_fold=25)).chance == 95 / 100
 
 
+def test_guessing_is_about_the_clips_that_are_tested():
+    found = prepared()
+    found.index.label[:100] = 3
+    trials = expand(load_grid("demo"), variants=["mamba-raw"], folds=[1, 2])
+    label = found.index.label[:288]
+    assert data_facts(found, trials).chance == np.bincount(label).max() / 288
+
+
 def test_what_preparation_left_out_is_told():
     whole = data_facts(prepared())
     part = data_facts(prepared(partial=True, missing={"one": "not there"}, quarantined={"two": {}, "three": {}}))

@@ -104,8 +104,9 @@ def test_another_rate_or_two_channels_are_refused_by_name(layouts, tmp_path, sto
     ):
         with pytest.raises(AudioError, match=message):
             COMMANDS.wave(recording, source)
-    manifest = prepare("speech_commands", source=source, storage=storage, allow_partial=True).manifest
-    assert len(manifest["missing"]) == 2 and all("wanted" in reason for reason in manifest["missing"].values())
+    manifest = prepare("speech_commands", source=source, storage=storage, allow_partial=True, quarantine=2).manifest
+    assert len(manifest["quarantined"]) == 2
+    assert all("wanted" in left_out["reason"] for left_out in manifest["quarantined"].values())
 
 
 def test_concatenations_read_the_recordings_of_the_words_and_store_nothing(layouts, tmp_path, storage):
