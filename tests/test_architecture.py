@@ -21,6 +21,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.data": ("helix.data", "helix.spec", "helix.registry", "helix.storage"),
     "helix.models": ("helix.models", "helix.spec", "helix.registry", "helix.protocol"),
     "helix.training": ("helix",),
+    "helix.doctor": ("helix.registry",),
+    "helix.checks": ("helix.doctor", "helix.models", "helix.registry", "helix.storage"),
     "dashboards": ("dashboards", "helix", "orchestration.ledger"),
     "orchestration": ("orchestration", "dashboards", "helix"),
 }
