@@ -1,4 +1,4 @@
-"""The console script `helix`: sweep, report, prepare and doctor under one name."""
+"""The console script `helix`: sweep, report, prepare, doctor and bench under one name."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from helix import doctor
+from helix import bench, doctor
 from helix.data.shards import CorruptShardError
 from helix.registry import DATASETS
 from helix.spec import TrialSpec, apply_overrides
@@ -27,11 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("report", "write the report of a grid from what is stored now, without training"),
         ("prepare", "decode a data set into shards"),
         ("doctor", "what works on this machine, found by trying it, and what to do about the rest"),
+        ("bench", "time and weigh a part beside implementations by others"),
     ):
         commands.add_parser(name, help=about, add_help=False)
     chosen, rest = parser.parse_known_args(arguments[:1])[0].command, arguments[1:]
     if chosen == "prepare":
         return prepare(rest)
+    if chosen == "bench":
+        return bench.main(rest)
     if chosen == "doctor":
         return doctor.main(rest, rehearse_ray=rehearse)
     return sweep.main(rest, train_missing=chosen == "sweep")

@@ -23,6 +23,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.training": ("helix",),
     "helix.doctor": ("helix.registry",),
     "helix.checks": ("helix.doctor", "helix.models", "helix.registry", "helix.storage"),
+    "helix.bench": ("helix.registry",),
+    "helix.peers": (),
+    "helix.benches": (
+        *("helix.bench", "helix.models", "helix.peers", "helix.protocol", "helix.registry", "helix.spec"),
+        "helix.training",
+    ),
     "dashboards": ("dashboards", "helix", "orchestration.ledger"),
     "orchestration": ("orchestration", "dashboards", "helix"),
 }
@@ -35,7 +41,7 @@ ONLY_IN = {
 }
 
 #: Modules that are imported on first use, by importlib, because their library takes long to import and may be missing.
-MAY_BE_MISSING = {"helix.models.scan_numba"}
+MAY_BE_MISSING = {"helix.models.scan_numba", "mambapy.mamba", "transformers.models.mamba.modeling_mamba"}
 
 #: Modules that plan and read: what they import, directly or not, holds no torch (a laptop answers at once).
 WITHOUT_TORCH = (
