@@ -185,16 +185,21 @@ def process_clocks() -> tuple[float, float]:
     return time.process_time(), time.perf_counter()
 
 
-def timing_row(name: str, result: Timing | Exception, ours: Timing | Exception, *, per: float) -> Row:
-    """CPU ms, wall ms, the ratio of its CPU time to that of `ours`, and CPU picoseconds for each of `per` elements."""
+def timing_row(name: str, result: Timing | Exception, ours: Timing | Exception, *, each_s: float) -> Row:
+    """CPU ms, wall ms, the ratio of its CPU time to that of `ours`, and what each element or token costs.
+
+    `each_s`: seconds of the whole run that are one unit of the last column, so 1e-12 times the number of elements for
+    picoseconds per element.
+    """
     if isinstance(result, Exception):
         return Row(name=name, values=(None,) * 4, note=brief(result))
     ratio = result.cpu_s / ours.cpu_s if isinstance(ours, Timing) else None
     note = f"median of {result.runs}" if result.runs > 1 else "one run"
-    return Row(name=name, values=(1e3 * result.cpu_s, 1e3 * result.wall_s, ratio, 1e12 * result.cpu_s / per), note=note)
+    return Row(name=name, values=(1e3 * result.cpu_s, 1e3 * result.wall_s, ratio, result.cpu_s / each_s), note=note)
 
 
-TIMING_COLUMNS = ("CPU ms", "wall ms", "times ours", "ps per element")
+#: The columns of `timing_row`, before that of what each costs.
+TIMING_COLUMNS = ("CPU ms", "wall ms", "times ours")
 
 
 def ratio_of(results: Mapping[str, Timing | Exception], slow: str, fast: str) -> float | None:

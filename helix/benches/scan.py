@@ -106,11 +106,12 @@ class ScanBench:
 
     def _times(self, mode: str, tokens: int, found: Mapping[str, Timing | Exception], missing: list[Row]) -> Table:
         ours = found[self._ours()[0]]
-        per = float(self.batch * tokens * self.channels * self.state)
-        rows = [timing_row(name, result, ours, per=per) for name, result in found.items()]
-        rows += [Row(name=row.name, values=(None,) * len(TIMING_COLUMNS), note=row.note) for row in missing]
+        each_s = 1e-12 * self.batch * tokens * self.channels * self.state
+        columns = (*TIMING_COLUMNS, "ps per element")
+        rows = [timing_row(name, result, ours, each_s=each_s) for name, result in found.items()]
+        rows += [Row(name=row.name, values=(None,) * len(columns), note=row.note) for row in missing]
         shape = f"B={self.batch}, L={tokens:,}, E={self.channels}, N={self.state}"
-        return Table(title=f"{mode}, {shape}", columns=TIMING_COLUMNS, rows=tuple(rows))
+        return Table(title=f"{mode}, {shape}", columns=columns, rows=tuple(rows))
 
     def _peak(self, backend: str, tokens: int, how: Conditions) -> float | Exception:
         how.say(f"memory of {backend}, L={tokens}")

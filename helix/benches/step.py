@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helix.bench import (
+    TIMING_COLUMNS,
     Conditions,
     NotRunError,
     Outcome,
@@ -64,8 +65,8 @@ MEMORY_TARGETS_GB = {"attention": (4.5, 2.2), "helix": (6.5, 2.2), "mamba": (6.5
 @dataclass(frozen=True, kw_only=True)
 class StepBench:
     """Steps of `batch` clips of `tokens` for the comparisons, of one clip for growth and memory. The defaults are the
-    paper's size. Memory is taken for `backbones` at `memory_tokens`, where that is not 0, with all cores: at 30,000
-    tokens attention takes minutes, and memory hardly depends on threads."""
+    paper's size. Memory is taken for `backbones` at `memory_tokens`, where that is not 0, by `memory_threads`
+    (0: one for each core): at 30,000 tokens attention takes minutes, and its memory hardly depends on threads."""
 
     batch: int = 8
     tokens: int = 500
@@ -73,6 +74,7 @@ class StepBench:
     layers: int = 6
     growth: tuple[int, ...] = (3000, 30_000)
     memory_tokens: int = 30_000
+    memory_threads: int = 0
     backbones: tuple[str, ...] = BACKBONES
 
     def run(self, how: Conditions) -> Outcome:
@@ -143,10 +145,9 @@ class StepBench:
             for recompute in RECOMPUTE:
                 how.say(f"memory of {backbone}, L={self.memory_tokens}{', recomputed' if recompute else ''}")
                 shape = (pattern_of(backbone, self.layers), self.width, self.memory_tokens, recompute)
+                threads = self.memory_threads or psutil.cpu_count() or 1
                 try:
-                    found[backbone, recompute] = in_own_process(
-                        peak_gb, *shape, threads=psutil.cpu_count(logical=True) or 1
-                    )
+                    found[backbone, recompute] = in_own_process(peak_gb, *shape, threads=threads)
                 except (OSError, RuntimeError, ValueError) as error:
                     found[backbone, recompute] = error
         return found
@@ -161,9 +162,9 @@ class StepBench:
             raise NotRunError(f"needs about {needed / 1e9:.0f} GB, {available / 1e9:.0f} GB are free")
 
     def _times(self, title: str, results: Mapping[str, Timing | Exception], ours: str) -> Table:
-        per = float(self.batch * self.tokens)
-        rows = tuple(timing_row(name, result, results[ours], per=per) for name, result in results.items())
-        return Table(title=title, columns=("CPU ms", "wall ms", "times ours", "ps per token"), rows=rows)
+        each_s = 1e-6 * self.batch * self.tokens
+        rows = tuple(timing_row(name, result, results[ours], each_s=each_s) for name, result in results.items())
+        return Table(title=title, columns=(*TIMING_COLUMNS, "us per token"), rows=rows)
 
     def _growth_table(self, growth: Mapping[str, Timing | Exception]) -> Table:
         rows = []

@@ -87,7 +87,7 @@ def test_one_that_raises_has_its_error_as_result_and_stops_no_other():
         raise RuntimeError("no memory\nat all")
 
     found = race({"a": raises, "b": clock.work(*[1] * 3)}, Conditions(repeats=2), clocks=clock)
-    row = timing_row("a", found["a"], found["b"], per=1)
+    row = timing_row("a", found["a"], found["b"], each_s=1)
     assert row == Row(name="a", values=(None,) * 4, note="RuntimeError: no memory")
     assert isinstance(found["b"], Timing)
 
@@ -105,8 +105,8 @@ def test_the_budget_bounds_the_runs(first_s: float, runs: int):
 
 def test_a_row_has_the_ratio_and_the_time_per_element():
     ours, theirs = Timing(cpu_s=0.5, wall_s=0.25, runs=3), Timing(cpu_s=2.0, wall_s=1.0, runs=1)
-    row = timing_row("theirs", theirs, ours, per=1e6)
-    assert dict(zip(TIMING_COLUMNS, row.values, strict=True)) == {
+    row = timing_row("theirs", theirs, ours, each_s=1e-12 * 1e6)
+    assert dict(zip((*TIMING_COLUMNS, "ps per element"), row.values, strict=True)) == {
         "CPU ms": 2000,
         "wall ms": 1000,
         "times ours": 4,
