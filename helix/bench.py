@@ -381,19 +381,18 @@ def _pipes(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _print(outcome: Outcome, facts: Mapping[str, str]) -> None:
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     for table in outcome.tables:
-        console.print(
-            _rich(table.title, ("", *table.columns, ""), [(r.name, *map(figure, r.values), r.note) for r in table.rows])
-        )
-        console.print()
+        rows = [(row.name, *map(figure, row.values), row.note) for row in table.rows]
+        console.print(table.title, style="bold", markup=False)
+        console.print(_rich(("", *table.columns, ""), rows), "")
     if outcome.targets:
-        console.print(_rich("Targets", TARGET_COLUMNS, _target_cells(outcome)))
-        console.print()
+        console.print("Targets", style="bold")
+        console.print(_rich(TARGET_COLUMNS, _target_cells(outcome)), "")
     for name, value in facts.items():
         console.print(f"{name}: {value}", markup=False)
 
 
-def _rich(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
-    made = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+def _rich(head: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
+    made = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(head):
         made.add_column(column, justify="right" if 0 < index < len(head) - 1 else "left", overflow="fold")
     for row in rows:
