@@ -103,3 +103,5 @@ FRONTENDS: Registry[Any] = Registry("frontend", "helix.models.frontend", least=1
 DATASETS: Registry[Any] = Registry("data set", "helix.data.datasets")
 GRIDS: Registry[Any] = Registry("grid", "orchestration.grids")
 STORAGES: Registry[Any] = Registry("storage", "helix.storage_s3")
+BENCHES: Registry[Any] = Registry("bench", "helix.benches")
+CHECKS: Registry[Any] = Registry("check", "helix.checks")

@@ -1,4 +1,4 @@
-"""The console script `helix`: sweep, report, prepare and verify under one name."""
+"""The console script `helix`: everything under one name."""
 
 import argparse
 import sys
@@ -7,13 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from helix import bench, doctor
 from helix.data.dataset import Dataset, DatasetError
 from helix.data.download import DownloadError, fetch_all
 from helix.data.shards import CorruptShardError
 from helix.registry import DATASETS
 from helix.spec import TrialSpec, apply_overrides
 from orchestration import sweep
-from orchestration.connection import ClusterError
+from orchestration.connection import ClusterError, rehearse
 from orchestration.preprocessing import described, prepare_with_ray, refuse_needless, summary
 from orchestration.progress import ProgressDisplay
 from orchestration.verification import verify_storage
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("report", "write the report of a grid from what is stored now, without training"),
         ("prepare", "decode a data set into shards"),
         ("verify", "read back everything that is stored and list what is damaged"),
+        ("doctor", "what works on this machine, found by trying it, and what to do about the rest"),
+        ("bench", "time and weigh a part beside implementations by others"),
     ):
         commands.add_parser(name, help=about, add_help=False)
     chosen, rest = parser.parse_known_args(arguments[:1])[0].command, arguments[1:]
@@ -38,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return prepare(rest)
     if chosen == "verify":
         return verify(rest)
+    if chosen == "bench":
+        return bench.main(rest)
+    if chosen == "doctor":
+        return doctor.main(rest, rehearse_ray=rehearse)
     return sweep.main(rest, train_missing=chosen == "sweep")
 
 

@@ -15,6 +15,9 @@ POLL_S = "0.2"
 
 OBJECT_STORE_BYTES = 128 * 2**20
 
+#: How long the first task of a Ray that was only just started may take.
+REHEARSAL_S = 60
+
 
 class ClusterError(Exception):
     """The cluster that is to be joined cannot run a sweep."""
@@ -88,3 +91,24 @@ def driver_resources() -> dict[str, float]:
     if "trial_driver" in ray.cluster_resources():
         return {"trial_driver": 1.0}
     return {"node:__internal_head__": 0.0001}
+
+
+def rehearse() -> str:
+    """Start a local Ray whatever RAY_ADDRESS names, run a task and stop it. Says so; raises whatever Ray raises."""
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        process = ray.get(ray.remote(_process).remote(), timeout=REHEARSAL_S)
+        return f"started, and a task ran in process {process}"
+    finally:
+        ray.shutdown()
+
+
+def _process() -> int:
+    return os.getpid()

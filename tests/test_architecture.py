@@ -22,6 +22,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.data": ("helix.data", "helix.spec", "helix.registry", "helix.protocol", "helix.storage"),
     "helix.models": ("helix.models", "helix.spec", "helix.registry", "helix.protocol"),
     "helix.training": ("helix",),
+    "helix.doctor": ("helix.registry",),
+    "helix.checks": ("helix.doctor", "helix.models", "helix.registry", "helix.storage"),
+    "helix.bench": ("helix.registry",),
+    "helix.peers": (),
+    "helix.benches": (
+        *("helix.bench", "helix.models", "helix.peers", "helix.protocol", "helix.registry", "helix.spec"),
+        "helix.training",
+    ),
     "dashboards": ("dashboards", "helix", "orchestration.ledger"),
     "orchestration": ("orchestration", "dashboards", "helix"),
 }
@@ -36,7 +44,12 @@ ONLY_IN = {
 }
 
 #: Modules that are imported on first use, by importlib, because their library takes long to import and may be missing.
-MAY_BE_MISSING = {"helix.models.scan_numba", "helix.models.scan_mamba_ssm"}
+MAY_BE_MISSING = {
+    "helix.models.scan_numba",
+    "helix.models.scan_mamba_ssm",
+    "mambapy.mamba",
+    "transformers.models.mamba.modeling_mamba",
+}
 
 #: Modules that plan and read: what they import, directly or not, holds no torch (a laptop answers at once).
 WITHOUT_TORCH = (

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from helix.registry import BLOCKS, DATASETS, GRIDS
+from helix.bench import read_options
+from helix.registry import BENCHES, BLOCKS, DATASETS, GRIDS
 from orchestration import cli, sweep
 
 ROOT = Path(__file__).parents[1]
@@ -49,11 +50,30 @@ def test_every_sweep_of_the_readme_can_be_planned(command: str, esc50: None, cap
     assert f"{name}: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("helix")])
-def test_every_helix_command_of_the_readme_runs(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("helix report")])
+def test_every_report_of_the_readme_is_written(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(shlex.split(command)[1:]) == sweep.SOME_FAILED  # nothing is trained here, and the report says so
     assert (tmp_path / "runs" / "reports" / "demo.html").exists()
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("helix doctor")])
+def test_every_doctor_of_the_readme_finds_this_environment_well(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(command)[1:]) == 0
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("helix bench")])
+def test_every_bench_of_the_readme_is_there(command: str):
+    name, *options = shlex.split(command)[2:]
+    assert BENCHES.make(name, read_options(name, options))
+
+
+def test_every_helix_command_of_the_readme_is_one_of_those_above():
+    verbs = {command.split()[1] for command in COMMANDS if command.startswith("helix")}
+    assert verbs <= {"report", "prepare", "verify", "doctor", "bench"}
 
 
 @pytest.mark.parametrize("target", ["sweep", "test", "check", "golden"])

@@ -575,8 +575,7 @@ def _described(
         "expected_recordings": dataset.expected_recordings,
         # A recording in quarantine was accepted by number, so the set counts as complete without it.
         "partial": bool(
-            listing.missing
-            or dataset.shortfall(((row.fold, row.label) for row in listing.recordings), listing.classes)
+            listing.missing or dataset.shortfall(((row.fold, row.label) for row in listing.recordings), listing.classes)
         ),
         "missing": listing.missing,
         "quarantined": quarantined,

@@ -216,7 +216,8 @@ def _gradients(saved: Sequence[Tensor], dout_BLE: Tensor, *, reverse: bool) -> t
     u_BLE, d_BLE, A_NE, B_BLN, C_BLN, D_E, z_BLE, starts = saved
     du_BLE, ddt_BLE, dz_BLE = (torch.empty_like(d_BLE) for _ in range(3))
     dB_BLN, dC_BLN = (d_BLE.new_empty(B_BLN.shape) for _ in range(2))
-    dA_NE, dD_E = torch.zeros_like(A_NE), torch.zeros_like(D_E)
+    # Sums over all tokens, chunk by chunk: in the dtype of the inputs they would round once in every chunk.
+    dA_NE, dD_E = (torch.zeros_like(x, dtype=torch.float64) for x in (A_NE, D_E))
     spans = _pieces(u_BLE.shape[1], CHUNK)
     for rows in _rows(u_BLE, A_NE):
         carry_RNE = torch.zeros_like(starts[0, rows])
@@ -244,7 +245,8 @@ def _gradients(saved: Sequence[Tensor], dout_BLE: Tensor, *, reverse: bool) -> t
             dd_RQE.addcmul_(dx_RQE, u_RQE)
             torch.mul(dd_RQE, torch.expm1(-d_RQE).neg_(), out=ddt_BLE[at])
             torch.addcmul(dx_RQE.mul_(d_RQE), dy_RQE, D_E, out=du_BLE[at])
-    return du_BLE, ddt_BLE, dA_NE.t(), dB_BLN, dC_BLN, dD_E, dz_BLE, ddt_BLE.sum((0, 1))
+    dA_EN, dD_E = dA_NE.t().to(A_NE.dtype), dD_E.to(D_E.dtype)
+    return du_BLE, ddt_BLE, dA_EN, dB_BLN, dC_BLN, dD_E, dz_BLE, ddt_BLE.sum((0, 1))
 
 
 class _Chunk:
