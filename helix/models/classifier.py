@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from helix.models.block import Layer, count, natural_size
 from helix.models.frontend import Frontend, Tokenizer
@@ -35,6 +36,8 @@ class Classifier(nn.Module):
         self.final_norm = nn.LayerNorm(width)
         self.classifier = nn.Linear(width, classes)
         self.pool_tokens = pool_tokens
+        #: Whether each block keeps only its input for the backward and is computed again there.
+        self.recompute = False
 
     def forward(self, wave_BT: Tensor) -> Tensor:
         return self.logits(self.features(wave_BT))
@@ -48,7 +51,11 @@ class Classifier(nn.Module):
         x_BLD = self.frontend.embed(features)
         _check_pooling(self.pool_tokens, x_BLD.shape[1])
         for block in self.blocks:
-            x_BLD = block(x_BLD)
+            if self.recompute and torch.is_grad_enabled():
+                # Nothing in a block is random, so there is no generator to put back for the second time.
+                x_BLD = checkpoint(block, x_BLD, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BLD = block(x_BLD)
         return self.classifier(self.final_norm(x_BLD[:, : self.pool_tokens]).mean(dim=1))
 
 

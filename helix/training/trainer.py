@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from helix.data.augment import augment, mixup
 from helix.data.dataset import Dataset, halves
-from helix.data.loader import Batches, in_order
+from helix.data.loader import Batch, Batches, in_order
 from helix.data.shards import Recordings
 from helix.models.classifier import Classifier, build_classifier, cost
 from helix.models.scan import scan_backend
@@ -47,6 +47,8 @@ class DivergedError(Exception):
 class Fit:
     """What one call of `fit` needs beside the spec, none of which is science.
 
+    `micro_batch`: clips that go through the model together, None for the whole batch; `recompute`: each block is computed
+    again in the backward and keeps only its input until then. Both are chosen by helix.training.memory.
     `save_every_s`: seconds of training between checkpoints inside an epoch (each epoch ends with one anyway).
     `save_now`: asked at every step; True (a preemption notice, say) saves at this step and training goes on.
     `on_step`: told the optimiser steps so far after each step, and again after each batch that is evaluated, so that
@@ -55,6 +57,8 @@ class Fit:
 
     storage: Storage
     device: str = "cpu"
+    micro_batch: int | None = None
+    recompute: bool = False
     save_every_s: float = 300.0
     save_now: Callable[[], bool] = lambda: False
     on_step: Callable[[int], None] = lambda _total_step: None
@@ -100,6 +104,7 @@ class _Trial:
             torch.manual_seed(derive_seed(self.spec.seed, "initial weights"))
             model = build_classifier(self.spec.model, self.spec.protocol, classes=self.classes)
         self.model: Classifier = model.to(how.device)
+        self.model.recompute = how.recompute
         self.optimizer = build_optimizer(self.model, self.spec.training, self.spec.protocol)
 
     def run(self) -> dict[str, Any]:
@@ -151,31 +156,9 @@ class _Trial:
 
     def _step(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """One optimiser step. Returns the loss and the number of correct predictions, both on the device."""
-        training, protocol, seed = self.spec.training, self.spec.protocol, self.spec.seed
-        rate = learning_rate(training, protocol, epoch=epoch, step=step, steps_per_epoch=self.steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         batch = self.batches.batch(epoch, step).to(self.how.device)
-        wave_BT, label_B = batch.wave_BT, batch.label_B
-        if self.model.frontend.augmented:
-            rate_hz = self.dataset.rate_hz
-            wave_BT = augment(wave_BT, batch.clip_B, self.spec.augment, seed=seed, epoch=epoch, rate_hz=rate_hz)
-        mixing = {"alpha": self.spec.augment.mixup_alpha, "seed": seed, "epoch": epoch, "step": step}
-        if protocol.mixup_on == "waveform":
-            mixed, label_B, other_B, share = mixup(wave_BT, label_B, **mixing)
-            features = self.model.features(mixed)
-        else:
-            features, label_B, other_B, share = mixup(self.model.features(wave_BT), label_B, **mixing)
-        logits_BC = self.model.logits(features)
-        loss = share * F.cross_entropy(logits_BC, label_B) + (1 - share) * F.cross_entropy(logits_BC, other_B)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
-        self.optimizer.step()
-        with torch.no_grad():
-            guess_B = logits_BC.argmax(dim=1)
-            hits = share * (guess_B == label_B).sum() + (1 - share) * (guess_B == other_B).sum()
-        return loss.detach().double(), hits.double()
+        at = Position(epoch=epoch, step=step, steps_per_epoch=self.steps_per_epoch, rate_hz=self.dataset.rate_hz)
+        return train_step(self.model, self.optimizer, batch, self.spec, at, micro_batch=self.how.micro_batch)
 
     def _finite(self, epoch: int, losses: list[Tensor]) -> tuple[float, ...]:
         """The losses of the epoch so far as numbers, read from the device in one go; raises DivergedError."""
@@ -265,6 +248,65 @@ class _Trial:
         storage.put_if_absent(f"{self.folder}/result.json", json_bytes(result))
         prune(storage, f"{self.folder}/checkpoints", keep=1)
         return storage.get_json(f"{self.folder}/result.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a step stands: `epoch` and `step` from 0."""
+
+    epoch: int
+    step: int
+    steps_per_epoch: int
+    rate_hz: int = Dataset.rate_hz
+
+
+def train_step(
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    spec: TrialSpec,
+    at: Position,
+    *,
+    micro_batch: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One optimiser step on a batch that is on the model's device; `spec` is resolved.
+
+    Returns the loss and the number of correct predictions. helix.training.memory runs this same function on shapes
+    alone, so what it predicts follows every change of it.
+    """
+    training, protocol, seed = spec.training, spec.protocol, spec.seed
+    rate = learning_rate(training, protocol, epoch=at.epoch, step=at.step, steps_per_epoch=at.steps_per_epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    # Before the forward, so that the gradients of the last step are not kept through it.
+    optimizer.zero_grad(set_to_none=True)
+    wave_BT, label_B = batch.wave_BT, batch.label_B
+    if model.frontend.augmented:
+        wave_BT = augment(wave_BT, batch.clip_B, spec.augment, seed=seed, epoch=at.epoch, rate_hz=at.rate_hz)
+    mixing = {"alpha": spec.augment.mixup_alpha, "seed": seed, "epoch": at.epoch, "step": at.step}
+    autocast = torch.autocast(wave_BT.device.type, torch.bfloat16, enabled=training.precision == "bf16")
+    with autocast:
+        if protocol.mixup_on == "waveform":
+            mixed, label_B, other_B, share = mixup(wave_BT, label_B, **mixing)
+            features = model.features(mixed)
+        else:
+            features, label_B, other_B, share = mixup(model.features(wave_BT), label_B, **mixing)
+    size = micro_batch or len(label_B)
+    loss, hits = (torch.zeros((), dtype=torch.float64, device=label_B.device) for _ in range(2))
+    for part, label, other in zip(features.split(size), label_B.split(size), other_B.split(size), strict=True):
+        with autocast:
+            logits_BC = model.logits(part)
+            # Sums over the clips divided by the size of the whole batch: a last part that is smaller weighs less.
+            losses = [F.cross_entropy(logits_BC, target, reduction="sum") / len(label_B) for target in (label, other)]
+            part_loss = share * losses[0] + (1 - share) * losses[1]
+        part_loss.backward()
+        with torch.no_grad():
+            guess_B = logits_BC.argmax(dim=1)
+            hits += share * (guess_B == label).sum() + (1 - share) * (guess_B == other).sum()
+            loss += part_loss.detach()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
+    optimizer.step()
+    return loss, hits
 
 
 def versions() -> dict[str, str]:

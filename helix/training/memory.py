@@ -1,0 +1,356 @@
+"""How much memory one training step takes at its peak, told from shapes alone, and the micro-batch that fits a limit.
+
+The step itself is run, the code of the model and of helix.training.trainer.train_step, on tensors that have shapes and
+no memory (torch's FakeTensorMode), while a ledger counts the bytes of every storage from the operator that makes it to
+the moment it dies. Nothing is allocated, and whatever changes in a model changes the prediction.
+
+What the ledger cannot see is what allocators lose between blocks and what libraries keep for themselves; the error
+bound below is for that. CUDA is predicted with the CPU's operators: its fused scan and its attention without a matrix
+of weights keep the same tensors, but those figures have not been held against a GPU.
+
+Legend: B batch, T samples.
+"""
+
+import dataclasses
+import json
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from helix.data.loader import Batch
+from helix.models.classifier import build_classifier, cost
+from helix.models.scan import numba_kernels, scan_backend
+from helix.spec import TrialSpec, from_json, resolve, to_json
+from helix.training.optim import build_optimizer
+from helix.training.trainer import Position, train_step
+
+Device = Literal["cpu", "cuda"]
+
+GIB = 2**30
+
+#: A measured peak lies within this share of the predicted one, and a fixed number of bytes: what libraries keep for
+#: themselves, and what the allocator rounds up (CUDA's hands out blocks of 2 to 20 MiB).
+RELATIVE_ERROR: dict[Device, float] = {"cpu": 0.10, "cuda": 0.25}
+ALLOWANCE_BYTES: dict[Device, int] = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
+
+#: What a process holds before the first model: a worker with Ray, torch and the compiled kernels on a CPU; on a GPU
+#: the context of CUDA with its libraries, as torch's users report it.
+PROCESS_BYTES: dict[Device, int] = {"cpu": 640 * 2**20, "cuda": 1024 * 2**20}
+
+#: Tokens in flight from which a larger micro-batch makes a step no faster. A core is busy with one short clip; a GPU
+#: needs about these many to hide its launches behind its work.
+FILLED_TOKENS: dict[Device, int] = {"cpu": 256, "cuda": 16_384}
+
+#: The reference scan is thousands of operators per clip, so it is run on this many tokens and extended: its bytes are
+#: a polynomial of the number of tokens, of degree two where attention keeps its weights.
+SHORT_TOKENS = (64, 128, 192)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The bytes that are held when one step holds most, by what they are for; the process itself is not in them.
+
+    `activations` were made before the backward, the batch with them; `transient` in the backward, where blocks that are
+    recomputed make theirs again. `gradients` are those that are complete at that moment.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    transient: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
+
+    def upper_bytes(self, device_type: Device) -> int:
+        """What to make room for: the peak with its error bound."""
+        return math.ceil(self.peak_bytes * (1 + RELATIVE_ERROR[device_type])) + ALLOWANCE_BYTES[device_type]
+
+    def process_bytes(self, device_type: Device) -> int:
+        """What to make room for with the process itself."""
+        return self.upper_bytes(device_type) + PROCESS_BYTES[device_type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How a step is cut to fit: `micro_batch` clips at a time, None for the whole batch, and whether to recompute."""
+
+    micro_batch: int | None
+    recompute: bool
+    predicted: Prediction
+
+
+def predict(
+    spec: TrialSpec, *, samples: int, classes: int, micro_batch: int | None = None, recompute: bool = False
+) -> Prediction:
+    """What one step of `spec` on clips of `samples` takes. Raises ValueError where the model cannot be built for them.
+
+    Equal models, batches and lengths are simulated once per process, which takes a fraction of a second.
+    """
+    whole = spec.training.batch_size
+    size = whole if micro_batch is None else min(micro_batch, whole)
+    if size < 1:
+        raise ValueError(f"micro_batch is {micro_batch}; wanted 1 or more")
+    scan = scan_backend(torch.device("cpu"), torch.float32)
+    return _predict(_shapes(spec), samples, classes, size, recompute, scan)
+
+
+def choose(
+    spec: TrialSpec, *, samples: int, classes: int, limit_bytes: int, device_type: Device = "cpu"
+) -> Placement:
+    """How a step of `spec` fits into `limit_bytes`, the process included and with the error bound as head-room.
+
+    The whole batch in one go is best. Where that does not fit, recomputing costs a second forward, a third more work,
+    at any size; smaller micro-batches cost next to nothing as long as each still fills the device. So recomputing is
+    chosen where without it a micro-batch would leave the device idle and with it a larger one fits. Of the sizes that
+    need the same number of passes the smallest is taken. Raises ValueError, saying what would fit, where nothing does.
+    """
+    whole = spec.training.batch_size
+    tokens = cost(spec.model, spec.protocol, classes=classes, samples=samples).tokens
+
+    def fits(size: int, recompute: bool) -> bool:
+        predicted = predict(spec, samples=samples, classes=classes, micro_batch=size, recompute=recompute)
+        return predicted.process_bytes(device_type) <= limit_bytes
+
+    plain = _largest(whole, lambda size: fits(size, False))
+    size, recompute = plain, False
+    if plain < whole and plain * tokens < FILLED_TOKENS[device_type]:
+        recomputed = _largest(whole, lambda size: fits(size, True))
+        if recomputed > plain:
+            size, recompute = recomputed, True
+    if size == 0:
+        raise ValueError(_refusal(spec, samples=samples, classes=classes, limit_bytes=limit_bytes, device=device_type))
+    size = math.ceil(whole / math.ceil(whole / size))
+    predicted = predict(spec, samples=samples, classes=classes, micro_batch=size, recompute=recompute)
+    return Placement(micro_batch=size if size < whole else None, recompute=recompute, predicted=predicted)
+
+
+def available_bytes() -> int:
+    """The memory that this machine can still give, or the container that this process runs in where that is less."""
+    return min([psutil.virtual_memory().available, *_cgroup_bytes(Path("/sys/fs/cgroup"))])
+
+
+def gib(count: int) -> str:
+    """Bytes as people read them."""
+    return f"{count / GIB:.2f} GiB" if count < 10 * GIB else f"{count / GIB:.1f} GiB"
+
+
+def build_step(
+    spec: TrialSpec, *, samples: int, classes: int, micro_batch: int | None = None, recompute: bool = False
+) -> Callable[[], None]:
+    """A step of the resolved `spec` on clips of silence, to be run again and again: for real, or inside a ledger."""
+    model = build_classifier(spec.model, spec.protocol, classes=classes)
+    model.recompute = recompute
+    optimizer = build_optimizer(model.train(), spec.training, spec.protocol)
+    size = spec.training.batch_size
+
+    def step() -> None:
+        batch = Batch(
+            wave_BT=torch.zeros(size, samples),
+            label_B=torch.zeros(size, dtype=torch.long),
+            clip_B=torch.arange(size),
+        )
+        at = Position(epoch=0, step=0, steps_per_epoch=1)
+        train_step(model, optimizer, batch, spec, at, micro_batch=micro_batch)
+
+    step.model, step.optimizer = model, optimizer  # type: ignore[attr-defined]
+    return step
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of every storage that is made while this mode is on, until it dies.
+
+    `part` names what is being made, unless a backward is running: that makes what is `transient`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = "activations"
+        self.live: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
+        kernels = numba_kernels()
+        self._workspace: dict[str, Callable[..., int]] = kernels.WORKSPACE_BYTES if kernels else {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            # What is on the meta device is there to be counted by the models themselves.
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self._enter(leaf.untyped_storage())
+        workspace = self._workspace.get(func.name() if hasattr(func, "name") else "")
+        self._compare(workspace(*args) if workspace else 0)
+        return result
+
+    def move(self, tensor: Tensor, part: str) -> None:
+        """Count a tensor to another part than the one it was made as."""
+        key = tensor.untyped_storage()._cdata
+        reference, size, before = self._storages[key]
+        self._storages[key] = (reference, size, part)
+        self.live[before] -= size
+        self.live[part] += size
+
+    def forget_peak(self) -> None:
+        self.peak = Counter(self.live)
+
+    def _enter(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._storages:
+            return
+        in_backward = torch._C._current_graph_task_id() != -1
+        part, size = "transient" if in_backward else self.part, storage.nbytes()
+        self._storages[key] = (weakref.ref(storage, lambda _: self._leave(key)), size, part)
+        self.live[part] += size
+
+    def _leave(self, key: int) -> None:
+        _, size, part = self._storages.pop(key)
+        self.live[part] -= size
+
+    def _compare(self, workspace: int) -> None:
+        if self.live.total() + workspace > self.peak.total():
+            self.peak = Counter(self.live)
+            self.peak["transient"] += workspace
+
+
+def _shapes(spec: TrialSpec) -> str:
+    """What of a spec has to do with memory, as a key: trials of all folds, seeds and rates share one prediction."""
+    value = to_json(resolve(spec))
+    training = {name: value["training"][name] for name in ("batch_size", "precision")}
+    parts = {name: value[name] for name in ("model", "augment", "protocol")}
+    return json.dumps({**parts, "training": training}, sort_keys=True)
+
+
+@cache
+def _predict(shapes: str, samples: int, classes: int, micro_batch: int, recompute: bool, scan: str) -> Prediction:
+    spec = from_json(json.loads(shapes))
+    tokens = cost(spec.model, spec.protocol, classes=classes, samples=samples).tokens
+    if scan != "reference" or tokens <= SHORT_TOKENS[-1]:
+        return _simulate(spec, samples=samples, classes=classes, micro_batch=micro_batch, recompute=recompute)
+    short = dataclasses.replace(spec, model=dataclasses.replace(spec.model, pool_tokens=None))
+    points = {}
+    for wanted in SHORT_TOKENS:
+        length = samples * wanted // tokens
+        at = cost(short.model, short.protocol, classes=classes, samples=length).tokens
+        points[at] = _simulate(short, samples=length, classes=classes, micro_batch=micro_batch, recompute=recompute)
+    return _extend(points, tokens)
+
+
+def _simulate(spec: TrialSpec, *, samples: int, classes: int, micro_batch: int, recompute: bool) -> Prediction:
+    ledger = Ledger()
+    # Permutations for mixup come from numpy and are real; they are as small as a batch.
+    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        ledger.part = "parameters"
+        step = build_step(spec, samples=samples, classes=classes, micro_batch=micro_batch, recompute=recompute)
+        model, optimizer = step.model, step.optimizer  # type: ignore[attr-defined]
+        # The moments are made by the first step; every other step finds them.
+        ledger.part = "optimizer"
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
+        ledger.part = "activations"
+        ledger.forget_peak()
+        step()
+    return Prediction(**{field.name: ledger.peak[field.name] for field in dataclasses.fields(Prediction)})
+
+
+def _extend(points: dict[int, Prediction], tokens: int) -> Prediction:
+    """The polynomial through predictions for a few numbers of tokens, at `tokens` (Lagrange)."""
+    weights = {
+        at: math.prod((tokens - other) / (at - other) for other in points if other != at) for at in points
+    }
+    return Prediction(
+        **{
+            field.name: max(0, round(sum(weight * getattr(points[at], field.name) for at, weight in weights.items())))
+            for field in dataclasses.fields(Prediction)
+        }
+    )
+
+
+def _largest(whole: int, fits: Callable[[int], bool]) -> int:
+    """The largest size from 1 to `whole` that fits, 0 where none does; what fits grows no smaller when it is cut."""
+    if fits(whole):
+        return whole
+    low, high = 0, whole
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _refusal(spec: TrialSpec, *, samples: int, classes: int, limit_bytes: int, device: Device) -> str:
+    def needed(spec: TrialSpec, samples: int) -> int:
+        smallest = predict(spec, samples=samples, classes=classes, micro_batch=1, recompute=True)
+        return smallest.process_bytes(device)
+
+    def tokens(samples: int) -> int:
+        return cost(spec.model, spec.protocol, classes=classes, samples=samples).tokens
+
+    would = [f"a limit of {gib(needed(spec, samples))}"]
+    changes = {
+        "protocol.attn_impl=sdpa": dataclasses.replace(
+            spec, protocol=dataclasses.replace(spec.protocol, attn_impl="sdpa")
+        ),
+        "training.precision=bf16": dataclasses.replace(
+            spec, training=dataclasses.replace(spec.training, precision="bf16")
+        ),
+    }
+    for name, changed in changes.items():
+        if changed != spec and needed(changed, samples) <= limit_bytes:
+            would.append(f"{name}, which needs {gib(needed(changed, samples))}")
+    if spec.training.batch_size > 1:
+        single = dataclasses.replace(spec, training=dataclasses.replace(spec.training, batch_size=1))
+        if needed(single, samples) <= limit_bytes:
+            would.append("a smaller training.batch_size")
+    # Sixty-fourths of the clip are as near as anybody needs to know; the shortest of them may be no clip at all.
+    parts = 64
+    shorter = _largest(parts, lambda part: _fits_at(lambda: needed(spec, samples * part // parts), limit_bytes))
+    if shorter:
+        length = samples * shorter // parts
+        would.append(f"clips of {tokens(length):,} tokens ({length:,} samples)")
+    return (
+        f"one step of {'-'.join(spec.model.pattern)} on {tokens(samples):,} tokens does not fit into "
+        f"{gib(limit_bytes)}, one clip at a time and recomputing every block. What would fit: {'; '.join(would)}"
+    )
+
+
+def _fits_at(needed: Callable[[], int], limit_bytes: int) -> bool:
+    """Whether a length fits. One that is too short for the model is small enough for any memory."""
+    try:
+        return needed() <= limit_bytes
+    except ValueError:
+        return True
+
+
+def _cgroup_bytes(root: Path) -> list[int]:
+    """What the control group of this process may still take, by version 2 and version 1; empty where it has no limit."""
+    found = []
+    for limit, usage, stat, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        try:
+            most, used = ((root / name).read_text().strip() for name in (limit, usage))
+            rows = dict(line.split() for line in (root / stat).read_text().splitlines())
+        except OSError:
+            continue
+        if most.isdecimal():
+            # Files that nobody has open are in the count, and are given up when memory is short.
+            found.append(max(0, int(most) - int(used) + int(rows.get(cached, 0))))
+    return found
