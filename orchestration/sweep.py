@@ -25,6 +25,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 import ray.tune
@@ -40,10 +41,11 @@ from helix.data.shards import CorruptShardError, Recordings
 from helix.protocol import PROFILES
 from helix.spec import to_json
 from helix.storage import Storage, open_storage
+from helix.training.memory import GIB, Device, Placement, available_bytes, gib
 from orchestration.connection import ClusterError, connect, cpu_count, driver_resources, joins_cluster
 from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
 from orchestration.ledger import TrialState, read
-from orchestration.plan import Planned, Snapshot, check_trials, make_plan, pack, price
+from orchestration.plan import Planned, Snapshot, check_trials, make_plan, pack, place, price
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
 from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, without_secrets
 from orchestration.worker import drive
@@ -70,6 +72,15 @@ class Sweep:
     workers: int | None
     threads: int
     gpu: bool
+    limit_bytes: int | None
+
+    def missing(self) -> list[Planned]:
+        """The trials that have no result yet."""
+        return [entry for entry in self.plan if self.snapshot.state(entry.trial_id).status != "done"]
+
+    def placement(self, entry: Planned) -> Placement:
+        """How a step of this trial fits into what a worker has."""
+        return place(entry.trial, limit_bytes=self.limit_bytes, device="cuda" if self.gpu else "cpu")
 
 
 def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) -> int:
@@ -84,6 +95,9 @@ def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) 
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
     try:
         sweep = plan_sweep(options, command=["python", "orchestration/sweep.py", *arguments], console=console)
+        if sweep is not None and train_missing:
+            for entry in sweep.missing():
+                sweep.placement(entry)
     except (ValueError, OSError, ClusterError, CorruptShardError) as error:
         return refuse(error)
     if sweep is None:
@@ -130,10 +144,13 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
             "--device is cuda, but torch finds no CUDA device on this machine; leave it out to train on CPU"
         )
     check_trials(trials)
+    limit_bytes = memory_limit(options, trials=len(trials))
     data, partial = trials[0].spec.data, options.allow_partial
     if options.dry_run:
         recordings = rehearsed_data(data, source=options.source, storage=storage, allow_partial=partial)
-        _print_plan(options.grid, grid, trials, recordings, storage, console)
+        _print_plan(
+            options.grid, grid, trials, recordings, storage, console, limit_bytes=limit_bytes, device=options.device
+        )
         return None
     check_listing(trials, source=options.source, allow_partial=partial)
     storage.check_writable()
@@ -162,12 +179,13 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
         workers=options.workers,
         threads=options.threads,
         gpu=options.device == "cuda",
+        limit_bytes=limit_bytes,
     )
 
 
 def run_sweep(sweep: Sweep, console: Console) -> None:
     """Train what has no result yet, showing it live and tracking it as it goes."""
-    missing = [entry for entry in sweep.plan if sweep.snapshot.state(entry.trial_id).status != "done"]
+    missing = sweep.missing()
     console.print(f"{len(sweep.plan)} trials: {len(sweep.plan) - len(missing)} done, {len(missing)} to train")
     if not missing:
         return
@@ -196,6 +214,7 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
             "storage": str(sweep.storage.root),
             "data": sweep.recordings.prepared.prefix,
             "specs": [to_json(entry.trial.spec) for entry in entries],
+            "placements": [_cut(sweep.placement(entry)) for entry in entries],
             "threads": sweep.threads,
             "gpu": sweep.gpu,
             "scratch": str(scratch),
@@ -219,6 +238,28 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
         shutil.rmtree(scratch, ignore_errors=True)
     errors = [result.error for result in results if result.error is not None]
     return sorted({(str(error).strip().splitlines() or [repr(error)])[-1] for error in errors})
+
+
+def _cut(placement: Placement) -> dict[str, Any]:
+    """What the worker has to know of a placement."""
+    return {name: getattr(placement, name) for name in ("micro_batch", "recompute", "compact")}
+
+
+def memory_limit(options: argparse.Namespace, *, trials: int) -> int | None:
+    """What one worker may hold, in bytes; None where nobody knows, as on a cluster that this machine is no part of.
+
+    On a CPU the workers of this machine share what it has left; a GPU is one worker's.
+    """
+    if options.memory_gib is not None:
+        if not options.memory_gib > 0:
+            raise ValueError(f"--memory-gib is {options.memory_gib}; wanted a positive number")
+        return int(options.memory_gib * GIB)
+    if joins_cluster():
+        return None
+    if options.device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    workers = options.workers or max(1, cpu_count() // options.threads)
+    return available_bytes() // min(workers, trials)
 
 
 def _slots(sweep: Sweep, missing: Sequence[Planned]) -> int:
@@ -275,15 +316,22 @@ def _mlflow_trouble(uri: str, problem: str) -> str:
 
 
 def _print_plan(
-    name: str, grid: Grid, trials: Sequence[Trial], recordings: Recordings | None, storage: Storage, console: Console
+    name: str,
+    grid: Grid,
+    trials: Sequence[Trial],
+    recordings: Recordings | None,
+    storage: Storage,
+    console: Console,
+    *,
+    limit_bytes: int | None,
+    device: Device,
 ) -> None:
     """What the grid asks and what each trial costs and how it stands; steps and ids need the prepared data."""
     console.print(grid.question.strip() + "\n", markup=False)
     table = Table(title=f"{name}: {len(trials)} trials", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
-    for heading in ("variant", "fold", "seed", "id", "parameters", "tokens", "steps", "state"):
-        table.add_column(
-            heading, no_wrap=True, justify="right" if heading in ("parameters", "tokens", "steps") else "left"
-        )
+    numbers = ("parameters", "tokens", "memory", "steps")
+    for heading in ("variant", "fold", "seed", "id", "parameters", "tokens", "memory", "steps", "state"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading in numbers else "left")
     if recordings is None:
         known = {trial.label: ("-", "-", "data not prepared") for trial in trials}
         prices = [(trial, price(trial)) for trial in trials]
@@ -298,10 +346,26 @@ def _print_plan(
     for trial, size in prices:
         name, steps, state = known[trial.label]
         fold, seed = str(trial.spec.data.fold), str(trial.spec.seed)
-        table.add_row(trial.variant.name, fold, seed, name, f"{size.parameters:,}", f"{size.tokens:,}", steps, state)
+        # What is done is not trained again, so it has not to fit.
+        limit = None if state.startswith("done") else limit_bytes
+        memory = _memory(place(trial, limit_bytes=limit, device=device))
+        sizes = (f"{size.parameters:,}", f"{size.tokens:,}", memory)
+        table.add_row(trial.variant.name, fold, seed, name, *sizes, steps, state)
     console.print(table)
+    console.print(
+        "memory: not checked, since what a worker has is not known here; --memory-gib says it"
+        if limit_bytes is None
+        else f"memory: the predicted peak of a step; a worker may hold {gib(limit_bytes)} with the process itself"
+    )
     if recordings is None:
         console.print(f"--source prepares {trials[0].spec.data.dataset}; ids and steps are known then")
+
+
+def _memory(placement: Placement) -> str:
+    """The predicted peak, and how the batch is cut where it does not go through the model in one piece."""
+    ways = [f"{placement.micro_batch} at a time"] if placement.micro_batch else []
+    ways += ["recomputing"] if placement.recompute else []
+    return ", ".join([gib(placement.predicted.peak_bytes), *ways])
 
 
 def _progress(state: TrialState) -> str:
@@ -337,6 +401,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="show what Ray says as well")
     parser.add_argument("--workers", type=int, help="how many trials train at once (default: what the machines hold)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each worker (default: 1)")
+    parser.add_argument(
+        "--memory-gib",
+        type=float,
+        metavar="GIB",
+        help="what one worker may hold; batches are cut to fit (default: this machine's share, or its GPU)",
+    )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="what a trial trains on (default: cpu)"
     )

@@ -17,6 +17,7 @@ from helix.data.shards import Recordings, open_prepared
 from helix.spec import TrialSpec, from_json, trial_id
 from helix.storage import Storage, open_storage
 from helix.training.checkpoint import committed
+from helix.training.memory import compact_large_blocks
 from helix.training.trainer import Fit, fit, trial_folder
 from orchestration.connection import POLL_S
 from orchestration.ledger import is_done
@@ -66,13 +67,24 @@ def run_pack(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     device = "cuda" if config["gpu"] else "cpu"
     recordings = open_prepared(storage, config["data"])
-    for number, value in enumerate(config["specs"]):
+    for number, (value, placement) in enumerate(zip(config["specs"], config["placements"], strict=True)):
         spec = from_json(value)
 
         def report(row: dict[str, Any], number: int = number) -> None:
             ray.train.report({"trial": number, "epoch": row["epoch"], "test_accuracy": row["test_accuracy"]})
 
-        run_trial(spec, recordings, storage, sweep_id=config["sweep_id"], device=device, on_epoch=report)
+        if placement["compact"]:
+            compact_large_blocks()
+        run_trial(
+            spec,
+            recordings,
+            storage,
+            sweep_id=config["sweep_id"],
+            device=device,
+            micro_batch=placement["micro_batch"],
+            recompute=placement["recompute"],
+            on_epoch=report,
+        )
 
 
 def run_trial(
@@ -82,6 +94,8 @@ def run_trial(
     *,
     sweep_id: str,
     device: str = "cpu",
+    micro_batch: int | None = None,
+    recompute: bool = False,
     on_epoch: Callable[[dict[str, Any]], None] = lambda _row: None,
     budget: Budget | None = None,
 ) -> bool:
@@ -95,7 +109,15 @@ def run_trial(
             _give_up(storage, name, sweep_id, decision.reason)
             return False
         attempt = Attempt(storage, name, sweep_id=sweep_id, device=device)
-        how = Fit(storage=storage, device=device, save_every_s=SAVE_EVERY_S, on_step=attempt.beat, on_epoch=on_epoch)
+        how = Fit(
+            storage=storage,
+            device=device,
+            micro_batch=micro_batch,
+            recompute=recompute,
+            save_every_s=SAVE_EVERY_S,
+            on_step=attempt.beat,
+            on_epoch=on_epoch,
+        )
         try:
             fit(spec, recordings, how)
         except Exception as error:  # whatever it is, it is this trial's: recorded, judged by decide(), never swallowed

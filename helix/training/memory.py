@@ -11,6 +11,7 @@ of weights keep the same tensors, but those figures have not been held against a
 Legend: B batch, T samples.
 """
 
+import ctypes
 import dataclasses
 import json
 import math
@@ -40,14 +41,31 @@ Device = Literal["cpu", "cuda"]
 
 GIB = 2**30
 
-#: A measured peak lies within this share of the predicted one, and a fixed number of bytes: what libraries keep for
-#: themselves, and what the allocator rounds up (CUDA's hands out blocks of 2 to 20 MiB).
-RELATIVE_ERROR: dict[Device, float] = {"cpu": 0.10, "cuda": 0.25}
-ALLOWANCE_BYTES: dict[Device, int] = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
+#: From this size on a compact process maps each block for itself, so that it goes back to the system when it is freed.
+COMPACT_FROM_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """A measured peak is at most `relative` of the predicted one above it, and `fixed_bytes` more."""
+
+    relative: float
+    fixed_bytes: int
+
+
+#: By the allocator. "heap" is what a process on a CPU has unasked: glibc's heap, whose holes are used again but never
+#: quite filled (11 to 42 % were measured, and up to three times the prediction where blocks are recomputed: there only
+#: "compact" will do). "compact" is `compact_large_blocks`, which costs a fifth to a third of the speed on long clips,
+#: since the system clears every page that it hands out. "cuda" is torch's own, which rounds blocks up to 2 to 20 MiB.
+BOUNDS = {
+    "heap": Bound(relative=0.45, fixed_bytes=64 * 2**20),
+    "compact": Bound(relative=0.05, fixed_bytes=48 * 2**20),
+    "cuda": Bound(relative=0.25, fixed_bytes=512 * 2**20),
+}
 
 #: What a process holds before the first model: a worker with Ray, torch and the compiled kernels on a CPU; on a GPU
 #: the context of CUDA with its libraries, as torch's users report it.
-PROCESS_BYTES: dict[Device, int] = {"cpu": 640 * 2**20, "cuda": 1024 * 2**20}
+PROCESS_BYTES: dict[Device, int] = {"cpu": 768 * 2**20, "cuda": 1024 * 2**20}
 
 #: Tokens in flight from which a larger micro-batch makes a step no faster. A core is busy with one short clip; a GPU
 #: needs about these many to hide its launches behind its work.
@@ -76,22 +94,25 @@ class Prediction:
     def peak_bytes(self) -> int:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
 
-    def upper_bytes(self, device_type: Device) -> int:
-        """What to make room for: the peak with its error bound."""
-        return math.ceil(self.peak_bytes * (1 + RELATIVE_ERROR[device_type])) + ALLOWANCE_BYTES[device_type]
-
-    def process_bytes(self, device_type: Device) -> int:
-        """What to make room for with the process itself."""
-        return self.upper_bytes(device_type) + PROCESS_BYTES[device_type]
+    def upper_bytes(self, allocator: str) -> int:
+        """The most that it will take by the bound of that allocator, a name in BOUNDS."""
+        bound = BOUNDS[allocator]
+        return math.ceil(self.peak_bytes * (1 + bound.relative)) + bound.fixed_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """How a step is cut to fit: `micro_batch` clips at a time, None for the whole batch, and whether to recompute."""
+    """How a step is cut to fit: `micro_batch` clips at a time, None for the whole batch, whether blocks are computed
+    again in the backward, and whether the process has to be made compact (`compact_large_blocks`).
 
-    micro_batch: int | None
-    recompute: bool
+    `needed_bytes`: what to make room for, with the error bound and the process itself.
+    """
+
+    micro_batch: int | None = None
+    recompute: bool = False
+    compact: bool = False
     predicted: Prediction
+    needed_bytes: int
 
 
 def predict(
@@ -110,33 +131,68 @@ def predict(
 
 
 def choose(
-    spec: TrialSpec, *, samples: int, classes: int, limit_bytes: int, device_type: Device = "cpu"
+    spec: TrialSpec, *, samples: int, classes: int, limit_bytes: int | None, device_type: Device = "cpu"
 ) -> Placement:
     """How a step of `spec` fits into `limit_bytes`, the process included and with the error bound as head-room.
 
-    The whole batch in one go is best. Where that does not fit, recomputing costs a second forward, a third more work,
-    at any size; smaller micro-batches cost next to nothing as long as each still fills the device. So recomputing is
-    chosen where without it a micro-batch would leave the device idle and with it a larger one fits. Of the sizes that
-    need the same number of passes the smallest is taken. Raises ValueError, saying what would fit, where nothing does.
+    The whole batch in one go is best, and is what there is without a limit. Where it does not fit, smaller
+    micro-batches cost next to nothing as long as each fills the device, while recomputing costs a second forward, a
+    third more work, at any size. So recomputing comes second, or first where without it a micro-batch would leave the
+    device idle and with it a larger one fits. Compacting costs as much as recomputing and saves less; it comes where
+    one clip would not fit otherwise, and with recomputing, which is not worth it on a heap. Of the sizes that need the
+    same number of passes the smallest is taken. Raises ValueError, saying what would fit, where nothing does.
     """
+    return _choose(_shapes(spec), samples, classes, limit_bytes, device_type)
+
+
+@cache
+def _choose(shapes: str, samples: int, classes: int, limit_bytes: int | None, device_type: Device) -> Placement:
+    spec = from_json(json.loads(shapes))
     whole = spec.training.batch_size
     tokens = cost(spec.model, spec.protocol, classes=classes, samples=samples).tokens
 
-    def fits(size: int, recompute: bool) -> bool:
+    def place(size: int, recompute: bool, compact: bool) -> Placement:
         predicted = predict(spec, samples=samples, classes=classes, micro_batch=size, recompute=recompute)
-        return predicted.process_bytes(device_type) <= limit_bytes
+        return Placement(
+            micro_batch=size if size < whole else None,
+            recompute=recompute,
+            compact=compact,
+            predicted=predicted,
+            needed_bytes=needed_bytes(predicted, device_type, compact=compact),
+        )
 
-    plain = _largest(whole, lambda size: fits(size, False))
-    size, recompute = plain, False
-    if plain < whole and plain * tokens < FILLED_TOKENS[device_type]:
-        recomputed = _largest(whole, lambda size: fits(size, True))
-        if recomputed > plain:
-            size, recompute = recomputed, True
-    if size == 0:
+    if limit_bytes is None:
+        return place(whole, False, False)
+    on_cpu = device_type == "cpu"
+    ways = [(False, False), *([(False, True)] if on_cpu else []), (True, on_cpu)]
+    found: tuple[int, bool, bool] | None = None
+    for recompute, compact in ways:
+        size = _largest(whole, lambda size, way=(recompute, compact): place(size, *way).needed_bytes <= limit_bytes)
+        if size and (found is None or size > found[0]):
+            found = (size, recompute, compact)
+        if found and (found[0] == whole or found[0] * tokens >= FILLED_TOKENS[device_type]):
+            break
+    if found is None:
         raise ValueError(_refusal(spec, samples=samples, classes=classes, limit_bytes=limit_bytes, device=device_type))
-    size = math.ceil(whole / math.ceil(whole / size))
-    predicted = predict(spec, samples=samples, classes=classes, micro_batch=size, recompute=recompute)
-    return Placement(micro_batch=size if size < whole else None, recompute=recompute, predicted=predicted)
+    size, recompute, compact = found
+    return place(math.ceil(whole / math.ceil(whole / size)), recompute, compact)
+
+
+def needed_bytes(predicted: Prediction, device_type: Device, *, compact: bool) -> int:
+    """What a process has to have room for that takes such steps: with the error bound, and with what it is itself."""
+    allocator = "cuda" if device_type == "cuda" else "compact" if compact else "heap"
+    return predicted.upper_bytes(allocator) + PROCESS_BYTES[device_type]
+
+
+def compact_large_blocks() -> bool:
+    """From here on blocks of COMPACT_FROM_BYTES go back to the system when they are freed; False where only others can.
+
+    glibc keeps freed blocks of up to 32 MiB in its heap, for speed, and a step leaves holes there that its next tensors
+    do not fit into.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    m_mmap_threshold = -3
+    return mallopt is not None and mallopt(m_mmap_threshold, COMPACT_FROM_BYTES) == 1
 
 
 def available_bytes() -> int:
@@ -149,26 +205,26 @@ def gib(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count < 10 * GIB else f"{count / GIB:.1f} GiB"
 
 
-def build_step(
-    spec: TrialSpec, *, samples: int, classes: int, micro_batch: int | None = None, recompute: bool = False
-) -> Callable[[], None]:
-    """A step of the resolved `spec` on clips of silence, to be run again and again: for real, or inside a ledger."""
-    model = build_classifier(spec.model, spec.protocol, classes=classes)
-    model.recompute = recompute
-    optimizer = build_optimizer(model.train(), spec.training, spec.protocol)
-    size = spec.training.batch_size
+class Rehearsal:
+    """A step of `spec` on clips of silence, to be run again and again: for real, or inside a ledger."""
 
-    def step() -> None:
+    def __init__(
+        self, spec: TrialSpec, *, samples: int, classes: int, micro_batch: int | None = None, recompute: bool = False
+    ):
+        self.spec, self.samples, self.micro_batch = resolve(spec), samples, micro_batch
+        self.model = build_classifier(self.spec.model, self.spec.protocol, classes=classes).train()
+        self.model.recompute = recompute
+        self.optimizer = build_optimizer(self.model, self.spec.training, self.spec.protocol)
+
+    def step(self) -> None:
+        size = self.spec.training.batch_size
         batch = Batch(
-            wave_BT=torch.zeros(size, samples),
+            wave_BT=torch.zeros(size, self.samples),
             label_B=torch.zeros(size, dtype=torch.long),
             clip_B=torch.arange(size),
         )
         at = Position(epoch=0, step=0, steps_per_epoch=1)
-        train_step(model, optimizer, batch, spec, at, micro_batch=micro_batch)
-
-    step.model, step.optimizer = model, optimizer  # type: ignore[attr-defined]
-    return step
+        train_step(self.model, self.optimizer, batch, self.spec, at, micro_batch=self.micro_batch)
 
 
 class Ledger(TorchDispatchMode):
@@ -186,7 +242,7 @@ class Ledger(TorchDispatchMode):
         kernels = numba_kernels()
         self._workspace: dict[str, Callable[..., int]] = kernels.WORKSPACE_BYTES if kernels else {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             # What is on the meta device is there to be counted by the models themselves.
@@ -254,27 +310,24 @@ def _simulate(spec: TrialSpec, *, samples: int, classes: int, micro_batch: int, 
     # Permutations for mixup come from numpy and are real; they are as small as a batch.
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         ledger.part = "parameters"
-        step = build_step(spec, samples=samples, classes=classes, micro_batch=micro_batch, recompute=recompute)
-        model, optimizer = step.model, step.optimizer  # type: ignore[attr-defined]
+        rehearsal = Rehearsal(spec, samples=samples, classes=classes, micro_batch=micro_batch, recompute=recompute)
         # The moments are made by the first step; every other step finds them.
         ledger.part = "optimizer"
-        for parameter in model.parameters():
+        for parameter in rehearsal.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for parameter in model.parameters():
+        rehearsal.optimizer.step()
+        rehearsal.optimizer.zero_grad(set_to_none=True)
+        for parameter in rehearsal.model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
         ledger.part = "activations"
         ledger.forget_peak()
-        step()
+        rehearsal.step()
     return Prediction(**{field.name: ledger.peak[field.name] for field in dataclasses.fields(Prediction)})
 
 
 def _extend(points: dict[int, Prediction], tokens: int) -> Prediction:
     """The polynomial through predictions for a few numbers of tokens, at `tokens` (Lagrange)."""
-    weights = {
-        at: math.prod((tokens - other) / (at - other) for other in points if other != at) for at in points
-    }
+    weights = {at: math.prod((tokens - other) / (at - other) for other in points if other != at) for at in points}
     return Prediction(
         **{
             field.name: max(0, round(sum(weight * getattr(points[at], field.name) for at, weight in weights.items())))
@@ -297,7 +350,7 @@ def _largest(whole: int, fits: Callable[[int], bool]) -> int:
 def _refusal(spec: TrialSpec, *, samples: int, classes: int, limit_bytes: int, device: Device) -> str:
     def needed(spec: TrialSpec, samples: int) -> int:
         smallest = predict(spec, samples=samples, classes=classes, micro_batch=1, recompute=True)
-        return smallest.process_bytes(device)
+        return needed_bytes(smallest, device, compact=True)
 
     def tokens(samples: int) -> int:
         return cost(spec.model, spec.protocol, classes=classes, samples=samples).tokens
@@ -339,7 +392,7 @@ def _fits_at(needed: Callable[[], int], limit_bytes: int) -> bool:
 
 
 def _cgroup_bytes(root: Path) -> list[int]:
-    """What the control group of this process may still take, by version 2 and version 1; empty where it has no limit."""
+    """What the control group of this process may still take, by version 2 and 1; empty where it has no limit."""
     found = []
     for limit, usage, stat, cached in (
         ("memory.max", "memory.current", "memory.stat", "inactive_file"),

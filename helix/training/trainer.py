@@ -47,8 +47,8 @@ class DivergedError(Exception):
 class Fit:
     """What one call of `fit` needs beside the spec, none of which is science.
 
-    `micro_batch`: clips that go through the model together, None for the whole batch; `recompute`: each block is computed
-    again in the backward and keeps only its input until then. Both are chosen by helix.training.memory.
+    `micro_batch`: clips that go through the model together, None for the whole batch; `recompute`: each block is
+    computed again in the backward and keeps only its input until then. helix.training.memory chooses both.
     `save_every_s`: seconds of training between checkpoints inside an epoch (each epoch ends with one anyway).
     `save_now`: asked at every step; True (a preemption notice, say) saves at this step and training goes on.
     `on_step`: told the optimiser steps so far after each step, and again after each batch that is evaluated, so that
@@ -195,7 +195,8 @@ class _Trial:
     def _evaluate(self, clips: np.ndarray, *, total_step: int) -> Evaluation:
         self.model.eval()
         labels, guesses, losses = [], [], []
-        for batch in in_order(self.recordings, clips, batch_size=self.spec.training.batch_size):
+        size = self.how.micro_batch or self.spec.training.batch_size
+        for batch in in_order(self.recordings, clips, batch_size=size):
             logits_BC = self.model(batch.wave_BT.to(self.how.device))
             label_B = batch.label_B.to(self.how.device)
             losses.append(F.cross_entropy(logits_BC, label_B, reduction="none").double())
