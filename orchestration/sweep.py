@@ -53,7 +53,7 @@ from orchestration.worker import drive
 logger = logging.getLogger(__name__)
 
 #: Columns of tables that go to a file or a pipe.
-PLAIN_WIDTH = 110
+PLAIN_WIDTH = 120
 
 SOME_FAILED = 1
 REFUSED = 2
@@ -329,9 +329,6 @@ def _print_plan(
     """What the grid asks and what each trial costs and how it stands; steps and ids need the prepared data."""
     console.print(grid.question.strip() + "\n", markup=False)
     table = Table(title=f"{name}: {len(trials)} trials", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
-    numbers = ("parameters", "tokens", "memory", "steps")
-    for heading in ("variant", "fold", "seed", "id", "parameters", "tokens", "memory", "steps", "state"):
-        table.add_column(heading, no_wrap=True, justify="right" if heading in numbers else "left")
     if recordings is None:
         known = {trial.label: ("-", "-", "data not prepared") for trial in trials}
         prices = [(trial, price(trial)) for trial in trials]
@@ -343,14 +340,32 @@ def _print_plan(
             for entry in plan
         }
         prices = [(entry.trial, entry.cost) for entry in plan]
+    rows = []
     for trial, size in prices:
         name, steps, state = known[trial.label]
-        fold, seed = str(trial.spec.data.fold), str(trial.spec.seed)
         # What is done is not trained again, so it has not to fit.
-        limit = None if state.startswith("done") else limit_bytes
-        memory = _memory(place(trial, limit_bytes=limit, device=device))
-        sizes = (f"{size.parameters:,}", f"{size.tokens:,}", memory)
-        table.add_row(trial.variant.name, fold, seed, name, *sizes, steps, state)
+        placement = place(trial, limit_bytes=None if state.startswith("done") else limit_bytes, device=device)
+        rows.append(
+            {
+                "variant": trial.variant.name,
+                "fold": str(trial.spec.data.fold),
+                "seed": str(trial.spec.seed),
+                "id": name,
+                "parameters": f"{size.parameters:,}",
+                "tokens": f"{size.tokens:,}",
+                "memory": gib(placement.predicted.peak_bytes),
+                "at a time": _pieces(placement),
+                "steps": steps,
+                "state": state,
+            }
+        )
+    if not any(row["at a time"] for row in rows):
+        rows = [{heading: row[heading] for heading in row if heading != "at a time"} for row in rows]
+    for heading in rows[0]:
+        numeric = heading in ("parameters", "tokens", "memory", "steps")
+        table.add_column(heading, no_wrap=True, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*row.values())
     console.print(table)
     console.print(
         "memory: not checked, since what a worker has is not known here; --memory-gib says it"
@@ -361,11 +376,11 @@ def _print_plan(
         console.print(f"--source prepares {trials[0].spec.data.dataset}; ids and steps are known then")
 
 
-def _memory(placement: Placement) -> str:
-    """The predicted peak, and how the batch is cut where it does not go through the model in one piece."""
-    ways = [f"{placement.micro_batch} at a time"] if placement.micro_batch else []
-    ways += ["recomputing"] if placement.recompute else []
-    return ", ".join([gib(placement.predicted.peak_bytes), *ways])
+def _pieces(placement: Placement) -> str:
+    """How the batch is cut where it does not go through the model in one piece, keeping everything."""
+    ways = [f"{placement.micro_batch} clips"] if placement.micro_batch else []
+    ways += ["recomputed"] if placement.recompute else []
+    return ", ".join(ways)
 
 
 def _progress(state: TrialState) -> str:
@@ -391,10 +406,10 @@ def _parser() -> argparse.ArgumentParser:
         "--profile", default="paper", help=f"the setting of all protocol switches: {', '.join(PROFILES)}"
     )
     parser.add_argument("--preset", help=f"model size, in place of the grid's: {', '.join(PRESETS)}")
-    parser.add_argument("--folds", type=_numbers, metavar="1,2", help="these folds instead of the grid's")
-    parser.add_argument("--seeds", type=_numbers, metavar="0,1", help="these seeds instead of the grid's")
+    parser.add_argument("--folds", type=numbers, metavar="1,2", help="these folds instead of the grid's")
+    parser.add_argument("--seeds", type=numbers, metavar="0,1", help="these seeds instead of the grid's")
     parser.add_argument(
-        "--variants", type=_names, metavar="NAME,...", help="these variants only, e.g. mamba-raw,helix-raw"
+        "--variants", type=names, metavar="NAME,...", help="these variants only, e.g. mamba-raw,helix-raw"
     )
     add_data_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
@@ -429,14 +444,16 @@ def chosen_storage(options: argparse.Namespace) -> tuple[Storage, bool]:
     return open_storage(named or "runs"), bool(named)
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
+    """Whole numbers from a list such as 1,2; argparse tells the user where it is none."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,2") from error
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
+    """Names from a list with commas."""
     return text.split(",")
 
 

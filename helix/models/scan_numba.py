@@ -983,8 +983,8 @@ def _(dy, starts, u, dt, A, B, C, D, z, dt_bias, reverse):  # noqa: ARG001  (the
     return tuple(x.new_empty(x.shape) for x in (u, dt, A, B, C, D, z, dt_bias))
 
 
-def _backward_workspace(dy: Tensor, starts: Tensor, u: Tensor, dt: Tensor, A: Tensor, *_: object) -> int:  # noqa: ARG001
-    """The gradients of B and C by blocks of channels, before they are summed; one block alone is the gradient itself."""
+def _backward_workspace(dy: Tensor, starts: Tensor, u: Tensor, dt: Tensor, A: Tensor, *_: object) -> int:  # noqa: ARG001  (the operator's)
+    """The gradients of B and C by blocks of channels, before they are summed; one block is the gradient itself."""
     (batch, tokens, channels), state = u.shape, A.shape[1]
     blocks = _blocks(channels)
     return 2 * _SIZE * batch * blocks * tokens * state if blocks > 1 else 0

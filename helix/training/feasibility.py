@@ -1,8 +1,8 @@
 """The paper's Table 1 (computational feasibility): which backbone trains on how many tokens, and in how much memory.
 
 The paper calls pure attention at 30,000 tokens out of memory on a GPU of 48 GB. Its authors' code asks for the weights
-of attention, so that a matrix of tokens x tokens is kept for every head; the same outputs can be had without. Both stand
-side by side here: predicted from shapes and, where that is asked for, measured, each cell in a process of its own.
+of attention, so that a matrix of tokens x tokens is kept for every head; the same outputs can be had without. Both
+stand side by side here, predicted from shapes and, where that is asked for, measured, a process for each cell.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -85,8 +85,22 @@ class Cell:
         """What surely is enough: with the error bound, and the process itself."""
         return needed_bytes(self.predicted, device_type, compact=True)
 
-    def as_json(self) -> dict[str, Any]:
-        value = {name: getattr(self, name) for name in ("backbone", "tokens", "attn_impl", "recompute", "paper")}
+    def verdict(self, limit_bytes: int) -> Literal["fits", "tight", "no"]:
+        """Whether it fits into a GPU of that size: "tight" where only the error bound says that it might not."""
+        if self.needed_bytes("cuda") <= limit_bytes:
+            return "fits"
+        return "tight" if self.predicted.peak_bytes <= limit_bytes else "no"
+
+    @property
+    def is_papers(self) -> bool:
+        """Whether this is what the paper measured: the authors' attention, nothing recomputed."""
+        ours_only = self.attn_impl == "sdpa" and "attention" in self.spec.model.pattern
+        return not self.recompute and not ours_only
+
+    def as_json(self, limit_bytes: int) -> dict[str, Any]:
+        value = {name: getattr(self, name) for name in ("backbone", "tokens", "attn_impl", "recompute")}
+        value["paper"] = self.paper if self.is_papers else None
+        value["verdict"] = self.verdict(limit_bytes)
         value["batch_size"] = self.spec.training.batch_size
         value["precision"] = self.spec.training.precision
         value["predicted"] = {**dataclasses.asdict(self.predicted), "peak_bytes": self.predicted.peak_bytes}
