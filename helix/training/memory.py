@@ -11,6 +11,7 @@ of weights keep the same tensors, but those figures have not been held against a
 Legend: B batch, T samples.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -167,7 +168,7 @@ def _choose(shapes: str, samples: int, classes: int, limit_bytes: int | None, de
     ways = [(False, False), *([(False, True)] if on_cpu else []), (True, on_cpu)]
     found: tuple[int, bool, bool] | None = None
     for recompute, compact in ways:
-        size = _largest(whole, lambda size, way=(recompute, compact): place(size, *way).needed_bytes <= limit_bytes)
+        size = _largest(whole, lambda size, way=(recompute, compact): place(size, *way).needed_bytes, limit_bytes)
         if size and (found is None or size > found[0]):
             found = (size, recompute, compact)
         if found and (found[0] == whole or found[0] * tokens >= FILLED_TOKENS[device_type]):
@@ -175,7 +176,7 @@ def _choose(shapes: str, samples: int, classes: int, limit_bytes: int | None, de
     if found is None:
         raise ValueError(_refusal(spec, samples=samples, classes=classes, limit_bytes=limit_bytes, device=device_type))
     size, recompute, compact = found
-    return place(math.ceil(whole / math.ceil(whole / size)), recompute, compact)
+    return place(size, recompute, compact)
 
 
 def needed_bytes(predicted: Prediction, device_type: Device, *, compact: bool) -> int:
@@ -295,17 +296,46 @@ def _predict(shapes: str, samples: int, classes: int, micro_batch: int, recomput
     spec = from_json(json.loads(shapes))
     tokens = cost(spec.model, spec.protocol, classes=classes, samples=samples).tokens
     if scan != "reference" or tokens <= SHORT_TOKENS[-1]:
-        return _simulate(spec, samples=samples, classes=classes, micro_batch=micro_batch, recompute=recompute)
+        return _passes(spec, samples=samples, classes=classes, micro_batch=micro_batch, recompute=recompute)
     short = dataclasses.replace(spec, model=dataclasses.replace(spec.model, pool_tokens=None))
     points = {}
     for wanted in SHORT_TOKENS:
         length = samples * wanted // tokens
         at = cost(short.model, short.protocol, classes=classes, samples=length).tokens
-        points[at] = _simulate(short, samples=length, classes=classes, micro_batch=micro_batch, recompute=recompute)
+        points[at] = _passes(short, samples=length, classes=classes, micro_batch=micro_batch, recompute=recompute)
     return _extend(points, tokens)
 
 
-def _simulate(spec: TrialSpec, *, samples: int, classes: int, micro_batch: int, recompute: bool) -> Prediction:
+def _passes(spec: TrialSpec, *, samples: int, classes: int, micro_batch: int, recompute: bool) -> Prediction:
+    """A step in micro-batches. From the second pass on all are alike, so a few of them tell of any number.
+
+    What else grows with the batch is the batch itself, which the passes share, and its augmentation, which is over
+    before the first of them.
+    """
+    whole = spec.training.batch_size
+    options = {"samples": samples, "classes": classes, "micro_batch": micro_batch, "recompute": recompute}
+    if math.ceil(whole / micro_batch) <= 3:
+        return _simulate(spec, **options)
+    points = {}
+    for size in (2 * micro_batch, 3 * micro_batch):
+        part = dataclasses.replace(spec, training=dataclasses.replace(spec.training, batch_size=size))
+        points[size] = _simulate(part, **options)
+    before = _simulate(spec, **options, model_too=False)
+    return max(_extend(points, whole), before, key=lambda prediction: prediction.peak_bytes)
+
+
+class _AtTheModel(Exception):  # noqa: N818  (nothing is wrong)
+    """The batch is made, and the model would be next."""
+
+
+def _simulate(
+    spec: TrialSpec, *, samples: int, classes: int, micro_batch: int, recompute: bool, model_too: bool = True
+) -> Prediction:
+    """The peak of one step, or without `model_too` of what comes before the model."""
+
+    def stop(_: Tensor) -> Tensor:
+        raise _AtTheModel
+
     ledger = Ledger()
     # Permutations for mixup come from numpy and are real; they are as small as a batch.
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
@@ -321,12 +351,15 @@ def _simulate(spec: TrialSpec, *, samples: int, classes: int, micro_batch: int, 
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
         ledger.part = "activations"
         ledger.forget_peak()
-        rehearsal.step()
+        if not model_too:
+            rehearsal.model.logits = stop  # type: ignore[method-assign]
+        with contextlib.suppress(_AtTheModel):
+            rehearsal.step()
     return Prediction(**{field.name: ledger.peak[field.name] for field in dataclasses.fields(Prediction)})
 
 
 def _extend(points: dict[int, Prediction], tokens: int) -> Prediction:
-    """The polynomial through predictions for a few numbers of tokens, at `tokens` (Lagrange)."""
+    """The polynomial through predictions for a few numbers of tokens, or clips, at `tokens` (Lagrange)."""
     weights = {at: math.prod((tokens - other) / (at - other) for other in points if other != at) for at in points}
     return Prediction(
         **{
@@ -336,21 +369,36 @@ def _extend(points: dict[int, Prediction], tokens: int) -> Prediction:
     )
 
 
-def _largest(whole: int, fits: Callable[[int], bool]) -> int:
-    """The largest size from 1 to `whole` that fits, 0 where none does; what fits grows no smaller when it is cut."""
-    if fits(whole):
+def _largest(whole: int, needed: Callable[[int], int], limit_bytes: int) -> int:
+    """The largest micro-batch whose need is within the limit, of those that share a batch evenly; 0 where none is.
+
+    Needs are nearly proportional, and what bends them bends upwards (a peak is the highest of several moments, each
+    proportional), so a chord lies above them: what fits by the chord fits.
+    """
+    if needed(whole) <= limit_bytes:
         return whole
-    low, high = 0, whole
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    sizes = sorted({math.ceil(whole / passes) for passes in range(2, whole + 1)})
+    if not sizes or needed(sizes[0]) > limit_bytes:
+        return 0
+    if needed(sizes[-1]) <= limit_bytes:
+        return sizes[-1]
+    low, high = needed(sizes[0]), needed(sizes[-1])
+    slope = (high - low) / (sizes[-1] - sizes[0])
+    by_chord = [size for size in sizes if low + slope * (size - sizes[0]) <= limit_bytes]
+    return next((size for size in reversed(by_chord) if needed(size) <= limit_bytes), 0)
 
 
 def _refusal(spec: TrialSpec, *, samples: int, classes: int, limit_bytes: int, device: Device) -> str:
     def needed(spec: TrialSpec, samples: int) -> int:
         smallest = predict(spec, samples=samples, classes=classes, micro_batch=1, recompute=True)
         return needed_bytes(smallest, device, compact=True)
+
+    def fits(samples: int) -> bool:
+        """Whether a clip of that length is long enough for the model and short enough for the limit."""
+        try:
+            return needed(spec, samples) <= limit_bytes
+        except ValueError:
+            return False
 
     def tokens(samples: int) -> int:
         return cost(spec.model, spec.protocol, classes=classes, samples=samples).tokens
@@ -371,24 +419,18 @@ def _refusal(spec: TrialSpec, *, samples: int, classes: int, limit_bytes: int, d
         single = dataclasses.replace(spec, training=dataclasses.replace(spec.training, batch_size=1))
         if needed(single, samples) <= limit_bytes:
             would.append("a smaller training.batch_size")
-    # Sixty-fourths of the clip are as near as anybody needs to know; the shortest of them may be no clip at all.
-    parts = 64
-    shorter = _largest(parts, lambda part: _fits_at(lambda: needed(spec, samples * part // parts), limit_bytes))
-    if shorter:
-        length = samples * shorter // parts
+    # To a sixteenth of the clip is as near as anybody needs to know.
+    low, high = 0, 16
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(samples * middle // 16) else (low, middle)
+    if low:
+        length = samples * low // 16
         would.append(f"clips of {tokens(length):,} tokens ({length:,} samples)")
     return (
         f"one step of {'-'.join(spec.model.pattern)} on {tokens(samples):,} tokens does not fit into "
         f"{gib(limit_bytes)}, one clip at a time and recomputing every block. What would fit: {'; '.join(would)}"
     )
-
-
-def _fits_at(needed: Callable[[], int], limit_bytes: int) -> bool:
-    """Whether a length fits. One that is too short for the model is small enough for any memory."""
-    try:
-        return needed() <= limit_bytes
-    except ValueError:
-        return True
 
 
 def _cgroup_bytes(root: Path) -> list[int]:
