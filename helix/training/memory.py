@@ -14,6 +14,7 @@ Legend: B batch, T samples.
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import json
 import math
 import weakref
@@ -75,6 +76,9 @@ FILLED_TOKENS: dict[Device, int] = {"cpu": 256, "cuda": 16_384}
 #: The reference scan is thousands of operators per clip, so it is run on this many tokens and extended: its bytes are
 #: a polynomial of the number of tokens, of degree two where attention keeps its weights.
 SHORT_TOKENS = (64, 128, 192)
+
+#: Micro-batches that are run: the second finds the gradients of the first, and from there on all are alike.
+ALIKE_AFTER = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,46 +300,24 @@ def _predict(shapes: str, samples: int, classes: int, micro_batch: int, recomput
     spec = from_json(json.loads(shapes))
     tokens = cost(spec.model, spec.protocol, classes=classes, samples=samples).tokens
     if scan != "reference" or tokens <= SHORT_TOKENS[-1]:
-        return _passes(spec, samples=samples, classes=classes, micro_batch=micro_batch, recompute=recompute)
+        return _simulate(spec, samples=samples, classes=classes, micro_batch=micro_batch, recompute=recompute)
     short = dataclasses.replace(spec, model=dataclasses.replace(spec.model, pool_tokens=None))
     points = {}
     for wanted in SHORT_TOKENS:
         length = samples * wanted // tokens
         at = cost(short.model, short.protocol, classes=classes, samples=length).tokens
-        points[at] = _passes(short, samples=length, classes=classes, micro_batch=micro_batch, recompute=recompute)
+        points[at] = _simulate(short, samples=length, classes=classes, micro_batch=micro_batch, recompute=recompute)
     return _extend(points, tokens)
 
 
-def _passes(spec: TrialSpec, *, samples: int, classes: int, micro_batch: int, recompute: bool) -> Prediction:
-    """A step in micro-batches. From the second pass on all are alike, so a few of them tell of any number.
-
-    What else grows with the batch is the batch itself, which the passes share, and its augmentation, which is over
-    before the first of them.
-    """
-    whole = spec.training.batch_size
-    options = {"samples": samples, "classes": classes, "micro_batch": micro_batch, "recompute": recompute}
-    if math.ceil(whole / micro_batch) <= 3:
-        return _simulate(spec, **options)
-    points = {}
-    for size in (2 * micro_batch, 3 * micro_batch):
-        part = dataclasses.replace(spec, training=dataclasses.replace(spec.training, batch_size=size))
-        points[size] = _simulate(part, **options)
-    before = _simulate(spec, **options, model_too=False)
-    return max(_extend(points, whole), before, key=lambda prediction: prediction.peak_bytes)
-
-
-class _AtTheModel(Exception):  # noqa: N818  (nothing is wrong)
-    """The batch is made, and the model would be next."""
+class _Seen(Exception):  # noqa: N818  (nothing is wrong)
+    """The rest of the step would show nothing new."""
 
 
 def _simulate(
-    spec: TrialSpec, *, samples: int, classes: int, micro_batch: int, recompute: bool, model_too: bool = True
+    spec: TrialSpec, *, samples: int, classes: int, micro_batch: int, recompute: bool, passes: int = ALIKE_AFTER
 ) -> Prediction:
-    """The peak of one step, or without `model_too` of what comes before the model."""
-
-    def stop(_: Tensor) -> Tensor:
-        raise _AtTheModel
-
+    """The peak of one step, of which so many micro-batches are run."""
     ledger = Ledger()
     # Permutations for mixup come from numpy and are real; they are as small as a batch.
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
@@ -351,15 +333,21 @@ def _simulate(
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
         ledger.part = "activations"
         ledger.forget_peak()
-        if not model_too:
-            rehearsal.model.logits = stop  # type: ignore[method-assign]
-        with contextlib.suppress(_AtTheModel):
+        logits, calls = rehearsal.model.logits, itertools.count(1)
+
+        def some_logits(features: Tensor) -> Tensor:
+            if next(calls) > passes:
+                raise _Seen
+            return logits(features)
+
+        rehearsal.model.logits = some_logits  # type: ignore[method-assign]
+        with contextlib.suppress(_Seen):
             rehearsal.step()
     return Prediction(**{field.name: ledger.peak[field.name] for field in dataclasses.fields(Prediction)})
 
 
 def _extend(points: dict[int, Prediction], tokens: int) -> Prediction:
-    """The polynomial through predictions for a few numbers of tokens, or clips, at `tokens` (Lagrange)."""
+    """The polynomial through predictions for a few numbers of tokens, at `tokens` (Lagrange)."""
     weights = {at: math.prod((tokens - other) / (at - other) for other in points if other != at) for at in points}
     return Prediction(
         **{
