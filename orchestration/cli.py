@@ -1,11 +1,14 @@
 """The console script `helix`: everything under one name."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from helix import bench, doctor
 from helix.data.dataset import Dataset, DatasetError
@@ -13,8 +16,11 @@ from helix.data.download import DownloadError, fetch_all
 from helix.data.shards import CorruptShardError
 from helix.registry import DATASETS
 from helix.spec import TrialSpec, apply_overrides
+from helix.training.feasibility import PAPER_GPU_BYTES, TOKENS, Cell, measured, table
+from helix.training.memory import GIB, gib
 from orchestration import sweep
 from orchestration.connection import ClusterError, rehearse
+from orchestration.grid import BACKBONES
 from orchestration.preprocessing import described, prepare_with_ray, refuse_needless, summary
 from orchestration.progress import ProgressDisplay
 from orchestration.verification import verify_storage
@@ -34,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("verify", "read back everything that is stored and list what is damaged"),
         ("doctor", "what works on this machine, found by trying it, and what to do about the rest"),
         ("bench", "time and weigh a part beside implementations by others"),
+        ("feasibility", "the paper's Table 1: which backbone trains on how many tokens, and in how much memory"),
     ):
         commands.add_parser(name, help=about, add_help=False)
     chosen, rest = parser.parse_known_args(arguments[:1])[0].command, arguments[1:]
@@ -45,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return bench.main(rest)
     if chosen == "doctor":
         return doctor.main(rest, rehearse_ray=rehearse)
+    if chosen == "feasibility":
+        return feasibility(rest)
     return sweep.main(rest, train_missing=chosen == "sweep")
 
 
@@ -147,3 +156,80 @@ def verify(arguments: Sequence[str]) -> int:
             "takes an older one; a trial whose spec or result is damaged has to be deleted and run again"
         )
     return 1 if found.damaged else 0
+
+
+def feasibility(arguments: Sequence[str]) -> int:
+    """`helix feasibility --measure --tokens 500,3000`."""
+    parser = argparse.ArgumentParser(
+        prog="helix feasibility",
+        description="The paper's Table 1: the memory of one training step, predicted from shapes; ours (sdpa) and as "
+        "the authors' code asks for attention (weights), keeping what every block computed and recomputing it.",
+    )
+    parser.add_argument("--tokens", type=sweep.numbers, default=list(TOKENS), metavar="500,3000", help="these lengths")
+    parser.add_argument("--backbones", type=sweep.names, default=list(BACKBONES), metavar="NAME,...")
+    parser.add_argument("--batch", type=int, default=1, help="clips in a batch (default: 1)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument(
+        "--memory-gib",
+        type=float,
+        default=PAPER_GPU_BYTES / GIB,
+        help="what has to fit (default: the paper's 48 GB GPU)",
+    )
+    parser.add_argument("--measure", action="store_true", help="take real steps on this machine's CPU as well")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there too")
+    given = parser.parse_args(arguments)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else sweep.PLAIN_WIDTH)
+    limit_bytes = int(given.memory_gib * GIB)
+    try:
+        if unknown := set(given.backbones) - set(BACKBONES):
+            raise ValueError(f"unknown backbone {sorted(unknown)[0]!r}; known: {', '.join(BACKBONES)}")
+        patterns = {name: BACKBONES[name] for name in given.backbones}
+        cells = table(patterns, tokens=given.tokens, batch=given.batch, precision=given.precision)
+        if given.measure:
+            cells = [_say(measured(cell), console) for cell in cells]
+        if given.json:
+            figures = {"limit_bytes": limit_bytes, "cells": [cell.as_json(limit_bytes) for cell in cells]}
+            given.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        return sweep.refuse(error)
+    console.print(_feasibility_table(cells, limit_bytes))
+    console.print(
+        "predicted, measured: the peak of one training step without the process itself. fits: also with it and with "
+        "the error bound; tight: without them only. The paper's verdicts are of its authors' code on a GPU."
+    )
+    return 0
+
+
+def _say(cell: Cell, console: Console) -> Cell:
+    """Tell of a cell as soon as it is measured, since the next may take long."""
+    name = f"{cell.tokens:,} tokens, {cell.backbone}, {cell.attn_impl}{', recomputing' if cell.recompute else ''}"
+    found = f"not measured: {cell.why_not}"
+    if cell.measured is not None:
+        found = f"{gib(cell.measured.peak_bytes)}, {cell.measured.step_seconds:.2f} s a step"
+    console.print(f"{name}: {found}", markup=False)
+    return cell
+
+
+def _feasibility_table(cells: Sequence[Cell], limit_bytes: int) -> Table:
+    title = f"One training step of {cells[0].spec.training.batch_size} clip(s), against {gib(limit_bytes)}"
+    shown = Table(title=title, title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
+    for heading in ("tokens", "backbone", "attention", "blocks", "predicted", "verdict", "measured", "step s", "paper"):
+        numeric = heading in ("tokens", "predicted", "measured", "step s")
+        shown.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    for cell in cells:
+        peak, seconds = (
+            ("", "") if cell.measured is None else (gib(cell.measured.peak_bytes), f"{cell.measured.step_seconds:.2f}")
+        )
+        shown.add_row(
+            f"{cell.tokens:,}",
+            cell.backbone,
+            cell.attn_impl if "attention" in cell.spec.model.pattern else "-",
+            "recomputed" if cell.recompute else "kept",
+            gib(cell.predicted.peak_bytes),
+            cell.verdict(limit_bytes),
+            peak,
+            seconds,
+            # What the paper found, it found with what the authors' code does.
+            cell.paper if cell.is_papers else "",
+        )
+    return shown

@@ -13,6 +13,7 @@ from helix.models.classifier import Cost, cost
 from helix.registry import DATASETS
 from helix.spec import resolve, trial_id
 from helix.storage import Storage
+from helix.training.memory import Device, Placement, choose
 from orchestration.grid import Grid, Trial
 from orchestration.ledger import TrialState, read
 
@@ -65,6 +66,17 @@ def price(trial: Trial, *, classes: int | None = None) -> Cost:
     dataset: Dataset = DATASETS.make(spec.data.dataset, spec.data.options)
     classes = dataset.class_count if classes is None else classes
     return cost(spec.model, spec.protocol, classes=classes, samples=dataset.clip_samples)
+
+
+def place(trial: Trial, *, limit_bytes: int | None, device: Device) -> Placement:
+    """How a step of the trial fits into what a worker has; None is no limit. ValueError says what would fit."""
+    spec = resolve(trial.spec)
+    dataset: Dataset = DATASETS.make(spec.data.dataset, spec.data.options)
+    size = {"samples": dataset.clip_samples, "classes": dataset.class_count}
+    try:
+        return choose(spec, **size, limit_bytes=limit_bytes, device_type=device)
+    except ValueError as error:
+        raise ValueError(f"{trial.label}: {error}") from error
 
 
 def check_band(counts: dict[str, tuple[str, int]]) -> None:

@@ -25,6 +25,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 import ray.tune
@@ -40,10 +41,11 @@ from helix.data.shards import CorruptShardError, Recordings
 from helix.protocol import PROFILES
 from helix.spec import to_json
 from helix.storage import FolderStorage, Storage, open_storage
+from helix.training.memory import GIB, Device, Placement, available_bytes, gib
 from orchestration.connection import ClusterError, connect, cpu_count, driver_resources, joins_cluster
 from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
 from orchestration.ledger import TrialState, read
-from orchestration.plan import Planned, Snapshot, check_trials, make_plan, pack, price
+from orchestration.plan import Planned, Snapshot, check_trials, make_plan, pack, place, price
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
 from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, local_folder, without_secrets
 from orchestration.worker import drive
@@ -51,7 +53,7 @@ from orchestration.worker import drive
 logger = logging.getLogger(__name__)
 
 #: Columns of tables that go to a file or a pipe.
-PLAIN_WIDTH = 110
+PLAIN_WIDTH = 120
 
 SOME_FAILED = 1
 REFUSED = 2
@@ -70,6 +72,15 @@ class Sweep:
     workers: int | None
     threads: int
     gpu: bool
+    limit_bytes: int | None
+
+    def missing(self) -> list[Planned]:
+        """The trials that have no result yet."""
+        return [entry for entry in self.plan if self.snapshot.state(entry.trial_id).status != "done"]
+
+    def placement(self, entry: Planned) -> Placement:
+        """How a step of this trial fits into what a worker has."""
+        return place(entry.trial, limit_bytes=self.limit_bytes, device="cuda" if self.gpu else "cpu")
 
 
 def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) -> int:
@@ -84,6 +95,9 @@ def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) 
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
     try:
         sweep = plan_sweep(options, command=["python", "orchestration/sweep.py", *arguments], console=console)
+        if sweep is not None and train_missing:
+            for entry in sweep.missing():
+                sweep.placement(entry)
     except (ValueError, OSError, ClusterError, CorruptShardError) as error:
         return refuse(error)
     if sweep is None:
@@ -134,10 +148,13 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
             "--device is cuda, but torch finds no CUDA device on this machine; leave it out to train on CPU"
         )
     check_trials(trials)
+    limit_bytes = memory_limit(options, trials=len(trials))
     data, partial = trials[0].spec.data, options.allow_partial
     if options.dry_run:
         recordings = rehearsed_data(data, source=options.source, storage=storage, allow_partial=partial)
-        _print_plan(options.grid, grid, trials, recordings, storage, console)
+        _print_plan(
+            options.grid, grid, trials, recordings, storage, console, limit_bytes=limit_bytes, device=options.device
+        )
         return None
     check_listing(trials, source=options.source, allow_partial=partial)
     storage.check_writable()
@@ -167,12 +184,13 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
         workers=options.workers,
         threads=options.threads,
         gpu=options.device == "cuda",
+        limit_bytes=limit_bytes,
     )
 
 
 def run_sweep(sweep: Sweep, console: Console) -> None:
     """Train what has no result yet, showing it live and tracking it as it goes."""
-    missing = [entry for entry in sweep.plan if sweep.snapshot.state(entry.trial_id).status != "done"]
+    missing = sweep.missing()
     console.print(f"{len(sweep.plan)} trials: {len(sweep.plan) - len(missing)} done, {len(missing)} to train")
     if not missing:
         return
@@ -208,6 +226,7 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
             "storage": repr(sweep.storage),
             "data": sweep.recordings.prepared.prefix,
             "specs": [to_json(entry.trial.spec) for entry in entries],
+            "placements": [_cut(sweep.placement(entry)) for entry in entries],
             "threads": sweep.threads,
             "gpu": sweep.gpu,
             "scratch": scratch,
@@ -235,6 +254,28 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
                 sweep.storage.delete_folder(scratch_key)
     errors = [result.error for result in results if result.error is not None]
     return sorted({(str(error).strip().splitlines() or [repr(error)])[-1] for error in errors})
+
+
+def _cut(placement: Placement) -> dict[str, Any]:
+    """What the worker has to know of a placement."""
+    return {name: getattr(placement, name) for name in ("micro_batch", "recompute", "compact")}
+
+
+def memory_limit(options: argparse.Namespace, *, trials: int) -> int | None:
+    """What one worker may hold, in bytes; None where nobody knows, as on a cluster that this machine is no part of.
+
+    On a CPU the workers of this machine share what it has left; a GPU is one worker's.
+    """
+    if options.memory_gib is not None:
+        if not options.memory_gib > 0:
+            raise ValueError(f"--memory-gib is {options.memory_gib}; wanted a positive number")
+        return int(options.memory_gib * GIB)
+    if joins_cluster():
+        return None
+    if options.device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    workers = options.workers or max(1, cpu_count() // options.threads)
+    return available_bytes() // min(workers, trials)
 
 
 def _slots(sweep: Sweep, missing: Sequence[Planned]) -> int:
@@ -294,15 +335,19 @@ def _mlflow_trouble(uri: str, problem: str) -> str:
 
 
 def _print_plan(
-    name: str, grid: Grid, trials: Sequence[Trial], recordings: Recordings | None, storage: Storage, console: Console
+    name: str,
+    grid: Grid,
+    trials: Sequence[Trial],
+    recordings: Recordings | None,
+    storage: Storage,
+    console: Console,
+    *,
+    limit_bytes: int | None,
+    device: Device,
 ) -> None:
     """What the grid asks and what each trial costs and how it stands; steps and ids need the prepared data."""
     console.print(grid.question.strip() + "\n", markup=False)
     table = Table(title=f"{name}: {len(trials)} trials", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
-    for heading in ("variant", "fold", "seed", "id", "parameters", "tokens", "steps", "state"):
-        table.add_column(
-            heading, no_wrap=True, justify="right" if heading in ("parameters", "tokens", "steps") else "left"
-        )
     if recordings is None:
         known = {trial.label: ("-", "-", "data not prepared") for trial in trials}
         prices = [(trial, price(trial)) for trial in trials]
@@ -314,13 +359,47 @@ def _print_plan(
             for entry in plan
         }
         prices = [(entry.trial, entry.cost) for entry in plan]
+    rows = []
     for trial, size in prices:
         name, steps, state = known[trial.label]
-        fold, seed = str(trial.spec.data.fold), str(trial.spec.seed)
-        table.add_row(trial.variant.name, fold, seed, name, f"{size.parameters:,}", f"{size.tokens:,}", steps, state)
+        # What is done is not trained again, so it has not to fit.
+        placement = place(trial, limit_bytes=None if state.startswith("done") else limit_bytes, device=device)
+        rows.append(
+            {
+                "variant": trial.variant.name,
+                "fold": str(trial.spec.data.fold),
+                "seed": str(trial.spec.seed),
+                "id": name,
+                "parameters": f"{size.parameters:,}",
+                "tokens": f"{size.tokens:,}",
+                "memory": gib(placement.predicted.peak_bytes),
+                "at a time": _pieces(placement),
+                "steps": steps,
+                "state": state,
+            }
+        )
+    if not any(row["at a time"] for row in rows):
+        rows = [{heading: row[heading] for heading in row if heading != "at a time"} for row in rows]
+    for heading in rows[0]:
+        numeric = heading in ("parameters", "tokens", "memory", "steps")
+        table.add_column(heading, no_wrap=True, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*row.values())
     console.print(table)
+    console.print(
+        "memory: not checked, since what a worker has is not known here; --memory-gib says it"
+        if limit_bytes is None
+        else f"memory: the predicted peak of a step; a worker may hold {gib(limit_bytes)} with the process itself"
+    )
     if recordings is None:
         console.print(f"--source prepares {trials[0].spec.data.dataset}; ids and steps are known then")
+
+
+def _pieces(placement: Placement) -> str:
+    """How the batch is cut where it does not go through the model in one piece, keeping everything."""
+    ways = [f"{placement.micro_batch} clips"] if placement.micro_batch else []
+    ways += ["recomputed"] if placement.recompute else []
+    return ", ".join(ways)
 
 
 def _progress(state: TrialState) -> str:
@@ -346,16 +425,22 @@ def _parser() -> argparse.ArgumentParser:
         "--profile", default="paper", help=f"the setting of all protocol switches: {', '.join(PROFILES)}"
     )
     parser.add_argument("--preset", help=f"model size, in place of the grid's: {', '.join(PRESETS)}")
-    parser.add_argument("--folds", type=_numbers, metavar="1,2", help="these folds instead of the grid's")
-    parser.add_argument("--seeds", type=_numbers, metavar="0,1", help="these seeds instead of the grid's")
+    parser.add_argument("--folds", type=numbers, metavar="1,2", help="these folds instead of the grid's")
+    parser.add_argument("--seeds", type=numbers, metavar="0,1", help="these seeds instead of the grid's")
     parser.add_argument(
-        "--variants", type=_names, metavar="NAME,...", help="these variants only, e.g. mamba-raw,helix-raw"
+        "--variants", type=names, metavar="NAME,...", help="these variants only, e.g. mamba-raw,helix-raw"
     )
     add_data_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--verbose", action="store_true", help="show what Ray says as well")
     parser.add_argument("--workers", type=int, help="how many trials train at once (default: what the machines hold)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each worker (default: 1)")
+    parser.add_argument(
+        "--memory-gib",
+        type=float,
+        metavar="GIB",
+        help="what one worker may hold; batches are cut to fit (default: this machine's share, or its GPU)",
+    )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="what a trial trains on (default: cpu)"
     )
@@ -385,14 +470,16 @@ def chosen_storage(options: argparse.Namespace) -> tuple[Storage, bool]:
     return open_storage(named or "runs"), bool(named)
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
+    """Whole numbers from a list such as 1,2; argparse tells the user where it is none."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,2") from error
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
+    """Names from a list with commas."""
     return text.split(",")
 
 

@@ -19,6 +19,7 @@ from helix.data.shards import Recordings, open_prepared
 from helix.spec import TrialSpec, from_json, trial_id
 from helix.storage import Storage, open_storage
 from helix.training.checkpoint import committed
+from helix.training.memory import compact_large_blocks
 from helix.training.trainer import Fit, fit, trial_folder
 from orchestration.connection import POLL_S
 from orchestration.lease import LeaseLostError, Watch, acquire
@@ -76,12 +77,16 @@ def run_pack(config: dict[str, Any]) -> None:
     def report(number: int, row: dict[str, Any]) -> None:
         ray.train.report({"trial": number, "epoch": row["epoch"], "test_accuracy": row["test_accuracy"]})
 
+    placements = config["placements"]
+    if any(placement["compact"] for placement in placements):
+        compact_large_blocks()
     work_through(
         [from_json(value) for value in config["specs"]],
         open_prepared(storage, config["data"]),
         storage,
         sweep_id=config["sweep_id"],
         device="cuda" if config["gpu"] else "cpu",
+        parts=[(placement["micro_batch"], placement["recompute"]) for placement in placements],
         report=report,
         notices=Notices([ray_notice, sigterm_notice()]),
     )
@@ -94,6 +99,7 @@ def work_through(
     *,
     sweep_id: str,
     device: str = "cpu",
+    parts: Sequence[tuple[int | None, bool]] = (),
     report: Callable[[int, dict[str, Any]], None] = lambda _number, _row: None,
     notices: Callable[[], bool] = lambda: False,
     held_s: float = HELD_S,
@@ -102,7 +108,8 @@ def work_through(
     """Run trials in turn until each is done or has failed, here or elsewhere; those that are done are passed over.
 
     One trial's failure is recorded with the trial and does not keep the next from running. A trial that another sweep
-    works on is left to it, and looked at again until it is done or free.
+    works on is left to it, and looked at again until it is done or free. `parts`: of each trial the micro-batch, and
+    whether its blocks are recomputed.
     """
     watch = watch or Watch()
     todo, waiting = deque(enumerate(specs)), 0
@@ -114,6 +121,7 @@ def work_through(
             storage,
             sweep_id=sweep_id,
             device=device,
+            parts=parts[number] if parts else (None, False),
             on_epoch=partial(report, number),
             watch=watch,
             notices=notices,
@@ -140,6 +148,7 @@ def run_trial(
     *,
     sweep_id: str,
     device: str = "cpu",
+    parts: tuple[int | None, bool] = (None, False),
     on_epoch: Callable[[dict[str, Any]], None] = lambda _row: None,
     budget: Budget | None = None,
     watch: Watch | None = None,
@@ -167,7 +176,9 @@ def run_trial(
             if decision.action == "stop":
                 _give_up(storage, name, own[-1], decision.reason)
                 return "failed"
-            micro_batch, recompute = _parts(own, spec.training.batch_size, shrink=decision.action == "shrink")
+            micro_batch, recompute = _parts(
+                own, parts[0] or spec.training.batch_size, parts[1], shrink=decision.action == "shrink"
+            )
             attempt.begin(storage, micro_batch=micro_batch, recompute=recompute)
             how = Fit(
                 storage=storage,
@@ -185,9 +196,7 @@ def run_trial(
             except LeaseLostError as error:
                 attempt.end(storage, "lost", error)
                 return "held"
-            except (
-                Exception
-            ) as error:  # whatever it is, it is this trial's: recorded, judged by decide(), not swallowed
+            except Exception as error:  # whatever it is, it is this trial's: recorded, judged by decide()
                 attempt.end(storage, "failed", error)
             else:
                 attempt.end(storage, "done")
@@ -278,9 +287,10 @@ def _ended(record: dict[str, Any]) -> Ended:
     )
 
 
-def _parts(own: Sequence[dict[str, Any]], batch_size: int, *, shrink: bool) -> tuple[int, bool]:
-    """In what parts to run the batch: as the sweep's last attempt did, or smaller."""
-    micro_batch, recompute = (own[-1]["micro_batch"], own[-1]["recompute"]) if own else (batch_size, False)
+def _parts(own: Sequence[dict[str, Any]], micro_batch: int, recompute: bool, *, shrink: bool) -> tuple[int, bool]:
+    """In what parts to run the batch: as planned, or as the sweep's last attempt did, or smaller."""
+    if own:
+        micro_batch, recompute = own[-1]["micro_batch"], own[-1]["recompute"]
     return (smaller(micro_batch, recompute=recompute) or (1, True)) if shrink else (micro_batch, recompute)
 
 

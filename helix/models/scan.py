@@ -75,11 +75,11 @@ def selective_scan(
     Raises ValueError where the backend is unknown or cannot do this.
     """
     chosen = scan_backend(u_BLE.device, A_EN.dtype, backend=backend)
-    kernels, inputs = _kernels.get(chosen), [u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E]
+    module, inputs = kernels(chosen), [u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E]
     with torch.autocast(u_BLE.device.type, enabled=False):
-        if kernels is None or not BACKENDS[chosen].mixed:
+        if module is None or not BACKENDS[chosen].mixed:
             inputs = [x.to(A_EN.dtype) for x in inputs]
-        y_BLE = (_ChunkedScan.apply if kernels is None else kernels.selective_scan)(*inputs, reverse)
+        y_BLE = (_ChunkedScan.apply if module is None else module.selective_scan)(*inputs, reverse)
     return y_BLE.to(u_BLE.dtype)
 
 
@@ -91,12 +91,12 @@ def conv_silu(
     By the same backend as the scan; a kernel keeps none of the results in between.
     """
     chosen = scan_backend(u_BLE.device, weight_E1K.dtype, backend=backend)
-    kernels = _kernels.get(chosen)
-    if kernels is None:
+    module = kernels(chosen)
+    if module is None:
         return nn.functional.silu(depthwise_conv(u_BLE, weight_E1K, bias_E, reverse=reverse))
     with torch.autocast(u_BLE.device.type, enabled=False):
         given = u_BLE if BACKENDS[chosen].mixed else u_BLE.to(weight_E1K.dtype)
-        return kernels.conv_silu(given, weight_E1K.squeeze(1), bias_E, reverse).to(u_BLE.dtype)
+        return module.conv_silu(given, weight_E1K.squeeze(1), bias_E, reverse).to(u_BLE.dtype)
 
 
 def depthwise_conv(u_BLE: Tensor, weight_E1K: Tensor, bias_E: Tensor, *, reverse: bool) -> Tensor:
@@ -128,6 +128,11 @@ def scan_backend(device: torch.device, dtype: torch.dtype, *, backend: str = "au
             f"scan backend {wanted!r} cannot scan {dtype} on {device.type}; possible: auto, {', '.join(possible)}"
         )
     return wanted
+
+
+def kernels(backend: str) -> ModuleType | None:
+    """The module of a backend; None for the reference, and where it cannot be imported."""
+    return _kernels[backend] if backend in BACKENDS and _is_there(backend) else None
 
 
 #: The modules of BACKENDS that were imported so far.

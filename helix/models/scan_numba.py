@@ -983,6 +983,17 @@ def _(dy, starts, u, dt, A, B, C, D, z, dt_bias, reverse):  # noqa: ARG001  (the
     return tuple(x.new_empty(x.shape) for x in (u, dt, A, B, C, D, z, dt_bias))
 
 
+def _backward_workspace(dy: Tensor, starts: Tensor, u: Tensor, dt: Tensor, A: Tensor, *_: object) -> int:  # noqa: ARG001  (the operator's)
+    """The gradients of B and C by blocks of channels, before they are summed; one block is the gradient itself."""
+    (batch, tokens, channels), state = u.shape, A.shape[1]
+    blocks = _blocks(channels)
+    return 2 * _SIZE * batch * blocks * tokens * state if blocks > 1 else 0
+
+
+#: What an operator holds beside its inputs and results, by its name: for helix.training.memory.
+WORKSPACE_BYTES: dict[str, Callable[..., int]] = {"helix::selective_scan_backward": _backward_workspace}
+
+
 @torch.library.custom_op("helix::conv_silu", mutates_args=(), device_types="cpu")
 def conv_silu_forward(u: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     """y [B, L, E] from u [B, L, E] and weight [E, K]."""

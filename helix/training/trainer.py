@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from helix.data.augment import augment, mixup
 from helix.data.clips import Clips
 from helix.data.dataset import Dataset
-from helix.data.loader import Batches, Device, Host, in_order
+from helix.data.loader import Batch, Batches, Device, Host, in_order
 from helix.data.shards import Recordings
 from helix.data.splits import halves
 from helix.models.classifier import Classifier, build_classifier, cost
@@ -54,8 +54,8 @@ class DivergedError(Exception):
 class Fit:
     """What one call of `fit` needs beside the spec, none of which is science.
 
-    `micro_batch`: clips that go through the model at a time, None for the whole batch; gradients add up to those of the
-    batch, each clip weighted the same. `recompute`: see helix.models.classifier.Classifier.
+    `micro_batch`: clips that go through the model together, None for the whole batch; `recompute`: each block is
+    computed again in the backward and keeps only its input until then. helix.training.memory chooses both.
     `placement`: where the samples are gathered, "host" from memory maps or "device" from the whole set held there.
     `ahead`: how many batches are made before they are asked for, None for 2 on an accelerator and 0 on a CPU.
     `save_every_s`: the most seconds of training between checkpoints; how many it is follows from what a checkpoint
@@ -321,52 +321,9 @@ class _Trial:
 
     def _step(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """One optimiser step. Returns the loss, the gradient's norm and the number of hits, all on the device."""
-        training, protocol, seed = self.spec.training, self.spec.protocol, self.spec.seed
-        rate = learning_rate(training, protocol, epoch=epoch, step=step, steps_per_epoch=self.steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         batch = self.batches.batch(epoch, step).to(self.how.device)
-        wave_BT, label_B, samples_B = batch.wave_BT, batch.label_B, batch.samples_B
-        if self.model.frontend.augmented:
-            rate_hz = self.dataset.rate_hz
-            wave_BT = augment(
-                wave_BT,
-                batch.clip_B,
-                self.spec.augment,
-                seed=seed,
-                epoch=epoch,
-                rate_hz=rate_hz,
-                samples_B=samples_B if protocol.pad_mask == "clip" else None,
-                parts=batch.parts,
-            )
-        mixing = {"alpha": self.spec.augment.mixup_alpha, "seed": seed, "epoch": epoch, "step": step}
-        if protocol.mixup_on == "waveform":
-            mixed, partner_B, share = mixup(wave_BT, **mixing)
-            features = self.model.features(mixed)
-        else:
-            features, partner_B, share = mixup(self.model.features(wave_BT), **mixing)
-        other_B, samples_B = label_B[partner_B], torch.maximum(samples_B, samples_B[partner_B])
-        self.optimizer.zero_grad(set_to_none=True)
-        total, hits = self._number(0.0), self._number(0.0)
-        for first in range(0, len(features), self.micro_batch):
-            part = slice(first, first + self.micro_batch)
-            logits_BC = self._logits(features[part], samples_B[part])
-            a_B, b_B = (F.cross_entropy(logits_BC, wanted_B[part], reduction="sum") for wanted_B in (label_B, other_B))
-            loss = (share * a_B + (1 - share) * b_B) / len(features)
-            loss.backward()
-            with torch.no_grad():
-                guess_B = logits_BC.argmax(dim=1)
-                total += loss
-                hits += share * (guess_B == label_B[part]).sum() + (1 - share) * (guess_B == other_B[part]).sum()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
-        self.optimizer.step()
-        return total, norm.double(), hits
-
-    def _logits(self, features: Tensor, samples_B: Tensor) -> Tensor:
-        """float32 logits [B, C], the matrix products at the precision of the spec."""
-        half = self.spec.training.precision == "bf16"
-        with torch.autocast(torch.device(self.how.device).type, dtype=torch.bfloat16, enabled=half):
-            return self.model.logits(features, samples_B).float()
+        at = Position(epoch=epoch, step=step, steps_per_epoch=self.steps_per_epoch, rate_hz=self.dataset.rate_hz)
+        return train_step(self.model, self.optimizer, batch, self.spec, at, micro_batch=self.micro_batch)
 
     def _finite(
         self, epoch: int, losses: list[Tensor], norms: list[Tensor], skipped: tuple[int, ...]
@@ -429,7 +386,7 @@ class _Trial:
         for batch in in_order(self.recordings, clips, **how):
             batch = batch.to(self.how.device)
             label_B = batch.label_B
-            logits_BC = self._logits(self.model.features(batch.wave_BT), batch.samples_B)
+            logits_BC = logits_of(self.model, self.model.features(batch.wave_BT), batch.samples_B, self.spec)
             losses.append(F.cross_entropy(logits_BC, label_B, reduction="none").double())
             guesses.append(logits_BC.argmax(dim=1))
             labels.append(label_B)
@@ -473,6 +430,81 @@ class _Trial:
         storage.put_if_absent(f"{self.folder}/result.json", json_bytes(result))
         prune(storage, f"{self.folder}/checkpoints", keep=1)
         return storage.get_json(f"{self.folder}/result.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a step stands: `epoch` and `step` from 0."""
+
+    epoch: int
+    step: int
+    steps_per_epoch: int
+    rate_hz: int = Dataset.rate_hz
+
+
+def train_step(
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    spec: TrialSpec,
+    at: Position,
+    *,
+    micro_batch: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One optimiser step on a batch that is on the model's device; `spec` is resolved.
+
+    Returns the loss, the norm of the gradient before it is clipped, and the number of correct predictions.
+    helix.training.memory runs this same function on shapes alone, so what it predicts follows every change of it.
+    """
+    training, protocol, seed = spec.training, spec.protocol, spec.seed
+    rate = learning_rate(training, protocol, epoch=at.epoch, step=at.step, steps_per_epoch=at.steps_per_epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    # Before the forward, so that the gradients of the last step are not kept through it.
+    optimizer.zero_grad(set_to_none=True)
+    wave_BT, label_B, samples_B = batch.wave_BT, batch.label_B, batch.samples_B
+    if model.frontend.augmented:
+        wave_BT = augment(
+            wave_BT,
+            batch.clip_B,
+            spec.augment,
+            seed=seed,
+            epoch=at.epoch,
+            rate_hz=at.rate_hz,
+            samples_B=samples_B if protocol.pad_mask == "clip" else None,
+            parts=batch.parts,
+        )
+    mixing = {"alpha": spec.augment.mixup_alpha, "seed": seed, "epoch": at.epoch, "step": at.step}
+    if protocol.mixup_on == "waveform":
+        mixed, partner_B, share = mixup(wave_BT, **mixing)
+        features = model.features(mixed)
+    else:
+        features, partner_B, share = mixup(model.features(wave_BT), **mixing)
+    # A mixed clip sounds as long as the longer of its two.
+    other_B, samples_B = label_B[partner_B], torch.maximum(samples_B, samples_B[partner_B])
+    total, hits = (torch.zeros((), dtype=torch.float64, device=label_B.device) for _ in range(2))
+    size = micro_batch or len(features)
+    for first in range(0, len(features), size):
+        part = slice(first, first + size)
+        logits_BC = logits_of(model, features[part], samples_B[part], spec)
+        # Sums over the clips divided by the size of the whole batch: a last part that is smaller weighs less.
+        a, b = (F.cross_entropy(logits_BC, wanted_B[part], reduction="sum") for wanted_B in (label_B, other_B))
+        loss = (share * a + (1 - share) * b) / len(features)
+        loss.backward()
+        with torch.no_grad():
+            guess_B = logits_BC.argmax(dim=1)
+            hits += share * (guess_B == label_B[part]).sum() + (1 - share) * (guess_B == other_B[part]).sum()
+            total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
+    optimizer.step()
+    return total, norm.double(), hits
+
+
+def logits_of(model: Classifier, features: Tensor, samples_B: Tensor, spec: TrialSpec) -> Tensor:
+    """float32 logits [B, C], the matrix products at the precision of the spec."""
+    half = spec.training.precision == "bf16"
+    with torch.autocast(features.device.type, dtype=torch.bfloat16, enabled=half):
+        return model.logits(features, samples_B).float()
 
 
 def versions() -> dict[str, str]:
