@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """A daemon beside Ray: hears from the cloud that this machine will be taken away, and drains its Ray node before that.
 
-Ray reads no cloud's notices; it learns of them by `ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION`. Ray Train then
-checkpoints at once, and restarts the worker elsewhere at the deadline without charging it as a failure, if the deadline
-comes before the machine's death: so it is named `--margin` seconds early. Standard library only, for it runs on every
-node and has nothing but python3 and the `ray` command.
+Ray reads no cloud's notices; `ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION` tells it. Ray Train then tells its
+workers, which save a checkpoint at once, and restarts them elsewhere at the deadline without charging a failure, if the
+deadline comes before the machine's death: so it is named `--margin` seconds early. Standard library only: it runs on
+every node and has nothing but python3 and the `ray` command.
 
 Sources: AWS EC2 User Guide, "Spot Instance interruption notices", "EC2 instance rebalance recommendations" and "Use
 IMDSv2"; Google Compute Engine, "Create and use Spot VMs" and "Query metadata server for maintenance event notices".
@@ -41,9 +41,9 @@ PREEMPTED_S, MAINTENANCE_S = 30.0, 60.0
 
 ASK_TIMEOUT_S = 2.0
 ANSWER_LIMIT_BYTES = 65536
-#: A notice gives 30 s on GCP: a metadata server that was away is asked this often at least.
-LONGEST_WAIT_S = 10.0
-DRAIN_TIMEOUT_S = 60.0
+#: A preemption on GCP leaves 30 s: so often at least is a server asked that is away, and a drain tried that failed.
+LONGEST_AWAY_S, LONGEST_RETRY_S = 10.0, 5.0
+DRAIN_TIMEOUT_S = 20.0
 #: A deadline of 0 s would be over before Ray has told anybody.
 SHORTEST_DEADLINE_S = 1
 
@@ -73,10 +73,8 @@ class Cloud(Protocol):
         ...
 
 
-def ask(
-    endpoint: str, path: str, headers: Mapping[str, str], *, method: str = "GET"
-) -> tuple[int, Message, str]:  # through no proxy, following no redirect: the token is for this host only
-    """One request: its status, headers and text."""
+def ask(endpoint: str, path: str, headers: Mapping[str, str], *, method: str = "GET") -> tuple[int, Message, str]:
+    """One request: status, headers and text of its answer. No proxy and no redirect: a token is for this host only."""
     url = urlsplit(endpoint)
     connection = HTTPConnection(url.hostname or "", url.port or 80, timeout=ASK_TIMEOUT_S)
     try:
@@ -107,7 +105,8 @@ class Aws:
             if status != 200 or not re.fullmatch(r"[\x21-\x7e]+", token):
                 raise MetadataError(f"PUT {self.endpoint}{path}: answered {status} without a token")
             granted = headers.get(TOKEN_TTL_HEADER, "")
-            self._renew_at = time.monotonic() + 0.9 * (int(granted) if granted.isdecimal() else TOKEN_TTL_S)
+            ttl_s = int(granted) if re.fullmatch("[0-9]{1,9}", granted) else TOKEN_TTL_S
+            self._renew_at = time.monotonic() + 0.9 * ttl_s
             self._token = token
         return self._token
 
@@ -296,7 +295,7 @@ class NoticeDaemon:
         except MetadataError as error:
             if not self._away_s:
                 logger.warning("no answer from the metadata service; asking on: %s", error)
-            self._away_s = min(LONGEST_WAIT_S, max(self.poll_s, 2 * self._away_s))
+            self._away_s = max(self.poll_s, min(LONGEST_AWAY_S, 2 * self._away_s))
         else:
             if self._away_s:
                 logger.info("the metadata service answers again")
@@ -318,11 +317,12 @@ class NoticeDaemon:
         if notice is None:
             return
         nodes = self.nodes()
-        if not nodes and not self._drained:
+        if not nodes:
             self.retry("no raylet runs on this machine")
             return
         for node in nodes:
             if node in self._drained and self._drained[node].at_s <= notice.at_s:
+                logger.info("node %s is drained already, for no later an end", node.node_id)
                 continue
             seconds = deadline_s(notice, time.time(), self.margin_s)
             failure = drain(self.ray, node, notice, seconds)
@@ -331,10 +331,10 @@ class NoticeDaemon:
                 return
             self._drained[node] = notice
             logger.warning("drained node %s with a deadline of %d s: %s", node.node_id, seconds, notice.kind)
-        self._retry_s = 0.0
+        self._due, self._retry_s = None, 0.0
 
     def retry(self, failure: str) -> None:
-        self._retry_s = min(LONGEST_WAIT_S, max(1.0, 2 * self._retry_s))
+        self._retry_s = min(LONGEST_RETRY_S, max(1.0, 2 * self._retry_s))
         logger.error("could not drain, next try in %.0f s: %s", self._retry_s, failure)
 
     def run(self) -> None:
@@ -362,8 +362,12 @@ def seconds(text: str) -> float:
 
 
 def endpoint(text: str) -> str:
-    url = urlsplit(text)
-    if url.scheme != "http" or not url.hostname:
+    try:
+        url = urlsplit(text)
+        known = url.scheme == "http" and bool(url.hostname) and url.port != 0
+    except ValueError:  # of a port that is no number
+        known = False
+    if not known:
         raise argparse.ArgumentTypeError(f"{text!r} is no address of a metadata service; http://HOST[:PORT] is wanted")
     return text.rstrip("/")
 
@@ -381,9 +385,7 @@ def arguments(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         help="how much earlier than the machine's end Ray's deadline is (10); it has to cover the start of the `ray` "
         "command (2 s) and Ray Train's own polling",
     )
-    parser.add_argument(
-        "--drain-on-rebalance", action="store_true", help="drain on AWS's rebalance recommendation, too"
-    )
+    parser.add_argument("--drain-on-rebalance", action="store_true", help="drain on AWS's recommendation to rebalance")
     parser.add_argument(
         "--rebalance-deadline", type=seconds, default=600.0, metavar="S", help="time left after a recommendation (600)"
     )
@@ -428,7 +430,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # SystemExit, unlike an event, ends a sleep, a request and a running `ray` alike.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
-    watcher = daemon(options)
+    try:
+        watcher = daemon(options)
+    except argparse.ArgumentTypeError as error:  # of an address in the environment
+        parser.error(str(error))
     logger.info("watching %s every %g s, deadlines %g s early", watcher.cloud.endpoint, options.poll, options.margin)
     try:
         watcher.run()
