@@ -337,12 +337,16 @@ class NoticeDaemon:
         self._retry_s = min(LONGEST_RETRY_S, max(1.0, 2 * self._retry_s))
         logger.error("could not drain, next try in %.0f s: %s", self._retry_s, failure)
 
+    def wait_s(self) -> float:
+        """Until the next look."""
+        return self._retry_s or self._away_s or self.poll_s
+
     def run(self) -> None:
         """Until the process is ended."""
         while True:
             self.listen()
             self.act()
-            time.sleep(self._retry_s or self._away_s or self.poll_s)
+            time.sleep(self.wait_s())
 
 
 class OneLine(logging.Formatter):
