@@ -320,18 +320,23 @@ class NoticeDaemon:
         if not nodes:
             self.retry("no raylet runs on this machine")
             return
+        failures = []
         for node in nodes:
             if node in self._drained and self._drained[node].at_s <= notice.at_s:
-                logger.info("node %s is drained already, for no later an end", node.node_id)
+                if self._drained[node] != notice:
+                    logger.info("node %s is drained already, for no later an end", node.node_id)
                 continue
             seconds = deadline_s(notice, time.time(), self.margin_s)
             failure = drain(self.ray, node, notice, seconds)
             if failure:
-                self.retry(f"node {node.node_id}: {failure}")
-                return
+                failures.append(f"node {node.node_id}: {failure}")
+                continue
             self._drained[node] = notice
             logger.warning("drained node %s with a deadline of %d s: %s", node.node_id, seconds, notice.kind)
-        self._due, self._retry_s = None, 0.0
+        if failures:
+            self.retry("; ".join(failures))
+        else:
+            self._due, self._retry_s = None, 0.0
 
     def retry(self, failure: str) -> None:
         self._retry_s = min(LONGEST_RETRY_S, max(1.0, 2 * self._retry_s))

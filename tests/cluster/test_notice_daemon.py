@@ -543,6 +543,42 @@ def test_a_machine_without_ray_is_told_and_asked_on(aws: FakeMetadata, start: St
     assert daemon.process.poll() is None and daemon.drains == []
 
 
+class Preempted(Silent):
+    """A cloud that takes the machine in two minutes."""
+
+    def __init__(self):
+        self.notice = Notice("preemption", time.time() + 120)
+
+    def notices(self) -> Iterator[Notice]:
+        yield self.notice
+
+
+def test_every_node_of_the_machine_is_drained_and_only_the_one_that_failed_is_tried_again(tmp_path: Path):
+    calls, command = tmp_path / "calls", tmp_path / "ray"
+    command.write_text(f"#!/bin/sh\necho $3 >>{calls}\n[ $3 != two ] || [ $(grep -c two {calls}) = 2 ]\n")
+    command.chmod(0o755)
+    nodes = [Raylet(name, "10.0.0.1:6379") for name in ("one", "two", "three")]
+    daemon = NoticeDaemon(Preempted(), lambda: nodes, ray=str(command), poll_s=2, margin_s=10, drain_on_rebalance=False)
+    waits = []
+    for _ in range(4):
+        daemon.listen()
+        daemon.act()
+        waits.append(daemon.wait_s())
+    assert calls.read_text().split() == ["one", "two", "three", "two"]
+    assert waits == [1, 2, 2, 2], "a failure is tried again before the next look"
+
+
+def test_the_unit_and_the_readme_are_about_this_daemon():
+    readme, unit = (DAEMON.with_name(name).read_text() for name in ("README.md", "helix-notice.service"))
+    known = subprocess.run([sys.executable, "-E", DAEMON, "--help"], check=True, capture_output=True, text=True).stdout
+    named = set(re.findall(r"--[a-z-]+", readme)) & {*re.findall(r"`(--[a-z-]+)", readme)}
+    assert named and all(option in known for option in named)
+    for path in re.findall(r"(/opt/helix/\S+|/etc/\S+\.env)", unit):
+        assert path in readme, "what the unit names is installed"
+    for path in re.findall(r"cluster/[\w.-]+", readme):
+        assert (DAEMON.parents[1] / path).exists() or (DAEMON.parents[1] / "tests" / path).exists()
+
+
 def test_it_starts_in_milliseconds():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-E", DAEMON, "--help"], check=True, stdout=subprocess.DEVNULL)
