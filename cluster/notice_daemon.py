@@ -287,6 +287,7 @@ class NoticeDaemon:
         self._drained: dict[Raylet, Notice] = {}
         self._away_s = 0.0
         self._retry_s = 0.0
+        self._ended = False
 
     def listen(self) -> None:
         try:
@@ -347,11 +348,20 @@ class NoticeDaemon:
         return self._retry_s or self._away_s or self.poll_s
 
     def run(self) -> None:
-        """Until the process is ended."""
-        while True:
+        """Until `end`."""
+        while not self._ended:
             self.listen()
             self.act()
-            time.sleep(self.wait_s())
+            if not self._ended:
+                time.sleep(self.wait_s())
+
+    def end(self, *_: object) -> None:
+        """For signals. SystemExit ends a sleep, a request and a running `ray` at once.
+
+        Python drops an exception that a signal raises inside a destructor; then the loop ends by itself.
+        """
+        self._ended = True
+        sys.exit(0)
 
 
 class OneLine(logging.Formatter):
@@ -436,13 +446,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    # SystemExit, unlike an event, ends a sleep, a request and a running `ray` alike.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
     try:
         watcher = daemon(options)
     except argparse.ArgumentTypeError as error:  # of an address in the environment
         parser.error(str(error))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, watcher.end)
     logger.info("watching %s every %g s, deadlines %g s early", watcher.cloud.endpoint, options.poll, options.margin)
     try:
         watcher.run()
