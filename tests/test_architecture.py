@@ -3,13 +3,14 @@
 import ast
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("helix", "orchestration", "dashboards")
+PACKAGES = ("helix", "orchestration", "dashboards", "cluster")
 
 #: Who may import which parts of the project. A part is a module or a package with all that is in it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -32,6 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "dashboards": ("dashboards", "helix", "orchestration.ledger"),
     "orchestration": ("orchestration", "dashboards", "helix"),
+    "cluster.notice_daemon": (),
 }
 
 #: Libraries that only these modules may import.
@@ -165,6 +167,10 @@ def test_planning_reaches_no_torch_and_no_ray(name: str):
 @pytest.mark.parametrize("name", [name for name in SOURCES if inside(name, "dashboards")])
 def test_what_people_look_at_is_drawn_without_torch_ray_and_mlflow(name: str):
     assert not {other.partition(".")[0] for other in reached(name)} & {"torch", "ray", "mlflow"}
+
+
+def test_the_daemon_beside_ray_needs_python_alone():
+    assert {other.partition(".")[0] for other in IMPORTS["cluster.notice_daemon"]} <= sys.stdlib_module_names
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
