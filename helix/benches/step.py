@@ -38,6 +38,7 @@ from helix.peers import MissingPeerError, load_mambapy
 from helix.protocol import Protocol
 from helix.registry import BENCHES
 from helix.spec import ModelSpec, TrainingSpec
+from helix.training.memory import compact_large_blocks
 from helix.training.optim import build_optimizer
 
 SAMPLES_PER_TOKEN = 160
@@ -230,8 +231,7 @@ class Step:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.model = build_classifier(ModelSpec(pattern=pattern, width=width), protocol, classes=CLASSES)
-        if recompute:
-            self.model.recompute = True  # type: ignore[assignment]
+        self.model.recompute = recompute
         self.training = TrainingSpec()
         self.optimizer = build_optimizer(self.model, self.training, protocol)
         self.wave_BT, self.label_B = clips(batch, tokens)
@@ -278,7 +278,11 @@ def another_scan(scan: Callable[..., Tensor]) -> Iterator[None]:
 
 
 def peak_gb(pattern: tuple[str, ...], width: int, tokens: int, recompute: bool) -> float:
-    """GB (10^9 bytes) that a process holds at the peak of one step of one clip; to be run in one of its own."""
+    """GB (10^9 bytes) that a process holds at the peak of one step of one clip; to be run in one of its own.
+
+    Freed blocks go back to the system at once, as in a worker whose memory is short.
+    """
+    compact_large_blocks()
     step = Step(pattern, width, 1, WARM_UP_TOKENS, Protocol(), recompute=recompute)
     step()
     step.wave_BT, step.label_B = clips(1, tokens)
