@@ -344,7 +344,7 @@ def certificate_table(certificate: Mapping[str, Any]) -> Table:
         box=box.SIMPLE_HEAD,
     )
     table.add_column("kill", justify="right")
-    table.add_column("moment")
+    table.add_column("moment", no_wrap=True)
     for heading in ("from step", "killed at", "steps lost", "s to next step"):
         table.add_column(heading, justify="right")
     for number, kill in enumerate(certificate["kills"], start=1):

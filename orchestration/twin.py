@@ -305,7 +305,7 @@ class Performance:
             storage=cast(Storage, seen),
             device=order.device,
             save_every_s=order.save_every_s,
-            save_now=Notices([sigterm_notice()]),
+            save_now=Notices([sigterm_notice()], ask_s=0.0),  # to ask for a signal costs nothing
             on_step=self.on_step,
         )
         fit(spec, recordings, how)
