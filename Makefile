@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep test check clean
+.PHONY: help sweep test check chaos clean
 
 help:
 	@echo "make sweep   train the demo grid on this machine and report (GRID=... for another; ARGS=... for options)"
 	@echo "make test    run the tests"
 	@echo "make check   lint, format and types"
+	@echo "make chaos   cause every fault, kill a hundred processes, and show that nothing changed (ARGS=--short for less)"
 	@echo "make clean   remove the virtual environment (results in runs/ stay)"
 
 sweep: $(VENV)/.ready
@@ -23,6 +24,9 @@ check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+chaos: $(VENV)/.ready
+	@$(BIN)/python -m orchestration.chaos $(ARGS)
 
 clean:
 	rm -rf $(VENV)

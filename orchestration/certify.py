@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 from safetensors.torch import load
 
+from dashboards.certificates import BIT_EXACT
 from helix.data.shards import Recordings
 from helix.spec import SCIENCE_VERSION, resolve, to_json, trial_id
 from helix.storage import Storage, json_bytes, open_storage
@@ -40,11 +41,9 @@ from orchestration.twin import (
     EVALUATION,
     LAST_STEP,
     MANIFEST,
-    MOMENTS,
     OPTIMIZER,
     ROW,
     START,
-    TEMPLATE,
     WEIGHTS,
     WRITING,
     Attempt,
@@ -53,8 +52,7 @@ from orchestration.twin import (
     Twins,
 )
 
-#: The verdict of a trial that nothing could disturb.
-BIT_EXACT = "bit-exact"
+#: The verdict of a twin whose hashes are not those of the undisturbed run.
 DRIFT = "drift"
 
 #: What a run says of its clock and of the processes it took: no part of what it found.
@@ -93,9 +91,9 @@ def certify(
     grid: str,
     kills: int,
     seed: int,
+    twins: Twins,
     device: str = "cpu",
     threads: int = 1,
-    template: Sequence[str] = TEMPLATE,
     say: Callable[[str], None] = lambda _line: None,
 ) -> dict[str, Any]:
     """Run the trial and its twin in processes of their own, kill the twin, compare, and put the certificate.
@@ -118,13 +116,12 @@ def certify(
         threads=threads,
     )
     try:
-        with Twins(template) as twins:
-            whole = finished(twins.run(order))
-            steps, pace = whole.steps[-1][0], Pace.of(whole)
-            say(f"undisturbed: {steps} steps in {pace.whole_s:.1f} s on {whole.scan}")
-            most_s = pace.whole_s / (PER_KILL * kills)
-            order = replace(order, storage=repr(twin), steps=steps, save_every_s=most_s)
-            attempts, restarts = disturb(twins, order, moments(kills, seed, steps, pace), twin, name, say=say)
+        whole = finished(twins.run(order))
+        steps, pace = whole.steps[-1][0], Pace.of(whole)
+        say(f"undisturbed: {steps} steps in {pace.whole_s:.1f} s on {whole.scan}")
+        most_s = pace.whole_s / (PER_KILL * kills)
+        order = replace(order, storage=repr(twin), steps=steps, save_every_s=most_s)
+        attempts, restarts = disturb(twins, order, moments(kills, seed, steps, pace), twin, name, say=say)
         compared = compare(one, twin, name)
     except BaseException:
         storage.delete_folder(scratch)
@@ -144,7 +141,8 @@ def certify(
         "data_manifest_sha256": recordings.manifest_sha256,
         "science_version": SCIENCE_VERSION,
         "scan": whole.scan,
-        "device": _device_name(device),
+        "device": device,
+        "device_name": _device_name(device),
         "threads": threads,
         "versions": installed(),
         "commit": commit(),
@@ -334,7 +332,7 @@ def certificate_table(certificate: Mapping[str, Any]) -> Table:
     table = Table(
         title=Text(
             f"{certificate['trial']} of {certificate['grid']}: {certificate['steps']} steps, scan "
-            f"{certificate['scan']} on {certificate['device']}, torch {certificate['versions']['torch']}"
+            f"{certificate['scan']} on {certificate['device_name']}, torch {certificate['versions']['torch']}"
         ),
         caption=Text(verdict_line(certificate)),
         title_style="bold",
@@ -416,7 +414,9 @@ def _row_problems(
 
 
 def _largest_difference(one: Storage, other: Storage, trial_id: str) -> float:
-    pair = [load(next(data for what, data in _kept(storage, trial_id) if what == "weights")) for storage in (one, other)]
+    pair = [
+        load(next(data for what, data in _kept(storage, trial_id) if what == "weights")) for storage in (one, other)
+    ]
     return max(
         (
             ((first - second).abs().max() / first.abs().max().clamp_min(torch.finfo(torch.float64).tiny)).item()
@@ -445,7 +445,7 @@ def _relative(first: float, second: float) -> float:
 
 
 def _device_name(device: str) -> str:
-    return device if device == "cpu" else f"{device} ({torch.cuda.get_device_name()})"
+    return f"{device} ({platform.machine() if device == 'cpu' else torch.cuda.get_device_name()})"
 
 
 def _sha256(data: bytes) -> str:

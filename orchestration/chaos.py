@@ -62,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(row.passed is not False for row in rows) else 1
 
 
-def cause(
-    storage: Storage, *, where: Where | None, kills: int, seed: int, short: bool, console: Console
-) -> list[Row]:
+def cause(storage: Storage, *, where: Where | None, kills: int, seed: int, short: bool, console: Console) -> list[Row]:
     """Every fault of the chosen kind, one after the other; its rows are printed as they come."""
     trials = expand(
         load_grid(GRID),

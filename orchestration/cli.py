@@ -18,7 +18,7 @@ from orchestration.ledger import CERTIFICATES
 from orchestration.plan import check_trials, make_plan
 from orchestration.preprocessing import prepared_data
 from orchestration.restart import restart
-from orchestration.twin import TwinError
+from orchestration.twin import TwinError, Twins
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,17 +110,19 @@ def certify_grid(arguments: Sequence[str]) -> int:
             say=console.print,
         )
         make_plan([trial], recordings)
-        certificate = certify(
-            trial,
-            recordings,
-            storage,
-            grid=given.grid,
-            kills=given.kills,
-            seed=given.seed,
-            device=given.device,
-            threads=given.threads,
-            say=lambda line: console.print(line, markup=False),
-        )
+        with Twins() as twins:
+            certificate = certify(
+                trial,
+                recordings,
+                storage,
+                grid=given.grid,
+                kills=given.kills,
+                seed=given.seed,
+                twins=twins,
+                device=given.device,
+                threads=given.threads,
+                say=lambda line: console.print(line, markup=False),
+            )
     except (ValueError, OSError, RuntimeError, TwinError, ClusterError, CorruptShardError) as error:
         return sweep.refuse(error)
     except KeyboardInterrupt:

@@ -121,9 +121,7 @@ class Bench:
 
     def skipped(self, reason: str) -> Row:
         """The row of a fault that cannot be caused here."""
-        return Row(
-            fault=self.fault, trial=self.trial.label, verdict=f"not caused here: {reason}", passed=None, count=0
-        )
+        return Row(fault=self.fault, trial=self.trial.label, verdict=f"not caused here: {reason}", passed=None, count=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from helix.registry import DATASETS
 from helix.spec import resolve, trial_id
 from helix.storage import Storage
 from orchestration.grid import Grid, Trial
-from orchestration.ledger import TrialState, read
+from orchestration.ledger import TrialState, certificates, read
 
 #: Within one frontend, parameter counts may differ by this share of the larger one (the paper's section 3.2).
 BAND = 0.001
@@ -139,6 +139,7 @@ class Snapshot:
                 )
                 for entry in self.plan
             ],
+            certificates=certificates(self.storage),
         )
 
 

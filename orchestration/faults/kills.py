@@ -21,7 +21,7 @@ def killed(site: Site) -> Iterator[Row]:
             grid=site.grid,
             kills=kills,
             seed=site.seed + number,
-            template=site.twins.command,
+            twins=site.twins,
             say=lambda line, label=trial.label: site.say(f"{label}: {line}"),
         )
         landed = certificate["kills"]
