@@ -58,7 +58,7 @@ DRIFT = "drift"
 #: What a run says of its clock and of the processes it took: no part of what it found.
 CLOCK = ("seconds", "time", "train_seconds", "finished", "environments", "rows")
 
-#: Moments that are met on purpose. A twin is killed once at most after its result was put: it is finished then.
+#: Moments that are met on purpose, and AFTER_RESULT once at most: the twin is finished then.
 ON_PURPOSE = (WRITING, EVALUATION, BEFORE_RESULT, LAST_STEP, MANIFEST, ROW, START, OPTIMIZER, WEIGHTS)
 
 #: Checkpoints that the twin makes between two kills, so that each costs a part of what lies between.
@@ -169,13 +169,11 @@ def certify(
 def moments(kills: int, seed: int, steps: int, pace: Pace) -> list[Moment]:
     """When to kill, in the order of training: half of them uniformly in time, half on purpose, at places drawn too."""
     draw = random.Random(f"kills {seed}")
-    on_purpose = draw.sample(ON_PURPOSE, len(ON_PURPOSE))
+    on_purpose: list[str] = draw.sample(ON_PURPOSE, len(ON_PURPOSE))
+    chosen = [on_purpose[number % len(on_purpose)] for number in range((kills + 1) // 2)]
     if kills > 2:
-        on_purpose.insert(draw.randrange(len(on_purpose)), AFTER_RESULT)
-    names = [ANY_TIME if number % 2 else on_purpose[number // 2 % len(on_purpose)] for number in range(kills)]
-    if names.count(AFTER_RESULT) > 1:
-        first = names.index(AFTER_RESULT)
-        names[first + 1 :] = [ANY_TIME if name == AFTER_RESULT else name for name in names[first + 1 :]]
+        chosen[draw.randrange(len(chosen))] = AFTER_RESULT
+    names = [*chosen, *[ANY_TIME] * (kills // 2)]
     at_the_end = (LAST_STEP, BEFORE_RESULT, AFTER_RESULT)
     drawn = []
     for name in names:
@@ -229,13 +227,11 @@ def finished(attempt: Attempt) -> Attempt:
 
 def lost_steps(attempts: Sequence[Attempt]) -> list[int]:
     """For each attempt how many of the steps that it finished were trained again."""
-    return [
-        sum(step > start for step, _ in attempt.steps)
-        if (start := next((later.from_step for later in attempts[at + 1 :] if later.from_step is not None), None))
-        is not None
-        else 0
-        for at, attempt in enumerate(attempts)
-    ]
+    lost = []
+    for at, attempt in enumerate(attempts):
+        starts = [later.from_step for later in attempts[at + 1 :] if later.from_step is not None]
+        lost.append(sum(step > starts[0] for step, _ in attempt.steps) if starts else 0)
+    return lost
 
 
 def seconds_to_next_step(attempts: Sequence[Attempt]) -> list[float | None]:
@@ -270,10 +266,7 @@ def compare(one: Storage, other: Storage, trial_id: str) -> dict[str, Any]:
     """
     hashes = {
         what: {"undisturbed": _sha256(first), "twin": _sha256(second), "equal": first == second}
-        for what, first, second in (
-            (what, first, second)
-            for (what, first), (_, second) in zip(_kept(one, trial_id), _kept(other, trial_id), strict=True)
-        )
+        for (what, first), (_, second) in zip(_kept(one, trial_id), _kept(other, trial_id), strict=True)
     }
     rows, twin_rows = _rows(one, trial_id), _rows(other, trial_id)
     problems = _row_problems(twin_rows, rows, sorted(other.keys(f"{trial_folder(trial_id)}/metrics")), trial_id)

@@ -3,7 +3,7 @@
     python -m orchestration.chaos --kills 100             every fault, at least a hundred processes killed
     python -m orchestration.chaos --short --where plain   the form that runs as a test
 
-Exit code: 0 every trial ended as its undisturbed twin and lost no more than it may, 1 one did not.
+Exit code: 0 every trial ended as its undisturbed twin and lost no more than it may, 1 one did not, 2 refused.
 """
 
 import argparse
@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=given.markdown, highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="helix-chaos-") as folder:
         storage = open_storage(given.storage or folder)
+        if storage.children("undisturbed") or storage.children("faults"):
+            console.print(f"refused: {storage!r} has trials of an earlier run; give an empty place", markup=False)
+            return 2
         rows = cause(
             storage,
             where=given.where,

@@ -90,12 +90,14 @@ def test_a_twin_that_is_killed_again_and_again_ends_bit_exact(trial, place, twin
     assert certificate_table(certificate).row_count == 8
 
 
-def test_a_backend_that_is_not_deterministic_gives_drift_and_keeps_both_runs(trial, place, tmp_path):
+def test_a_backend_that_is_not_deterministic_gives_drift_and_keeps_both_runs(trial, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HELIX_SCAN", "reference")
     script = tmp_path / "noisy.py"
     script.write_text(NOISY)
     with Twins([sys.executable, str(script)]) as noisy:
         certificate = certify(trial, *place, grid="demo", kills=1, seed=0, twins=noisy)
     assert certificate["verdict"] == DRIFT
+    assert certificate["scan"] == "reference"
     assert 0 < certificate["largest_difference"]["weights"] < 10
     assert 0 < certificate["largest_difference"]["rows"] <= 2
     assert not certificate["hashes"]["weights"]["equal"]
@@ -156,7 +158,8 @@ def test_moments_are_drawn_from_the_seed_in_the_order_of_training(kills: int):
 
 
 def test_enough_kills_meet_every_moment():
-    assert {moment.name for moment in moments(20, 0, 50, PACE)} == {*ON_PURPOSE, AFTER_RESULT, ANY_TIME}
+    met = {moment.name for seed in range(3) for moment in moments(20, seed, 50, PACE)}
+    assert met == {*ON_PURPOSE, AFTER_RESULT, ANY_TIME}
 
 
 def attempt(from_step: int | None, *steps: tuple[int, float], ended: float = 0.0) -> Attempt:

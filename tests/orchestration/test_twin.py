@@ -1,9 +1,14 @@
 """Attempts in processes of their own: each moment can be met, and what a kill at it leaves is what it says."""
 
+import json
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
+import psutil
 import pytest
 
 from helix.spec import to_json, trial_id
@@ -12,6 +17,7 @@ from helix.training.checkpoint import committed
 from orchestration import twin
 from orchestration.twin import MOMENTS, Moment, Order, TwinError, Twins
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 9  # three epochs of three
 
 
@@ -102,3 +108,30 @@ def test_a_template_that_says_nothing_is_not_waited_for_for_ever():
     silent = Twins([sys.executable, "-c", "import time; time.sleep(60)"], silent_s=0.5)
     with pytest.raises(TwinError, match="said nothing"), silent:
         pass
+
+
+ALONE = """
+import json, sys
+from orchestration.twin import Moment, Order, Twins
+
+def tell(attempt, event):
+    if "pid" in event:
+        print(event["pid"], flush=True)
+    if "step" in event:
+        print("step", flush=True)
+
+with Twins() as twins:
+    twins.run(Order(**json.loads(sys.argv[1])), kill_at=Moment(name="during an evaluation", delay_s=60.0), watch=tell)
+"""
+
+
+def test_nobody_is_left_behind_by_a_listener_that_is_killed(order):
+    arguments = [sys.executable, "-c", ALONE, json.dumps(asdict(order))]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) as listener:
+        assert listener.stdout is not None
+        attempt = psutil.Process(int(listener.stdout.readline()))
+        assert [listener.stdout.readline() for _ in range(3)] == ["step\n"] * 3
+        time.sleep(0.5)  # it stands still in its evaluation by then
+        listener.kill()
+    _, alive = psutil.wait_procs([attempt], timeout=20)
+    assert alive == []
