@@ -128,6 +128,10 @@ def certify(
         raise
     landed = [attempt for attempt in attempts if attempt.killed]
     verdict = compared["verdict"]
+    gaps = missing_steps(attempts, steps)
+    if gaps:
+        verdict = "incomplete steps"
+        compared["rows"]["problems"].append(f"no attempt finished the steps {', '.join(map(str, gaps))}")
     if restarts:
         verdict = "started again at step 0"
     elif not landed:
@@ -232,6 +236,12 @@ def lost_steps(attempts: Sequence[Attempt]) -> list[int]:
         starts = [later.from_step for later in attempts[at + 1 :] if later.from_step is not None]
         lost.append(sum(step > starts[0] for step, _ in attempt.steps) if starts else 0)
     return lost
+
+
+def missing_steps(attempts: Sequence[Attempt], steps: int) -> list[int]:
+    """The steps, of 1 to `steps`, that no attempt finished."""
+    trained = {step for attempt in attempts for step, _ in attempt.steps}
+    return [step for step in range(1, steps + 1) if step not in trained]
 
 
 def seconds_to_next_step(attempts: Sequence[Attempt]) -> list[float | None]:
