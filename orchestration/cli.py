@@ -331,3 +331,7 @@ COMMANDS = {
     "certify": certify_grid,
     "restart": restart_trial,
 }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
