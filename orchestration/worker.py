@@ -30,6 +30,9 @@ from orchestration.recovery import Budget, Ended, decide, kind, mean_between_los
 #: The most seconds between checkpoints.
 SAVE_EVERY_S = 600.0
 
+#: The part of a GPU's memory that a data set may take: little enough for the prediction of a step to leave it out.
+DEVICE_SHARE = 0.05
+
 #: Seconds between two looks at trials that other sweeps work on.
 HELD_S = 5.0
 
@@ -136,6 +139,14 @@ def work_through(
             time.sleep(held_s)
 
 
+def data_placement(recordings: Recordings, device: str) -> Literal["host", "device"]:
+    """Where batches are gathered: on a GPU from the whole set held there, if that is a small part of its memory."""
+    if device != "cuda":
+        return "host"
+    size = sum(shard["bytes"] for shard in recordings.manifest["shards"])
+    return "device" if size <= DEVICE_SHARE * torch.cuda.get_device_properties(0).total_memory else "host"
+
+
 def ray_notice() -> Any:
     """What Ray knows of the end of this node, None while it knows of none."""
     return ray.train.get_preemption_info()
@@ -185,6 +196,7 @@ def run_trial(
                 device=device,
                 micro_batch=micro_batch,
                 recompute=recompute,
+                placement=data_placement(recordings, device),
                 save_every_s=SAVE_EVERY_S,
                 between_losses_s=mean_between_losses_s(records, now=time.time()),
                 save_now=notices,

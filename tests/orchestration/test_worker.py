@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,3 +241,12 @@ def test_two_sweeps_at_once_share_the_trials_and_train_none_twice(killed, tiny_s
     if not killed:
         assert ended == [["done"]] * 4
         assert len({attempt["sweep_id"] for state in states for attempt in state.attempts}) == 2, "both had work"
+
+
+def test_a_small_set_lives_on_the_gpu_and_a_large_one_does_not(tiny_data, monkeypatch):
+    size = sum(shard["bytes"] for shard in tiny_data.manifest["shards"])
+    assert worker.data_placement(tiny_data, "cpu") == "host"
+    for times, wanted in ((30, "device"), (10, "host")):
+        gpu = SimpleNamespace(total_memory=times * size)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, gpu=gpu: gpu)
+        assert worker.data_placement(tiny_data, "cuda") == wanted
