@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from helix.data.shards import prepared_prefixes, verify
-from helix.storage import Storage, json_bytes
+from helix.storage import CorruptObjectError, Storage, json_bytes
 from helix.training.checkpoint import committed, damage
 from orchestration.preprocessing import summary
 
@@ -52,6 +52,9 @@ def _trial_problems(storage: Storage, trial_id: str) -> list[str]:
             continue
         try:
             value = storage.get_json(key)
+        except CorruptObjectError as error:
+            problems.append(f"{key}: {error.reason}")
+            continue
         except ValueError as error:
             problems.append(f"{key}: is not JSON ({error})")
             continue

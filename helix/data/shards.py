@@ -407,7 +407,10 @@ def open_prepared(storage: Storage, prefix: str) -> Recordings:
             found = "is not there" if size is None else f"has {size} bytes"
             raise CorruptShardError(key, f"the shard {found}; published with {published} bytes")
     key = f"{prefix}/{prepared.manifest['index']['name']}"
-    data = storage.get(key) if storage.exists(key) else b""
+    try:
+        data = storage.get(key) if storage.exists(key) else b""
+    except CorruptObjectError as error:
+        raise CorruptShardError(key, error.reason) from error
     if hashlib.sha256(data).hexdigest() != prepared.manifest["index"]["sha256"]:
         raise CorruptShardError(key, "the index is not the one that was published")
     return Recordings(storage, prepared, _read_index(data))
@@ -420,7 +423,7 @@ def damaged(storage: Storage, prepared: Prepared) -> list[str]:
     def is_damaged(key: str) -> bool:
         try:
             return _sha256(storage.get(key)) != files[key]
-        except FileNotFoundError:
+        except (FileNotFoundError, CorruptObjectError):
             return True
 
     with ThreadPoolExecutor(VERIFIED_AT_ONCE) as pool:
@@ -624,7 +627,7 @@ def _standing(task: ShardTask) -> ShardReport | None:
         whole = all(
             _sha256(task.storage.get(f"{task.prefix}/{shard['name']}")) == shard["sha256"] for shard in report.shards
         )
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+    except (FileNotFoundError, CorruptObjectError, ValueError, TypeError, KeyError, AttributeError):
         return None
     return report if whole and ids == wanted else None
 
@@ -643,6 +646,8 @@ def _manifest(storage: Storage, prefix: str) -> Prepared | None:
         data = storage.get(key)
     except FileNotFoundError:
         return None
+    except CorruptObjectError as error:
+        raise CorruptShardError(key, error.reason) from error
     try:
         manifest = json.loads(data)
     except ValueError as error:
@@ -666,6 +671,8 @@ def _put(storage: Storage, key: str, data: bytes) -> None:
     try:
         storage.put(key, data)
     except OSError as error:
+        if error.errno is None:  # a bucket's: it says itself what is wrong, where, and what to do
+            raise
         raise OSError(
             error.errno,
             f"cannot write {key} ({len(data)} bytes) to the storage {storage!r}: {error.strerror or error}; nothing is "

@@ -10,6 +10,7 @@ import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,8 @@ from helix.data.shards import (
     write_shard,
 )
 from helix.registry import DATASETS
-from helix.storage import FolderStorage, Storage, open_storage
+from helix.storage import CorruptObjectError, FolderStorage, Storage, open_storage
+from tests.fault_proxy import Fault
 
 ROOT = Path(__file__).resolve().parents[3]
 OPTIONS = {"clips_per_class": 4}
@@ -556,3 +558,20 @@ def test_a_full_file_system_is_named_and_nothing_is_published_until_there_is_roo
         assert contents(storage) == whole
     finally:
         subprocess.run(["umount", str(mounted)], check=True)
+
+
+def test_what_a_bucket_knows_to_be_damaged_is_listed_and_repaired(s3_address, fault_proxy):
+    bucket = open_storage(s3_address)
+    how: dict[str, Any] = {"options": {"clips_per_class": 4}, "source": None, "storage": bucket, "shard_mib": 0.5}
+    whole = prepare("tones", **how)
+    keys = list(bucket.keys(whole.prefix))
+    for key in keys:
+        fault_proxy.add(Fault(kind="flip_request", method="PUT", times=1))
+        bucket.put(key, bucket.get(key))  # the server keeps what came, and the sha256 of what was meant
+        with pytest.raises(CorruptObjectError):
+            bucket.get(key)
+    assert verify(bucket, whole.prefix)[1] == [
+        f"{whole.prefix}/manifest.json: its bytes are not those that were put, by their sha256"
+    ]
+    assert prepare("tones", **how) == whole
+    assert verify(bucket, whole.prefix) == (whole, [])
