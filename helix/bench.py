@@ -14,17 +14,16 @@ import gc
 import json
 import math
 import os
+import pickle
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib import metadata
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from typing import Protocol as Interface
@@ -219,15 +218,35 @@ def brief(error: Exception) -> str:
 def in_own_process(function: Callable[..., Any], *arguments: Any, threads: int) -> Any:
     """What `function(*arguments)` returns in a fresh process with so many threads. Raises what it raises.
 
-    RuntimeError where the process was killed, which a machine with too little memory does.
+    The process imports what the function needs and nothing else, so that its memory is its own. RuntimeError where it
+    was killed, which a machine with too little memory does.
     """
-    with ProcessPoolExecutor(
-        1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise RuntimeError("its process was killed: probably there is not enough memory") from error
+    asked, root = pickle.dumps((function, arguments, threads)), Path(__file__).resolve().parents[1]
+    ended = subprocess.run(
+        [sys.executable, "-c", "from helix.bench import answer; answer()"],
+        input=asked,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))},
+        check=False,
+    )
+    if ended.returncode:
+        raise RuntimeError("its process was killed: probably there is not enough memory")
+    result, error = pickle.loads(ended.stdout)
+    if error is not None:
+        raise error
+    return result
+
+
+def answer() -> None:
+    """The other side of `in_own_process`: from standard input the function, to standard output what it returns."""
+    function, arguments, threads = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(threads)
+    out, sys.stdout = sys.stdout, sys.stderr
+    try:
+        found = function(*arguments), None
+    except Exception as error:  # whatever it is, the one who asked is to have it
+        found = None, error
+    out.buffer.write(pickle.dumps(found))
 
 
 def memory_mib(what: str) -> float:
@@ -301,7 +320,19 @@ def read_options(name: str, options: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"{option!r} is not an option of bench {name!r}; wanted key=value, as in tokens=500,3000")
         default = getattr(BENCHES[name], key, None)
         read[key] = yaml.safe_load(f"[{value}]" if isinstance(default, tuple) and "[" not in value else value)
+        if isinstance(default, tuple) and default:
+            for item in read[key]:
+                if type(item) is not type(default[0]):
+                    raise ValueError(f"bench {name!r}: option {key} has {item!r}; wanted values such as {default[0]!r}")
     return read
+
+
+def require_positive(bench: Any, *, zero: Sequence[str] = ()) -> None:
+    """ValueError where a size of a bench is not 1 or more; those in `zero` may be 0, which leaves their part out."""
+    for name, value in dataclasses.asdict(bench).items():
+        for size in value if isinstance(value, tuple) else (value,):
+            if type(size) is int and size < (0 if name in zero else 1):
+                raise ValueError(f"{name} is {size}; wanted {'0' if name in zero else '1'} or more")
 
 
 def machine() -> dict[str, str]:

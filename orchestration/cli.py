@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,8 +184,12 @@ def feasibility(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there too")
     given = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else sweep.PLAIN_WIDTH)
-    limit_bytes = int(given.memory_gib * GIB)
     try:
+        if not 0 < given.memory_gib < math.inf:
+            raise ValueError(f"--memory-gib is {given.memory_gib}; wanted a positive number")
+        if given.json and not given.json.parent.is_dir():
+            raise ValueError(f"--json names {given.json}, and there is no folder {given.json.parent}; make it first")
+        limit_bytes = int(given.memory_gib * GIB)
         if unknown := set(given.backbones) - set(BACKBONES):
             raise ValueError(f"unknown backbone {sorted(unknown)[0]!r}; known: {', '.join(BACKBONES)}")
         patterns = {name: BACKBONES[name] for name in given.backbones}

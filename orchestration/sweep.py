@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import io
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -267,7 +268,7 @@ def memory_limit(options: argparse.Namespace, *, trials: int) -> int | None:
     On a CPU the workers of this machine share what it has left; a GPU is one worker's.
     """
     if options.memory_gib is not None:
-        if not options.memory_gib > 0:
+        if not 0 < options.memory_gib < math.inf:
             raise ValueError(f"--memory-gib is {options.memory_gib}; wanted a positive number")
         return int(options.memory_gib * GIB)
     if joins_cluster():

@@ -25,9 +25,10 @@ from helix.bench import (
     process_clocks,
     race,
     ratio_of,
+    require_positive,
     timing_row,
 )
-from helix.models.agreement import SCAN_NAMES, relative_errors, run, scan_inputs, scanned
+from helix.models.agreement import SCAN_NAMES, compile_kernels, relative_errors, run, scan_inputs, scanned
 from helix.models.scan import scan_backend, selective_scan, selective_scan_sequential
 from helix.peers import MissingPeerError, Peer, peers
 from helix.registry import BENCHES
@@ -65,7 +66,11 @@ class ScanBench:
     error_channels: int = 64
     mamba_ssm: str = ""
 
+    def __post_init__(self) -> None:
+        require_positive(self)
+
     def run(self, how: Conditions) -> Outcome:
+        compile_kernels()
         scans, missing = self._scans()
         timings = {(mode, n): self._race(mode, n, scans, how) for n in self.tokens for mode in MODES}
         tables = [self._times(mode, n, found, missing) for (mode, n), found in timings.items()]

@@ -30,8 +30,10 @@ from helix.bench import (
     process_clocks,
     race,
     ratio_of,
+    require_positive,
     timing_row,
 )
+from helix.models.agreement import compile_kernels
 from helix.models.blocks import mamba
 from helix.models.classifier import build_classifier
 from helix.peers import MissingPeerError, load_mambapy
@@ -78,10 +80,14 @@ class StepBench:
     memory_threads: int = 0
     backbones: tuple[str, ...] = BACKBONES
 
-    def run(self, how: Conditions) -> Outcome:
+    def __post_init__(self) -> None:
+        require_positive(self, zero=("memory_tokens", "memory_threads"))
         unknown = set(self.backbones) - set(BACKBONES)
         if unknown:
             raise ValueError(f"bench 'step': backbones has {', '.join(unknown)}; known: {', '.join(BACKBONES)}")
+
+    def run(self, how: Conditions) -> Outcome:
+        compile_kernels()
         scans = self._race_scans(how)
         attentions = self._race_attentions(how)
         growth = self._race_lengths(how) if self.growth else {}

@@ -20,7 +20,14 @@ from helix.models.agreement import (
     scan_inputs,
     scanned,
 )
-from helix.models.scan import BACKENDS, conv_silu, scan_backend, selective_scan, selective_scan_sequential
+from helix.models.scan import (
+    BACKENDS,
+    conv_silu,
+    forced,
+    scan_backend,
+    selective_scan,
+    selective_scan_sequential,
+)
 from helix.registry import CHECKS
 
 #: Each backend, and the type of device that it is for ("" any).
@@ -54,14 +61,15 @@ WRONG_ON_CUDA = (
 @CHECKS.register("scan")
 def scan(_: Asked) -> Iterable[Check]:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    yield from (judge_choice(device) for device in devices)
+    choices = {device: judge_choice(device) for device in devices}
+    yield from choices.values()
     # The recurrence is many small operations, which several threads on a busy machine make slower, up to minutes.
     with torch_threads(1):
         for device in devices:
             for backend, suits in SUITS.items():
                 if suits in ("", device):
                     yield from self_tests(backend, device)
-    yield from (judge_determinism(device) for device in devices)
+    yield from (judge_determinism(device) for device in devices if choices[device].status != "fail")
 
 
 def judge_choice(device: str) -> Check:
@@ -71,8 +79,10 @@ def judge_choice(device: str) -> Check:
         chosen = scan_backend(torch.device(device), torch.float32)
     except ValueError as error:
         advice = "unset HELIX_SCAN, or set it to auto"
-        return Check(name=name, status="fail", found=str(error), advice=advice, needed=device == "cpu")
-    named = os.environ.get("HELIX_SCAN", "auto")
+        # A backend of another device may be asked for on purpose; a name that nobody has is a mistake.
+        mistaken = os.environ["HELIX_SCAN"] not in SUITS
+        return Check(name=name, status="fail", found=str(error), advice=advice, needed=device == "cpu" and mistaken)
+    named = os.environ.get("HELIX_SCAN") or "auto"
     said = "" if named == "auto" else f", as HELIX_SCAN={named} asks"
     if chosen == "reference" and named == "auto":
         return Check(name=name, status="warn", found=chosen, advice="works, but slowly; the rows below say why")
@@ -188,22 +198,12 @@ def judge_determinism(device: str) -> Check:
         different += [f"{key} ({', '.join(names)})"] if names else []
     if not different:
         return Check(name=name, status="ok", found=f"equal: {', '.join(runs)}")
-    advice = "a trial that is killed and resumed will not end with the same bits; HELIX_SCAN=reference is deterministic"
+    advice = "a trial that is killed and resumed ends with the same bits only with the same number of --threads"
+    if device == "cuda":
+        advice = (
+            "a trial that is killed and resumed will not end with the same bits; `helix certify` measures the drift"
+        )
     return Check(name=name, status="warn", found=f"different: {', '.join(different)}", advice=advice)
-
-
-@contextmanager
-def forced(backend: str) -> Iterator[None]:
-    """Everything in a model scans and convolves by this backend, as a user would ask for it."""
-    before = os.environ.get("HELIX_SCAN")
-    os.environ["HELIX_SCAN"] = backend
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["HELIX_SCAN"]
-        else:
-            os.environ["HELIX_SCAN"] = before
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from helix.models.scan import selective_scan
+
 #: What `run` returns for a scan, a convolution and an attention, in this order: the output, then gradients.
 SCAN_NAMES = ("y", "u", "dt", "A", "B", "C", "D", "z", "dt_bias")
 CONV_NAMES = ("y", "u", "weight", "bias")
@@ -28,6 +30,12 @@ def scan_inputs(batch: int, tokens: int, channels: int, state: int, *, seed: int
     A_EN = -torch.arange(1.0, state + 1) * torch.exp(0.1 * normal(channels, state))
     dt_BLE = 0.5 * normal(batch, tokens, channels)
     return [u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, normal(channels), z_BLE, normal(channels) - 3]
+
+
+def compile_kernels() -> None:
+    """Have the scan's kernels compiled, so that no figure has that in it."""
+    with torch.no_grad():
+        scanned(selective_scan)(*scan_inputs(1, 2, 4, 2))
 
 
 def conv_inputs(batch: int, tokens: int, channels: int, taps: int, *, seed: int = 0) -> list[Tensor]:

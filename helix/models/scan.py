@@ -17,7 +17,8 @@ chunk.
 import importlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -69,7 +70,9 @@ def selective_scan(
     reverse: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """y_BLE, differentiable in every tensor and deterministic. Every model scans through this one function.
+    """y_BLE, differentiable in every tensor. Every model scans through this one function.
+
+    The same bits again: numba always, the reference with one number of threads, mamba_ssm not in its gradients.
 
     Computed in the dtype of `A_EN`, which under autocast is still the parameters'; returned in the dtype of `u_BLE`.
     Raises ValueError where the backend is unknown or cannot do this.
@@ -120,7 +123,7 @@ def scan_backend(device: torch.device, dtype: torch.dtype, *, backend: str = "au
     possible = ["reference"]
     if dtype == torch.float32:
         possible += [name for name, kernels in BACKENDS.items() if kernels.device == device.type and _is_there(name)]
-    wanted = os.environ.get("HELIX_SCAN", "auto") if backend == "auto" else backend
+    wanted = (os.environ.get("HELIX_SCAN") or "auto") if backend == "auto" else backend
     if wanted == "auto":
         return possible[-1]
     if wanted not in possible:
@@ -128,6 +131,20 @@ def scan_backend(device: torch.device, dtype: torch.dtype, *, backend: str = "au
             f"scan backend {wanted!r} cannot scan {dtype} on {device.type}; possible: auto, {', '.join(possible)}"
         )
     return wanted
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[None]:
+    """Everything in this process scans and convolves by this backend, as HELIX_SCAN asks for it."""
+    before = os.environ.get("HELIX_SCAN")
+    os.environ["HELIX_SCAN"] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HELIX_SCAN"]
+        else:
+            os.environ["HELIX_SCAN"] = before
 
 
 def kernels(backend: str) -> ModuleType | None:
@@ -250,8 +267,9 @@ def _gradients(saved: Sequence[Tensor], dout_BLE: Tensor, *, reverse: bool) -> t
             dd_RQE.addcmul_(dx_RQE, u_RQE)
             torch.mul(dd_RQE, torch.expm1(-d_RQE).neg_(), out=ddt_BLE[at])
             torch.addcmul(dx_RQE.mul_(d_RQE), dy_RQE, D_E, out=du_BLE[at])
-    dA_EN, dD_E = dA_NE.t().to(A_NE.dtype), dD_E.to(D_E.dtype)
-    return du_BLE, ddt_BLE, dA_EN, dB_BLN, dC_BLN, dD_E, dz_BLE, ddt_BLE.sum((0, 1))
+    dbias_E = ddt_BLE.sum((0, 1), dtype=torch.float64)
+    dA_EN, dD_E, dbias_E = (x.to(d_BLE.dtype) for x in (dA_NE.t(), dD_E, dbias_E))
+    return du_BLE, ddt_BLE, dA_EN, dB_BLN, dC_BLN, dD_E, dz_BLE, dbias_E
 
 
 class _Chunk:

@@ -356,6 +356,9 @@ ROUNDER = 1.5 * 2**23
 #: A step beyond which every decay is 0. Longer ones are kept from _exp2, whose argument must stay below 2**40.
 LONGEST = 2.0**20
 
+#: The largest rate |A|: with the longest step it stays within what _exp2 takes. Of larger ones the output is nan.
+STEEPEST = 2.0**20
+
 #: 2**f = 1 + f (P0 + f (P1 + ...)) for |f| <= 1/2, minimax: 2e-9 relative.
 P0, P1, P2, P3, P4, P5 = (
     0.6931471824645996,
@@ -397,7 +400,7 @@ def _exp2(a, b):
 
 @njit(forceinline=True)
 def _exp_minus_abs(x):
-    return _exp2(_smaller(x, 0.0 - x), LOG2_E)
+    return _exp2(_larger(-LONGEST, _smaller(x, 0.0 - x)), LOG2_E)
 
 
 @njit(forceinline=True)
@@ -926,6 +929,9 @@ def selective_scan_forward(
     inputs += [D.contiguous(), _rows(z), dt_bias.contiguous()]
     y = u.new_empty(u.shape)
     starts = u.new_empty(_starts_shape(u, A, keep=keep))
+    if A.numel() and not float(A.abs().max()) <= STEEPEST:
+        # Such a model has diverged, and what the kernel would make of it could look like numbers.
+        return y.fill_(math.nan), starts.fill_(math.nan)
     _run(
         _forward,
         *_where(*inputs),

@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 from helix.data.loader import Batch
 from helix.models.classifier import build_classifier, cost
-from helix.models.scan import kernels, scan_backend
+from helix.models.scan import forced, kernels, scan_backend
 from helix.spec import TrialSpec, from_json, resolve, to_json
 from helix.training.optim import build_optimizer
 from helix.training.trainer import Position, train_step
@@ -121,18 +121,31 @@ class Placement:
 
 
 def predict(
-    spec: TrialSpec, *, samples: int, classes: int, micro_batch: int | None = None, recompute: bool = False
+    spec: TrialSpec,
+    *,
+    samples: int,
+    classes: int,
+    micro_batch: int | None = None,
+    recompute: bool = False,
+    device_type: Device = "cpu",
 ) -> Prediction:
     """What one step of `spec` on clips of `samples` takes. Raises ValueError where the model cannot be built for them.
 
-    Equal models, batches and lengths are simulated once per process, which takes a fraction of a second.
+    Equal models, batches and lengths are simulated once per process, which takes a fraction of a second. What scans on
+    a GPU keeps what the CPU's kernels keep, so those stand in for it, whatever HELIX_SCAN asks of the GPU.
     """
     whole = spec.training.batch_size
     size = whole if micro_batch is None else min(micro_batch, whole)
     if size < 1:
         raise ValueError(f"micro_batch is {micro_batch}; wanted 1 or more")
-    scan = scan_backend(torch.device("cpu"), torch.float32)
-    return _predict(_shapes(spec), samples, classes, size, recompute, scan)
+    if device_type == "cuda":
+        with forced("auto"):
+            return _predict(_shapes(spec), samples, classes, size, recompute, _cpu_scan())
+    return _predict(_shapes(spec), samples, classes, size, recompute, _cpu_scan())
+
+
+def _cpu_scan() -> str:
+    return scan_backend(torch.device("cpu"), torch.float32)
 
 
 def choose(
@@ -157,7 +170,9 @@ def _choose(shapes: str, samples: int, classes: int, limit_bytes: int | None, de
     tokens = cost(spec.model, spec.protocol, classes=classes, samples=samples).tokens
 
     def place(size: int, recompute: bool, compact: bool) -> Placement:
-        predicted = predict(spec, samples=samples, classes=classes, micro_batch=size, recompute=recompute)
+        predicted = predict(
+            spec, samples=samples, classes=classes, micro_batch=size, recompute=recompute, device_type=device_type
+        )
         return Placement(
             micro_batch=size if size < whole else None,
             recompute=recompute,

@@ -4,6 +4,7 @@ Everything random is a pure function of (seed, epoch, step, clip), so a checkpoi
 position. B batch, T samples, C classes.
 """
 
+import contextlib
 import logging
 import math
 import platform
@@ -11,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Any, Literal
 
 import numpy as np
@@ -35,8 +37,8 @@ from helix.training.optim import build_optimizer, learning_rate
 
 logger = logging.getLogger(__name__)
 
-#: What of a step is not finite where its training was and its evaluation is not: no single step is to blame.
-TEST_LOSS = "test loss"
+#: What is not finite where the training of a step was and its evaluation is not: no single step is to blame.
+EVALUATED = ("test loss", "validation loss")
 
 
 class DivergedError(Exception):
@@ -179,7 +181,8 @@ class _Trial:
 
     def _environments(self, progress: Progress) -> tuple[str, ...]:
         """The environments that took part, this one last where it is new: bits are promised within one only."""
-        here = f"{torch.device(self.how.device).type}, scan {self._scan()}, torch {torch.__version__}"
+        software = ", ".join(f"{name} {version}" for name, version in versions().items() if name != "python")
+        here = f"{torch.device(self.how.device).type}, scan {self._scan()}, {software}"
         if progress.environments and here not in progress.environments:
             logger.warning(
                 "trial %s goes on in another environment (%s) than it began in (%s): the same up to rounding",
@@ -199,11 +202,12 @@ class _Trial:
     def _rolled_back(self, error: DivergedError, progress: Progress) -> Progress:
         """Where to train on from after a divergence, under `protocol.divergence = rollback` and once in a trial.
 
+        An epoch of a single step cannot leave that out; such a trial is stopped.
         The steps since that checkpoint are the same ones again, so the outcome does not depend on which one it is.
         """
         switched_on = self.spec.protocol.divergence == "rollback" and self.steps_per_epoch > 1
         self.saver.wait()
-        if not switched_on or progress.skipped or error.what == TEST_LOSS:
+        if not switched_on or progress.skipped or error.what in EVALUATED:
             # No checkpoint will follow that they could wait for.
             self._store(tuple(self.pending))
             raise error
@@ -356,8 +360,10 @@ class _Trial:
     ) -> dict[str, Any]:
         training, protocol = self.spec.training, self.spec.protocol
         test = self.tested = self._evaluate(self.test_clips, on_batch)
-        if not np.isfinite(test.loss):
-            raise DivergedError(self.id, (epoch + 1) * self.steps_per_epoch, TEST_LOSS)
+        validation = self._evaluate(self.validation_clips, on_batch) if len(self.validation_clips) else None
+        for evaluation, what in zip((test, validation), EVALUATED, strict=True):
+            if evaluation is not None and not math.isfinite(evaluation.loss):
+                raise DivergedError(self.id, (epoch + 1) * self.steps_per_epoch, what)
         taken = [loss for loss in losses if loss is not None]
         row: dict[str, Any] = {
             "epoch": epoch + 1,
@@ -372,8 +378,7 @@ class _Trial:
             "test_half_a": test.hits(self.half_a),
             "test_half_b": test.hits(~self.half_a),
         }
-        if len(self.validation_clips):
-            validation = self._evaluate(self.validation_clips, on_batch)
+        if validation is not None:
             row |= {"validation_accuracy": validation.accuracy, "validation_loss": validation.loss}
         now = self.how.clock()
         return row | {"seconds": now - began, "time": now}
@@ -508,5 +513,9 @@ def logits_of(model: Classifier, features: Tensor, samples_B: Tensor, spec: Tria
 
 
 def versions() -> dict[str, str]:
-    """The software that a result depends on."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    """The software that a result depends on; libraries of kernels where they are installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    for name in ("numba", "llvmlite", "mamba-ssm", "causal-conv1d"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

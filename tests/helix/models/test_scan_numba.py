@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import multiprocessing
 import os
 import platform
@@ -246,7 +247,14 @@ def test_a_gradient_may_be_one_number_seen_everywhere():
     assert equal(list(torch.autograd.grad(y_BLE.sum(), tensors)), list(ones))
 
 
-@pytest.mark.parametrize(("name", "value"), [("dt", 40.0), ("dt", 1e9), ("dt", -200.0), ("z", -300.0), ("z", 300.0)])
+EXTREMES = [
+    *[("dt", value) for value in (40.0, 1e9, -200.0, -1e11)],
+    *[("z", value) for value in (-300.0, 300.0, -1e11, 1e13)],
+    *[("A", value) for value in (-1e-9, -1e4, -1e6)],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), EXTREMES)
 def test_extreme_values_are_what_they_are_in_the_reference(name, value):
     tensors = scan_inputs(2, 20, 24, 4)
     tensors[NAMES.index(name) - 1] = torch.full_like(tensors[NAMES.index(name) - 1], value)
@@ -254,6 +262,14 @@ def test_extreme_values_are_what_they_are_in_the_reference(name, value):
     for single, double in zip(run(scanned("numba"), tensors), wanted, strict=True):
         assert torch.isfinite(single).all()
         assert distance(single, double) <= 1e-6 or float((single - double).abs().max()) < 1e-17
+
+
+@pytest.mark.parametrize("rate", [-1e7, -1e15, -math.inf])
+def test_rates_that_it_cannot_take_give_no_numbers(rate):
+    """The reference takes some of them; a kernel that was silently wrong would hide that a model has diverged."""
+    tensors = [x.float() for x in scan_inputs(1, 5, 24, 4)]
+    tensors[2][3, 1] = rate
+    assert scanned("numba")(*tensors).isnan().all()
 
 
 @pytest.mark.parametrize("name", NAMES[1:])

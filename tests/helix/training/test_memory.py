@@ -118,7 +118,7 @@ def test_the_reference_scan_is_told_from_short_clips(monkeypatch):
 def made_up(monkeypatch):
     """Each clip keeps 100 MiB, or 10 where blocks are recomputed, over 50 MiB that are always there."""
 
-    def predicted(spec: TrialSpec, *, samples: int, classes: int, micro_batch: int, recompute: bool) -> Prediction:
+    def predicted(spec: TrialSpec, *, samples: int, micro_batch: int, recompute: bool, **_: object) -> Prediction:
         each = (10 if recompute else 100) * MIB * samples // 80_000
         return Prediction(
             parameters=10 * MIB, gradients=10 * MIB, optimizer=20 * MIB, activations=micro_batch * each, transient=0
@@ -231,3 +231,12 @@ def test_a_measurement_is_one_step_of_a_process_of_its_own():
     assert isinstance(found, Measurement)
     assert found.process_bytes > 100 * MIB
     assert found.step_seconds > 0
+
+
+def test_a_backend_that_is_forced_on_a_gpu_does_not_keep_it_from_being_planned(monkeypatch):
+    spec = spec_of("helix")
+    plain = choose(spec, samples=8000, classes=5, limit_bytes=None, device_type="cuda")
+    monkeypatch.setenv("HELIX_SCAN", "mamba_ssm")
+    assert choose(spec, samples=8000, classes=5, limit_bytes=None, device_type="cuda") == plain
+    with pytest.raises(ValueError, match="'mamba_ssm' cannot scan"):
+        predict(spec, samples=8001, classes=5)

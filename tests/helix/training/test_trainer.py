@@ -341,3 +341,17 @@ def test_a_change_of_environment_is_told_and_recorded(tiny_spec, tiny_data, stor
 def test_where_samples_lie_and_who_makes_batches_changes_no_bit(tiny_spec, tiny_data, storage, undisturbed, how):
     assert science(fit(tiny_spec, tiny_data, Fit(storage=storage, **how))) == undisturbed(tiny_spec)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches ahead")]
+
+
+def test_a_validation_loss_that_is_not_finite_is_a_divergence(tiny_spec, tiny_data, storage, monkeypatch):
+    spec = replace(tiny_spec, protocol=replace(profile("fair"), divergence="rollback"))
+    real, calls = trainer._Trial._evaluate, []
+
+    def evaluate(trial, clips, on_batch):
+        calls.append(len(clips))
+        evaluation = real(trial, clips, on_batch)
+        return replace(evaluation, loss=float("nan")) if len(calls) == 4 else evaluation
+
+    monkeypatch.setattr(trainer._Trial, "_evaluate", evaluate)
+    with pytest.raises(DivergedError, match="the validation loss of step 4 is not finite"):
+        fit(spec, tiny_data, Fit(storage=storage))
