@@ -152,12 +152,12 @@ class S3Storage(Storage):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_clients": {}}
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         sha256 = hashlib.sha256(data).hexdigest()
         if len(data) > PART_BYTES:
             self._put_parts(key, io.BytesIO(data), sha256)
         else:
-            self._put_whole(key, data, sha256)
+            self._put_whole(key, bytes(data), sha256)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         name, writer = self._name(key), uuid.uuid4().hex
