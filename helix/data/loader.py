@@ -68,9 +68,7 @@ class Host:
     def gather(self, clips: Clips) -> Batch:
         shape = (len(clips), clips.clip_samples)
         # numpy asks the system for huge pages; the small ones of a fresh batch would take longer than its samples.
-        wave_BT = (
-            torch.empty(shape, pin_memory=True) if self.pinned else torch.from_numpy(np.empty(shape, np.float32))
-        )
+        wave_BT = torch.empty(shape, pin_memory=True) if self.pinned else torch.from_numpy(np.empty(shape, np.float32))
         flat_S = wave_BT.numpy().reshape(-1)
         pieces = np.diff(clips.first_piece)
         sounding = np.bincount(np.repeat(np.arange(len(clips)), pieces), clips.samples, len(clips))
