@@ -20,6 +20,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3.session
 import numpy as np
@@ -87,7 +88,7 @@ class DataBench:
 
     source: str = ""
     recordings: int = 400
-    prepared: int = 200
+    prepared: int = 400
     memory: tuple[int, int] = (200, 1000)
     clips: int = 320
     scratch: str = ""
@@ -187,9 +188,11 @@ class DataBench:
         numbers = itertools.count()
 
         def everything() -> None:
-            _prepared(source, FolderStorage(folder / f"prepared-{next(numbers)}"))
+            prepare(
+                "esc50", source=source, storage=FolderStorage(folder / f"prepared-{next(numbers)}"), allow_partial=True
+            )
 
-        def alone(dtype: str) -> None:
+        def alone(dtype: Any) -> None:
             for path in paths:
                 wave_T, found_hz = soundfile.read(path, dtype=dtype)
                 soxr.resample(wave_T, found_hz, RATE_HZ, quality="HQ")

@@ -260,7 +260,7 @@ def write_shard(task: ShardTask) -> ShardReport:
         if wave is None:
             continue
         assert wave.dtype == np.int16 and wave.ndim == 1 and len(wave) > 0, (recording.recording_id, wave.dtype)
-        data = np.ascontiguousarray(wave, "<i2").view(np.uint8)
+        data = wave.astype("<i2", copy=False).view(np.uint8).data
         if filled and filled + len(data) > task.shard_bytes:
             close_shard()
         if filled + len(data) > len(buffer):
@@ -281,7 +281,7 @@ def write_shard(task: ShardTask) -> ShardReport:
             }
         )
         digest.update(data)
-        buffer[filled : filled + len(data)] = data
+        buffer.data[filled : filled + len(data)] = data
         filled += len(data)
     if filled:
         close_shard()
