@@ -48,7 +48,10 @@ BUDGET_S = 30.0
 PLAIN_WIDTH = 130
 
 #: The versions that stand below the figures, where they are installed.
-SHOWN = ("torch", "numba", "mambapy", "transformers", "mamba-ssm", "causal-conv1d")
+SHOWN = (
+    *("torch", "numba", "mambapy", "transformers", "mamba-ssm", "causal-conv1d"),
+    *("soundfile", "soxr", "torchaudio", "webdataset", "litdata"),
+)
 
 
 class NotRunError(Exception):

@@ -45,7 +45,7 @@ class Storage(ABC):
         """The address, which `open_storage` opens again. It holds no secret."""
 
     @abstractmethod
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         """Write or replace `key`, atomically and durably."""
 
     @abstractmethod
@@ -120,7 +120,7 @@ class FolderStorage(Storage):
         """The file behind `key`, for memory maps. Keys that would leave the folder are refused."""
         return self.root.joinpath(*key_parts(key))
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         target = self.path(key)
         self._move(self._write_aside(target, lambda file: file.write(data)), target)
 

@@ -53,7 +53,7 @@ CONNECTIONS = 16
 #: Objects that are larger go in parts of this size; S3 takes up to 10,000 of at least 5 MiB.
 PART_BYTES = 32 * 2**20
 #: Bodies are read in pieces, small ones where bytes come slowly, so that the deadline is looked at in time.
-SMALLEST_PIECE, LARGEST_PIECE, QUICK_S = 2**10, 2**18, 0.05
+SMALLEST_PIECE, LARGEST_PIECE, QUICK_S = 2**10, 2**20, 0.05
 #: This much more of a body counts as progress.
 PROGRESS_BYTES = 2**20
 
@@ -152,12 +152,12 @@ class S3Storage(Storage):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_clients": {}}
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         sha256 = hashlib.sha256(data).hexdigest()
         if len(data) > PART_BYTES:
             self._put_parts(key, io.BytesIO(data), sha256)
         else:
-            self._put_whole(key, data, sha256)
+            self._put_whole(key, bytes(data), sha256)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         name, writer = self._name(key), uuid.uuid4().hex

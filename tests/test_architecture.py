@@ -27,9 +27,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.checks": ("helix.doctor", "helix.models", "helix.registry", "helix.storage"),
     "helix.bench": ("helix.registry",),
     "helix.peers": (),
+    "helix.loader_peers": ("helix.peers",),
     "helix.benches": (
         *("helix.bench", "helix.models", "helix.peers", "helix.protocol", "helix.registry", "helix.spec"),
-        "helix.training",
+        *("helix.training", "helix.data", "helix.loader_peers", "helix.storage"),
     ),
     "dashboards": ("dashboards", "helix", "orchestration.ledger"),
     "orchestration": ("orchestration", "dashboards", "helix"),
@@ -42,15 +43,19 @@ ONLY_IN = {
     "mlflow": {"orchestration.tracking"},
     "numba": {"helix.models.scan_numba"},
     "mamba_ssm": {"helix.models.scan_mamba_ssm"},
-    "boto3": {"helix.storage_s3"},
+    "boto3": {"helix.storage_s3", "helix.benches.data"},
 }
 
 #: Modules that are imported on first use, by importlib, because their library takes long to import and may be missing.
 MAY_BE_MISSING = {
     "helix.models.scan_numba",
     "helix.models.scan_mamba_ssm",
+    "litdata",
+    "litdata.streaming.writer",
     "mambapy.mamba",
+    "torchaudio.transforms",
     "transformers.models.mamba.modeling_mamba",
+    "webdataset",
 }
 
 #: Modules that plan and read: what they import, directly or not, holds no torch (a laptop answers at once).

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import threading
 from io import FileIO
 from pathlib import Path
 
@@ -12,6 +13,10 @@ import soxr
 #: Floating-point files may overshoot full scale a little; far beyond it they were written in some other unit.
 PEAK_LIMIT = 8.0
 RATES_HZ = (1_000, 768_000)
+
+#: A thread keeps the memory of what it resamples for its next file, up to so many samples: fresh pages are what costs.
+KEPT_SAMPLES = 2**21
+_OWN = threading.local()
 
 
 class AudioError(Exception):
@@ -49,7 +54,10 @@ def decode(
                     raise AudioError(str(path), f"has a rate of {found_rate_hz} Hz; wanted {source_rate_hz}")
                 if source_channels is not None and channels != source_channels:
                     raise AudioError(str(path), f"has {channels} channels; wanted {source_channels}")
-                wave_TC = file.read(dtype="int16" if subtype == "PCM_16" else "float64", always_2d=True)
+                if subtype == "PCM_16" and channels == 1 and found_rate_hz != rate_hz and promised <= KEPT_SAMPLES:
+                    wave_TC = file.read(out=_kept("pcm", promised, np.int16))[:, None]
+                else:
+                    wave_TC = file.read(dtype="int16" if subtype == "PCM_16" else "float64", always_2d=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise AudioError(str(path), "is not there") from error
     except soundfile.LibsndfileError as error:
@@ -92,10 +100,22 @@ def _resampled_int16(path: Path, wave_T: np.ndarray, source_rate_hz: int, rate_h
     """
     if source_rate_hz == rate_hz:
         return wave_T
-    resampled_T = soxr.resample(wave_T.astype(np.float32), source_rate_hz, rate_hz, quality="HQ")
+    if len(wave_T) <= KEPT_SAMPLES:
+        float_T = _kept("float", len(wave_T), np.float32)
+        float_T[:] = wave_T
+    else:
+        float_T = wave_T.astype(np.float32)
+    resampled_T = soxr.resample(float_T, source_rate_hz, rate_hz, quality="HQ")
     if len(resampled_T) == 0:
         raise _too_short(path, rate_hz)
     return _rounded(resampled_T)
+
+
+def _kept(name: str, samples: int, dtype: type[np.generic]) -> np.ndarray:
+    """This thread's own memory for `samples` samples, with whatever it held before; valid until the next call."""
+    if not hasattr(_OWN, name):
+        setattr(_OWN, name, np.empty(KEPT_SAMPLES, dtype))
+    return getattr(_OWN, name)[:samples]
 
 
 def _rounded(scaled_T: np.ndarray) -> np.ndarray:

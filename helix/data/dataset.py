@@ -203,15 +203,15 @@ class Dataset(ABC):
                 self._subject(source), [f"it needs its files; get them at {self.url} and name the folder"]
             )
         found = self.scan(source)
-        problems = list(found.problems)
+        problems, fold_column = list(found.problems), self.fold_column
         for recording_id, count in sorted(Counter(row.recording_id for row in found.recordings).items()):
             if count > 1:
                 problems.append(f"{recording_id}: stands {count} times in the metadata; wanted once")
         for row in found.recordings:
             if not 0 <= row.label < len(found.classes):
                 problems.append(f"{row.recording_id}: label {row.label}; wanted 0 to {len(found.classes) - 1}")
-            if row.fold is not None and row.fold not in self.fold_column:
-                problems.append(f"{row.recording_id}: fold {row.fold}; wanted one of {listed(self.fold_column)}")
+            if row.fold is not None and row.fold not in fold_column:
+                problems.append(f"{row.recording_id}: fold {row.fold}; wanted one of {listed(fold_column)}")
         if not allow_missing:
             problems += [f"{recording_id}: {reason}" for recording_id, reason in sorted(found.missing.items())]
         if problems:

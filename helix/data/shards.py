@@ -46,6 +46,8 @@ FORMAT = 2
 FOLDER = "data"
 #: How many files are read back at once to verify them; each is in memory then, up to a shard.
 VERIFIED_AT_ONCE = 4
+#: What a shard is gathered in at first; larger shards make it grow.
+BUFFER_BYTES = 64 * 2**20
 
 SCHEMA = pa.schema(
     [
@@ -223,7 +225,9 @@ def write_shard(task: ShardTask) -> ShardReport:
     if task.source is not None and not task.source.is_dir():
         raise SourceNotSharedError(platform.node(), str(task.source))
     dataset: Dataset = DATASETS.make(task.dataset, task.options)
-    buffer, shards, rows, first_row = io.BytesIO(), [], [], 0
+    # One piece of memory for all shards of the task: pages that are touched for the first time cost more than a copy.
+    buffer, filled, digest = np.empty(min(task.shard_bytes, BUFFER_BYTES), np.uint8), 0, hashlib.sha256()
+    shards, rows, first_row = [], [], 0
     unreadable: dict[str, list[str]] = {}
     changed: list[str] = []
     files: dict[str, Content] = {}
@@ -235,14 +239,15 @@ def write_shard(task: ShardTask) -> ShardReport:
         files.clear()
 
     def close_shard() -> None:
-        nonlocal buffer, first_row
+        nonlocal filled, digest, first_row
         check_files()
-        data = buffer.getvalue()
+        data = buffer[:filled].data
         name = task.shard_name(len(shards))
-        shards.append({"name": name, "bytes": len(data), "sha256": _sha256(data), "recordings": len(rows) - first_row})
+        sha256, recordings = digest.hexdigest(), len(rows) - first_row
+        shards.append({"name": name, "bytes": len(data), "sha256": sha256, "recordings": recordings})
         if not (changed or task.keep == "nothing" or (unreadable and task.keep == "whole")):
             _put(task.storage, f"{task.prefix}/{name}", data)
-        buffer, first_row = io.BytesIO(), len(rows)
+        filled, digest, first_row = 0, hashlib.sha256(), len(rows)
 
     for recording, content in zip(task.recordings, task.contents, strict=True):
         try:
@@ -256,13 +261,15 @@ def write_shard(task: ShardTask) -> ShardReport:
             continue
         assert wave.dtype == np.int16 and wave.ndim == 1 and len(wave) > 0, (recording.recording_id, wave.dtype)
         data = wave.astype("<i2", copy=False).view(np.uint8).data
-        if buffer.tell() and buffer.tell() + len(data) > task.shard_bytes:
+        if filled and filled + len(data) > task.shard_bytes:
             close_shard()
+        if filled + len(data) > len(buffer):
+            buffer = np.concatenate([buffer[:filled], np.empty(max(filled, len(data)), np.uint8)])
         rows.append(
             {
                 "recording_id": recording.recording_id,
                 "shard": len(shards),
-                "offset": buffer.tell(),
+                "offset": filled,
                 "samples": len(wave),
                 "label": recording.label,
                 "speaker": recording.speaker,
@@ -273,8 +280,10 @@ def write_shard(task: ShardTask) -> ShardReport:
                 "padded_samples": _silent_tail(wave),
             }
         )
-        buffer.write(data)
-    if buffer.tell():
+        digest.update(data)
+        buffer.data[filled : filled + len(data)] = data
+        filled += len(data)
+    if filled:
         close_shard()
     check_files()
     report = ShardReport(
@@ -666,7 +675,7 @@ def _files(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*manifest["shards"], manifest["index"]]
 
 
-def _put(storage: Storage, key: str, data: bytes) -> None:
+def _put(storage: Storage, key: str, data: bytes | memoryview) -> None:
     """Put, and say where to and what to do where that fails."""
     try:
         storage.put(key, data)
