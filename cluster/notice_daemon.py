@@ -368,8 +368,8 @@ class NoticeDaemon:
 def drain_now(nodes: Sequence[Raylet], *, ray: str, ends_in_s: float, margin_s: float) -> int:
     """Drain nodes whose machine or pod ends in so many seconds, and wait until they are gone or it is time.
 
-    For the preStop hook of a pod, which Kubernetes waits for. An idle node is gone at once. Where draining fails, as when
-    the whole cluster is taken down, nothing is waited for. Returns the exit code.
+    For the preStop hook of a pod, which Kubernetes waits for. An idle node is gone at once. Where draining fails, as
+    when the whole cluster is taken down, nothing is waited for. Returns the exit code.
     """
     notice = Notice("the end of the pod", time.time() + ends_in_s)
     failures = [
@@ -435,7 +435,8 @@ def arguments(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         "--drain-now",
         type=seconds,
         metavar="S",
-        help="watch nothing: drain this machine's nodes, which end in so many seconds, and wait for their end (a preStop hook)",
+        help="watch nothing: drain this machine's nodes, which end in so many seconds, and wait until they did; for a "
+        "preStop hook",
     )
     parser.add_argument("--ray", default="ray", help="the `ray` command (ray)")
     parser.add_argument("--node-id", default="", help="the Ray node to drain, instead of all of this machine")
