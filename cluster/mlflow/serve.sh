@@ -22,5 +22,5 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 # Each worker holds its connections; several sweeps send at once.
 export MLFLOW_SQLALCHEMYSTORE_POOL_SIZE=10 MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW=20
 exec mlflow server --app-name basic-auth --host "${HOST:-0.0.0.0}" --port "${PORT:-5000}" --workers "${WORKERS:-2}" \
-    --backend-store-uri "${DATABASE:-postgresql://mlflow@postgres:5432/mlflow}" \
+    --backend-store-uri "${DATABASE:-postgresql+psycopg2://mlflow@postgres:5432/mlflow}" \
     --artifacts-destination "$ARTIFACTS" --allowed-hosts "$ALLOWED_HOSTS"
