@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "orchestration": ("orchestration", "dashboards", "helix"),
     "cluster.notice_daemon": (),
     "cluster.fetch_secret": (),
-    "cluster.images": (),
+    "cluster.images.requirements": (),
 }
 
 #: Libraries that only these modules may import.
