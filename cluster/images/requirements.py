@@ -1,7 +1,4 @@
-"""Prints what pyproject.toml asks for, one requirement to a line: the dependencies, then those of the extras named.
-
-    python cluster/images/requirements.py gpu
-"""
+"""Prints what pyproject.toml asks for, a line each: the dependencies, then those of the extras that are named."""
 
 import sys
 import tomllib

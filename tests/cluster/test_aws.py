@@ -14,15 +14,15 @@ import boto3
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config
+from ray.autoscaler.v2.event_logger import AutoscalerEventLogger
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
-from ray.autoscaler.v2.event_logger import AutoscalerEventLogger
 from ray.core.generated.autoscaler_pb2 import ResourceRequestByCount
 
 from tests.cluster.validators import CLUSTER, Document, copy_of, ec2_problems, load_all, ray_problems
 
-#: What a driver of a pack takes on the head, and what the head takes itself: BENCHMARKS of the design, GiB.
+#: What a driver of a pack takes on the head, and what the head takes itself: measured on Ray 2.60, GiB of memory.
 DRIVER_GIB, HEAD_GIB, M6I_XLARGE_GIB = 0.9, 2.0, 16
 
 
@@ -150,6 +150,21 @@ def test_prices_are_dated_sourced_and_spot_is_the_cheaper():
     for price in table["prices"].values():
         assert set(price) == {"on_demand_usd_per_hour", "spot_usd_per_hour"}
         assert 0 < price["spot_usd_per_hour"] < price["on_demand_usd_per_hour"]
+
+
+def test_what_a_cluster_costs_idle_is_what_the_table_says():
+    table = yaml.safe_load((CLUSTER / "prices.yaml").read_text())
+    hours, standing = 730, table["standing"]
+    head = table["prices"]["m6i.xlarge"]["on_demand_usd_per_hour"]
+    disk, nat = 100 * standing["disk_usd_per_gib_month"], hours * standing["nat_gateway_usd_per_hour"]
+    said = " ".join((CLUSTER / "README.md").read_text().split())
+    assert f"the head {head} USD an hour, {head * hours:.0f} a month; its disk of 100 GiB {disk:.0f} a month" in said
+    assert f"one NAT gateway {nat:.0f} a month" in said
+    assert f"about **{head * hours + disk + nat:.0f} USD a month**" in said and f"noted on {table['date']}" in said
+    eks = standing["eks_control_plane_usd_per_hour"]
+    said = " ".join((CLUSTER / "kuberay" / "README.md").read_text().split())
+    assert f"EKS {eks:.2f} USD an hour, {eks * hours:.0f} a month" in said
+    assert f"about **{(eks + head) * hours:.0f} USD a month**" in said
 
 
 def launched(config: Document, bundle: dict[str, float], *, failed: tuple[str, ...] = ()) -> str:

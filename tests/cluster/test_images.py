@@ -1,4 +1,4 @@
-"""The images hold what constraints.txt pins; the scripts that make them do what they say, with stand-ins for what is big."""
+"""The images hold what constraints.txt pins; the scripts that make them, run with stand-ins, do what they say."""
 
 import re
 import shlex
@@ -46,7 +46,11 @@ def dockerfile_problems(text: str) -> list[str]:
                     problems.append(f"{source} does not exist")
         if name == "RUN":
             problems += pip_problems(rest)
-            problems += [f"{found} does not exist" for found in re.findall(r"/src/(cluster/\S+\.sh)", rest) if not (ROOT / found).exists()]
+            problems += [
+                f"{found} does not exist"
+                for found in re.findall(r"/src/(cluster/\S+\.sh)", rest)
+                if not (ROOT / found).exists()
+            ]
         for source in re.findall(r"from=(\w+)", rest):
             if source not in stages:
                 problems.append(f"no stage {source}")

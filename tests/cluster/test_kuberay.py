@@ -97,7 +97,7 @@ def test_a_required_field_that_is_left_out_is_found():
 def test_an_error_planted_in_any_core_manifest_is_found(document: Document):
     assert kubernetes_problems(planted(document, "metadata/nam", "x"))
     assert kubernetes_problems(planted(document, "kind", "Deploiment"))
-    if "spec" in document and document["spec"]:
+    if document.get("spec"):
         assert kubernetes_problems(planted(document, "spec/sepc", {}))
 
 

@@ -24,6 +24,7 @@ import boto3
 import pytest
 import yaml
 from mlflow import MlflowClient
+from mlflow.server import get_app_client
 
 from tests.cluster.validators import CLUSTER, Document, copy_of
 
@@ -46,7 +47,9 @@ def compose() -> Document:
 
 def compose_problems(document: Document) -> list[str]:
     """By the rules of the compose specification that this file touches, and by ours: nothing open, nothing secret."""
-    problems = [f"unknown key {key}" for key in document.keys() - {"name", "services", "networks", "volumes", "secrets"}]
+    problems = [
+        f"unknown key {key}" for key in document.keys() - {"name", "services", "networks", "volumes", "secrets"}
+    ]
     services = document["services"]
     for name, service in services.items():
         problems += [f"{name}: unknown key {key}" for key in service.keys() - SERVICE_KEYS]
@@ -120,7 +123,9 @@ def test_the_database_has_no_way_out_and_its_server_is_found_by_the_same_name_ev
     script, ini = (FOLDER / "serve.sh").read_text(), (FOLDER / "basic_auth.ini").read_text()
     address = "postgresql+psycopg2://mlflow@postgres:5432/mlflow"
     assert address in script and f"database_uri = {address}\n" in ini
-    services = [item for item in yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text()) if item["kind"] == "Service"]
+    services = [
+        item for item in yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text()) if item["kind"] == "Service"
+    ]
     assert {item["metadata"]["name"] for item in services} == {"mlflow", "postgres"}
 
 
@@ -212,7 +217,17 @@ def postgres(password: str) -> Iterator[int]:
     options = ["-A", "scram-sha-256", "-U", "mlflow", f"--pwfile={folder}/password", "-E", "UTF8", "--no-sync"]
     subprocess.run([programs / "initdb", "-D", folder / "data", *options], check=True, capture_output=True, **owner)
     server = subprocess.Popen(
-        [programs / "postgres", "-D", folder / "data", "-p", str(port), "-k", folder, "-c", "listen_addresses=127.0.0.1"],
+        [
+            programs / "postgres",
+            "-D",
+            folder / "data",
+            "-p",
+            str(port),
+            "-k",
+            folder,
+            "-c",
+            "listen_addresses=127.0.0.1",
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         **owner,
@@ -269,7 +284,12 @@ def server(tmp_path: Path, secrets: Path, s3_address: str) -> Iterator[tuple[str
         }
         with log.open("w") as output:
             process = subprocess.Popen(
-                [FOLDER / "serve.sh"], env=environment, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True
+                [FOLDER / "serve.sh"],
+                env=environment,
+                cwd=tmp_path,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         try:
             end = time.monotonic() + 200
@@ -304,6 +324,10 @@ def test_the_server_serves_whoever_signs_in_and_nobody_else(
 
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRETS["admin_password"])
+    # The user that the README makes for sweeps, and as whom they write.
+    get_app_client("basic-auth", tracking_uri=url).create_user("sweeper", "sweeper-password-of-a-test")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "sweeper")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "sweeper-password-of-a-test")
     client = MlflowClient(url)
     experiment = client.create_experiment("helix-test")
     run = client.create_run(experiment).info.run_id

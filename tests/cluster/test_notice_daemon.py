@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -607,8 +608,10 @@ def test_the_hook_waits_until_the_node_is_gone_or_it_is_time(
         return [node] if len(looks) < looks_until_gone else [Raylet("another", "10.0.0.1:6379")]
 
     monkeypatch.setattr(notice_daemon, "raylets", still_there)
-    monkeypatch.setattr(notice_daemon.time, "time", lambda: now[0])
-    monkeypatch.setattr(notice_daemon.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    # Its own clock and not everybody's: other threads of this process sleep, too.
+    clock = SimpleNamespace(time=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    clock.strftime, clock.gmtime = time.strftime, time.gmtime
+    monkeypatch.setattr(notice_daemon, "time", clock)
     assert drain_now([node], ray="true", ends_in_s=2.5, margin_s=1) == 0
     assert now[0] - 1000 == waited_s
 

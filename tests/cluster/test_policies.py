@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
@@ -34,7 +34,9 @@ def resources(statement: dict) -> list[str]:
     return [found] if isinstance(found, str) else found
 
 
-ROLES = ("storage", "ray-token", "head", "mlflow")
+ROLES = ("storage", "ray-token", "head", "session-manager", "mlflow")
+#: Actions for which AWS knows no narrower resource than all: looking at EC2, and the channels of Session Manager.
+OF_EVERYTHING = r"ec2:Describe\w+|ssm:UpdateInstanceInformation|ssmmessages:(Create|Open)(Control|Data)Channel"
 
 
 @pytest.mark.parametrize("name", ROLES)
@@ -42,8 +44,8 @@ def test_no_policy_allows_everything_of_anything(name: str):
     for statement in load(name)["Statement"]:
         assert statement["Effect"] == "Allow" and "NotAction" not in statement and "NotResource" not in statement
         assert not [action for action in actions(statement) if "*" in action]
-        if "*" in resources(statement):  # EC2 knows no narrower one for what only looks
-            assert all(re.fullmatch(r"ec2:Describe\w+", action) for action in actions(statement))
+        if "*" in resources(statement):
+            assert all(re.fullmatch(OF_EVERYTHING, action) for action in actions(statement))
 
 
 @pytest.mark.parametrize("name", ROLES)
@@ -62,6 +64,14 @@ def test_storage_is_granted_what_it_uses_and_no_action_more():
     used |= {"s3:ListBucketMultipartUploads"}  # what a restart leaves is freed with the folder
     granted = {action for statement in load("storage")["Statement"] for action in actions(statement)}
     assert granted == used
+
+
+def test_every_policy_is_looked_at_and_given_to_somebody():
+    assert {path.stem for path in POLICIES.iterdir()} == {*ROLES, "ec2-trust"}
+    readmes = "".join(path.read_text() for path in CLUSTER.rglob("README.md"))
+    given = set(re.findall(r"policies/([\w-]+)\.json", readmes))
+    given |= {word for line in re.findall(r"for policy in (.*); do", readmes) for word in line.split()}
+    assert {*ROLES, "ec2-trust"} <= given
 
 
 def test_code_that_jobs_run_is_written_by_no_machine():
@@ -111,7 +121,7 @@ def test_a_worker_may_what_storage_needs_and_not_more(as_worker: None):
     assert client.list_objects_v2(Bucket=PLACEHOLDER_BUCKET, Prefix="helix/")["KeyCount"] == 2
     client.delete_object(Bucket=PLACEHOLDER_BUCKET, Key="helix/new")
     assert client.get_object(Bucket=PLACEHOLDER_BUCKET, Key="code/helix.zip")["Body"].read() == b"x"
-    refused = (
+    refused: tuple[Callable[[], object], ...] = (
         lambda: client.put_object(Bucket=PLACEHOLDER_BUCKET, Key="code/helix.zip", Body=b"evil"),
         lambda: client.delete_object(Bucket=PLACEHOLDER_BUCKET, Key="code/helix.zip"),
         lambda: client.get_object(Bucket=PLACEHOLDER_BUCKET, Key="private/there"),

@@ -67,7 +67,9 @@ def door_problems(text: str) -> list[str]:
             problems.append(f"sign-in turned off: {code.strip()[:80]}")
         if re.search(r"type: (LoadBalancer|NodePort)|hostNetwork: true|hostPort:|enableIngress: true", code):
             problems.append(f"reachable from outside the cluster: {code.strip()[:80]}")
-    if re.search(r"^kind: RayCluster", text, re.MULTILINE) and not re.search(r"authOptions: *\{ *mode: token *\}", text):
+    if re.search(r"^kind: RayCluster", text, re.MULTILINE) and not re.search(
+        r"authOptions: *\{ *mode: token *\}", text
+    ):
         problems.append("a RayCluster without a token")
     if re.search(r"RAY_AUTH_MODE[=:]\s*(?!token|\")\S", text):
         problems.append("RAY_AUTH_MODE is not token")
@@ -95,7 +97,10 @@ def test_every_file_is_read_and_the_doors_are_among_them():
 
 def tracked() -> list[Path]:
     done = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         pytest.skip("not a git checkout")

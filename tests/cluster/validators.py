@@ -100,7 +100,7 @@ def kuberay_schemas() -> dict[tuple[str, str], Document]:
 
 
 def _strict(node: Any) -> Any:
-    """openAPIV3 as JSON Schema, in which a field that is not named is an error, as the API server's strict mode has it."""
+    """openAPIV3 as JSON Schema, in which a field that is not named is an error, as in the API server's strict mode."""
     if isinstance(node, list):
         return [_strict(inner) for inner in node]
     if not isinstance(node, dict):
