@@ -13,6 +13,7 @@ from typing import Any
 import boto3
 import pytest
 import yaml
+from ray._private.label_utils import validate_node_labels
 from ray.autoscaler._private.util import prepare_config
 from ray.autoscaler.v2.event_logger import AutoscalerEventLogger
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
@@ -140,6 +141,7 @@ def test_the_labels_of_a_machine_tell_the_truth_and_it_has_a_price(config: Docum
         "helix/market": "spot" if is_spot(node_type) else "on-demand",
         "helix/instance-type": node_type["node_config"]["InstanceType"],
     }
+    validate_node_labels(node_type["labels"])
     prices = yaml.safe_load((CLUSTER / "prices.yaml").read_text())["prices"]
     assert node_type["node_config"]["InstanceType"] in prices
 
