@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.message import Message
+from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Protocol
@@ -364,6 +365,28 @@ class NoticeDaemon:
         sys.exit(0)
 
 
+def drain_now(nodes: Sequence[Raylet], *, ray: str, ends_in_s: float, margin_s: float) -> int:
+    """Drain nodes whose machine or pod ends in so many seconds, and wait until they are gone or it is time.
+
+    For the preStop hook of a pod, which Kubernetes waits for. An idle node is gone at once. Where draining fails, as
+    when the whole cluster is taken down, nothing is waited for. Returns the exit code.
+    """
+    notice = Notice("the end of the pod", time.time() + ends_in_s)
+    failures = [
+        f"node {node.node_id}: {failure}"
+        for node in nodes
+        if (failure := drain(ray, node, notice, deadline_s(notice, time.time(), margin_s)))
+    ]
+    if failures or not nodes:
+        logger.error("could not drain: %s", "; ".join(failures) or "no raylet runs on this machine")
+        return 1
+    logger.warning("draining, until in %g s at most: %s", ends_in_s, ", ".join(node.node_id for node in nodes))
+    drained = {node.node_id for node in nodes}
+    while time.time() < notice.at_s and drained & {raylet.node_id for raylet in raylets()}:
+        time.sleep(0.5)
+    return 0
+
+
 class OneLine(logging.Formatter):
     """One event is one line, whatever a server or a command answered."""
 
@@ -408,6 +431,13 @@ def arguments(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--rebalance-deadline", type=seconds, default=600.0, metavar="S", help="time left after a recommendation (600)"
     )
+    parser.add_argument(
+        "--drain-now",
+        type=seconds,
+        metavar="S",
+        help="watch nothing: drain this machine's nodes, which end in so many seconds, and wait until they did; for a "
+        "preStop hook",
+    )
     parser.add_argument("--ray", default="ray", help="the `ray` command (ray)")
     parser.add_argument("--node-id", default="", help="the Ray node to drain, instead of all of this machine")
     parser.add_argument("--address", default="", help="HOST:PORT of the cluster: drain nodes of no other one")
@@ -418,19 +448,20 @@ def arguments(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     return parser
 
 
+def chosen_nodes(options: argparse.Namespace) -> list[Raylet]:
+    if options.node_id:
+        return [Raylet(options.node_id, options.address)]
+    return [raylet for raylet in raylets() if options.address in ("", raylet.gcs_address)]
+
+
 def daemon(options: argparse.Namespace) -> NoticeDaemon:
     aws = Aws(options.endpoint or endpoint(options.aws), rebalance_s=options.rebalance_deadline)
     gcp = Gcp(options.endpoint or endpoint(options.gcp))
     cloud: Cloud = {"aws": aws, "gcp": gcp, "auto": Either([aws, gcp])}[options.cloud]
 
-    def nodes() -> list[Raylet]:
-        if options.node_id:
-            return [Raylet(options.node_id, options.address)]
-        return [raylet for raylet in raylets() if options.address in ("", raylet.gcs_address)]
-
     return NoticeDaemon(
         cloud,
-        nodes,
+        partial(chosen_nodes, options),
         ray=options.ray,
         poll_s=options.poll,
         margin_s=options.margin,
@@ -446,6 +477,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    if options.drain_now is not None:
+        nodes = chosen_nodes(options)
+        return drain_now(nodes, ray=options.ray, ends_in_s=options.drain_now, margin_s=options.margin)
     try:
         watcher = daemon(options)
     except argparse.ArgumentTypeError as error:  # of an address in the environment

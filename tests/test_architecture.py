@@ -35,6 +35,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dashboards": ("dashboards", "helix", "orchestration.ledger"),
     "orchestration": ("orchestration", "dashboards", "helix"),
     "cluster.notice_daemon": (),
+    "cluster.fetch_secret": (),
+    "cluster.images.requirements": (),
 }
 
 #: Libraries that only these modules may import.
@@ -43,7 +45,7 @@ ONLY_IN = {
     "mlflow": {"orchestration.tracking"},
     "numba": {"helix.models.scan_numba"},
     "mamba_ssm": {"helix.models.scan_mamba_ssm"},
-    "boto3": {"helix.storage_s3", "helix.benches.data"},
+    "boto3": {"helix.storage_s3", "helix.benches.data", "cluster.fetch_secret"},
 }
 
 #: Modules that are imported on first use, by importlib, because their library takes long to import and may be missing.

@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.notice_daemon import Gcp, MetadataError, Notice, NoticeDaemon, Raylet, deadline_s, raylets
+from cluster import notice_daemon
+from cluster.notice_daemon import Gcp, MetadataError, Notice, NoticeDaemon, Raylet, deadline_s, drain_now, raylets
 
 DAEMON = Path(__file__).resolve().parents[2] / "cluster" / "notice_daemon.py"
 ACTION, REBALANCE = "/latest/meta-data/spot/instance-action", "/latest/meta-data/events/recommendations/rebalance"
@@ -584,10 +586,50 @@ def test_every_node_of_the_machine_is_drained_and_only_the_one_that_failed_is_tr
     assert waits == [1, 2, 2, 2], "a failure is tried again before the next look"
 
 
+# The hook of a pod
+
+
+def test_a_pod_that_ends_drains_its_node_with_less_than_it_has(start: Start):
+    daemon = start("--drain-now", "90", "--address", "10.0.0.1:6379")
+    assert daemon.process.wait(10) == 0, "no such raylet runs here, so there is nothing to wait for"
+    assert len(daemon.drains) == 1 and 75 <= daemon.deadlines_s[0] <= 80
+    assert daemon.drains[0][1:3] == ["--node-id", NODE]
+    assert "DRAIN_NODE_REASON_PREEMPTION" in daemon.drains[0]
+
+
+@pytest.mark.parametrize(("looks_until_gone", "waited_s"), [(3, 1.0), (1000, 2.5)])
+def test_the_hook_waits_until_the_node_is_gone_or_it_is_time(
+    looks_until_gone: int, waited_s: float, monkeypatch: pytest.MonkeyPatch
+):
+    node, now, looks = Raylet(NODE, "10.0.0.1:6379"), [1000.0], []
+
+    def still_there() -> list[Raylet]:
+        looks.append(now[0])
+        return [node] if len(looks) < looks_until_gone else [Raylet("another", "10.0.0.1:6379")]
+
+    monkeypatch.setattr(notice_daemon, "raylets", still_there)
+    # Its own clock and not everybody's: other threads of this process sleep, too.
+    clock = SimpleNamespace(time=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    clock.strftime, clock.gmtime = time.strftime, time.gmtime
+    monkeypatch.setattr(notice_daemon, "time", clock)
+    assert drain_now([node], ray="true", ends_in_s=2.5, margin_s=1) == 0
+    assert now[0] - 1000 == waited_s
+
+
+def test_where_draining_fails_the_hook_waits_for_nothing_and_says_why(start: Start):
+    daemon = start("--drain-now", "90", ray="echo no GCS here; exit 7")
+    assert daemon.process.wait(10) == 1
+    assert "exit 7: no GCS here" in daemon.log
+    daemon = start("--drain-now", "90", "--address", "192.0.2.1:1", node_id="")
+    assert daemon.process.wait(10) == 1
+    assert "no raylet runs on this machine" in daemon.log and daemon.drains == []
+
+
 def test_the_unit_and_the_readme_are_about_this_daemon():
     readme, unit = (DAEMON.with_name(name).read_text() for name in ("README.md", "helix-notice.service"))
     known = subprocess.run([sys.executable, "-E", DAEMON, "--help"], check=True, capture_output=True, text=True).stdout
-    named = set(re.findall(r"--[a-z-]+", readme)) & {*re.findall(r"`(--[a-z-]+)", readme)}
+    section = readme.partition("## Notices that a machine goes away")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(--[a-z-]+)", section))
     assert named and all(option in known for option in named)
     for path in re.findall(r"(/opt/helix/\S+|/etc/\S+\.env)", unit):
         assert path in readme, "what the unit names is installed"
@@ -630,6 +672,19 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     finally:
         for end in reversed(ends):
             end()
+
+
+@pytest.mark.ray
+def test_a_real_idle_node_is_gone_when_the_hook_returns(two_nodes: Cluster, start: Start):
+    (node_id,) = [row["NodeID"] for row in ray.nodes() if row["Resources"].get("CPU")]
+    daemon = start(
+        *("--drain-now", "60", "--address", two_nodes.address, "--ray", str(Path(sys.executable).with_name("ray"))),
+        node_id=node_id,
+        HOME=os.environ.get("HOME", "/"),
+    )
+    assert daemon.process.wait(50) == 0, daemon.log
+    assert node_id not in {raylet.node_id for raylet in raylets()}
+    until(lambda: not [row for row in ray.nodes() if row["NodeID"] == node_id and row["Alive"]], "end of the node")
 
 
 @pytest.mark.ray
