@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help sweep test check golden clean
+.PHONY: help sweep test check golden chaos clean
 
 help:
 	@echo "make sweep   train the demo grid on this machine and report (GRID=... for another; ARGS=... for options)"
 	@echo "make test    run the tests"
 	@echo "make check   lint, format and types"
 	@echo "make golden  write the losses that training is held to, after SCIENCE_VERSION was raised"
+	@echo "make chaos   cause every fault, kill a hundred processes, and show that nothing changed (ARGS=--short for less)"
 	@echo "make clean   remove the virtual environment (results in runs/ stay)"
 
 sweep: $(VENV)/.ready
@@ -27,6 +28,9 @@ check: $(VENV)/.ready-dev
 
 golden: $(VENV)/.ready-dev
 	@$(BIN)/python -m pytest tests/helix/training/test_golden.py --rewrite-golden
+
+chaos: $(VENV)/.ready
+	@$(BIN)/python -m orchestration.chaos $(ARGS)
 
 clean:
 	rm -rf $(VENV)

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dashboards import text
+from dashboards.certificates import certified
 from dashboards.charts import bars, colours, glyph
 from dashboards.curves import Panel, panels
 from dashboards.findings import Finding, comparison_note, find, parse_question, shared_unlike, sweep_cautions
@@ -108,6 +109,7 @@ def render_report(view: SweepView) -> str:
         paper=PAPER,
         readme=README,
         attempts=attempts,
+        certified=certified(view),
     )
 
 

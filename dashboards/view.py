@@ -6,7 +6,7 @@ Accuracies are fractions, times are Unix seconds. Whoever runs the sweep makes o
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from helix.protocol import SWITCHES, Protocol
 from helix.spec import TrialSpec
@@ -86,6 +86,7 @@ class SweepView:
     """One sweep of one grid at one moment. `question` is the docstring of the grid; its first line becomes the title.
 
     `switches` holds every protocol switch in force; `select` and `std` are the two that rule the summary.
+    `certificates` are all in the storage, as orchestration/certify.py put them.
     """
 
     grid: str
@@ -99,6 +100,7 @@ class SweepView:
     switches: dict[str, str] = field(default_factory=dict)
     data: tuple[DataFacts, ...] = ()
     cells: tuple[CellView, ...] = ()
+    certificates: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def build(
@@ -112,6 +114,7 @@ class SweepView:
         storage: str,
         data: Iterable[DataFacts],
         trials: Iterable[TrialEntry],
+        certificates: Iterable[dict[str, Any]] = (),
     ) -> "SweepView":
         """The view of a flat list of trials, grouped into cells in the order in which the variants first appear."""
         groups: dict[tuple[str, str], list[TrialEntry]] = {}
@@ -129,6 +132,7 @@ class SweepView:
             switches={name: getattr(protocol, name) for name in SWITCHES},
             data=tuple(data),
             cells=tuple(_cell(entries) for entries in groups.values()),
+            certificates=tuple(certificates),
         )
 
     def facts(self, dataset: str) -> DataFacts | None:

@@ -8,12 +8,16 @@ trials/<trial_id>/metrics/epoch-0007.json       one row per finished epoch
 trials/<trial_id>/checkpoints/step-00000070/    all state at a step (helix/training/checkpoint.py)
 trials/<trial_id>/best/                         the weights of the best epoch so far
 trials/<trial_id>/result.json                   put last and only once: the trial is done
+certificates/<certificate_id>.json              what killing a trial again and again changed in it: nothing, or what
 """
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from helix.storage import Storage
+
+#: Where certificates lie (orchestration/certify.py).
+CERTIFICATES = "certificates"
 
 #: An attempt that has not been heard of for this long is taken for dead when the state is shown.
 SILENCE_S = 120.0
@@ -64,6 +68,13 @@ def read(storage: Storage, trial_id: str, *, now: float) -> TrialState:
         result=result,
         error=error,
     )
+
+
+def certificates(storage: Storage) -> list[dict[str, Any]]:
+    """The certificates in storage, oldest first."""
+    names = [name for name in storage.children(CERTIFICATES) if name.endswith(".json")]
+    values = (storage.get_json(f"{CERTIFICATES}/{name}") for name in names)
+    return [value for value in values if value is not None]
 
 
 def is_done(storage: Storage, trial_id: str) -> bool:

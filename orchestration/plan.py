@@ -15,7 +15,7 @@ from helix.spec import resolve, trial_id
 from helix.storage import Storage
 from helix.training.memory import Device, Placement, choose
 from orchestration.grid import Grid, Trial
-from orchestration.ledger import TrialState, read
+from orchestration.ledger import TrialState, certificates, read
 
 #: Within one frontend, parameter counts may differ by this share of the larger one (the paper's section 3.2).
 BAND = 0.001
@@ -155,6 +155,7 @@ class Snapshot:
                 )
                 for entry in self.plan
             ],
+            certificates=certificates(self.storage),
         )
 
 

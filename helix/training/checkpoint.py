@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class CheckpointError(Exception):
         listed = "; ".join(self.problems)
         return (
             f"no checkpoint under {self.prefix} can be trusted: {listed}. Training does not silently start again at "
-            f"step 0: mend the storage, or delete that folder to restart this trial"
+            f"step 0: mend the storage, or give these up with `helix restart {PurePosixPath(self.prefix).parent.name}`"
         )
 
 

@@ -241,7 +241,7 @@ def test_where_none_verifies_training_does_not_start_again(storage: Storage):
     assert refused.value.problems == problems
     assert str(refused.value) == (
         f"no checkpoint under {PREFIX} can be trusted: {'; '.join(problems)}. Training does not silently start again "
-        "at step 0: mend the storage, or delete that folder to restart this trial"
+        f"at step 0: mend the storage, or give these up with `helix restart {PREFIX.split('/')[-2]}`"
     )
     assert weights_sha256(mind.model) == before
 

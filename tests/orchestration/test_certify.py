@@ -1,0 +1,272 @@
+"""Certificates: what killing a twin shows, and that a drift, a gap and a silent restart do not pass."""
+
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load, save
+
+from helix.data.shards import Recordings
+from helix.spec import TrialSpec, trial_id
+from helix.storage import FolderStorage, Storage
+from helix.training.checkpoint import committed
+from helix.training.trainer import Fit, fit, row_key
+from orchestration import cli
+from orchestration.certify import (
+    BIT_EXACT,
+    DRIFT,
+    ON_PURPOSE,
+    Pace,
+    certificate_table,
+    certify,
+    compare,
+    lost_steps,
+    moments,
+    seconds_to_next_step,
+    verdict_line,
+)
+from orchestration.grid import VARIANTS, Trial
+from orchestration.ledger import certificates
+from orchestration.twin import AFTER_RESULT, ANY_TIME, START, Attempt, Moment, Order, Twins
+
+PACE = Pace(start_s=2.0, step_s=0.1, whole_s=10.0)
+
+NOISY = """
+import sys
+import numpy as np
+import torch
+from helix.models.blocks import mamba
+from orchestration import twin
+
+exact = mamba.selective_scan
+
+def noisy(*inputs, **options):
+    y_BLE = exact(*inputs, **options)
+    return y_BLE + 1e-3 * torch.from_numpy(np.random.default_rng().standard_normal(y_BLE.shape, dtype="float32"))
+
+mamba.selective_scan = noisy
+sys.exit(twin.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def twins() -> Iterator[Twins]:
+    with Twins() as started:
+        yield started
+
+
+@pytest.fixture
+def trial(tiny_spec: TrialSpec) -> Trial:
+    spec = replace(tiny_spec, training=replace(tiny_spec.training, batch_size=12, epochs=3))
+    return Trial(variant=VARIANTS[0], spec=spec)
+
+
+@pytest.fixture
+def place(tiny_data: Recordings, tmp_path: Path) -> tuple[Recordings, Storage]:
+    """The tiny data in a storage of this test's own."""
+    storage = FolderStorage(tmp_path / "own")
+    shutil.copytree(tiny_data._storage.root, storage.root)
+    return tiny_data, storage
+
+
+def test_a_twin_that_is_killed_again_and_again_ends_bit_exact(trial, place, twins):
+    certificate = certify(trial, *place, grid="demo", kills=8, seed=0, twins=twins)
+    assert certificate["verdict"] == BIT_EXACT, verdict_line(certificate)
+    assert len(certificate["kills"]) == 8
+    assert len({kill["moment"] for kill in certificate["kills"]}) > 3
+    assert all(pair["equal"] for pair in certificate["hashes"].values())
+    assert {"weights", "optimizer", "best weights", "result", "row 1", "row 2", "row 3"} == set(certificate["hashes"])
+    assert certificate["rows"] == {"count": 3, "problems": []}
+    assert certificate["restarts_at_step_0"] == 0
+    assert certificate["steps"] == 18
+    assert certificate["twin_seconds"] > certificate["undisturbed_seconds"]
+    storage = place[1]
+    assert certificates(storage) == [certificate]
+    assert storage.children("certificates") == [f"{certificate['certificate_id']}.json"]
+    assert certificate_table(certificate).row_count == 8
+
+
+def test_a_backend_that_is_not_deterministic_gives_drift_and_keeps_both_runs(trial, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HELIX_SCAN", "reference")
+    script = tmp_path / "noisy.py"
+    script.write_text(NOISY)
+    with Twins([sys.executable, str(script)]) as noisy:
+        certificate = certify(trial, *place, grid="demo", kills=1, seed=0, twins=noisy)
+    assert certificate["verdict"] == DRIFT
+    assert certificate["scan"] == "reference"
+    assert 0 < certificate["largest_difference"]["weights"] < 10
+    assert 0 < certificate["largest_difference"]["rows"] <= 2
+    assert not certificate["hashes"]["weights"]["equal"]
+    assert "unequal: weights" in verdict_line(certificate)
+    kept = place[1].children(f"certificates/{certificate['certificate_id']}")
+    assert kept == ["twin", "undisturbed"]
+
+
+class Forgetful(Twins):
+    """Before its second attempt somebody loses all checkpoints but the knowledge that there were some."""
+
+    def run(self, order: Order, **options) -> Attempt:
+        storage = FolderStorage(Path(order.storage.removeprefix("file://")))
+        for name in storage.children("trials"):
+            shutil.rmtree(storage.path(f"trials/{name}/checkpoints"), ignore_errors=True)
+        return super().run(order, **options)
+
+
+def test_a_twin_that_starts_again_at_step_0_does_not_pass(trial, place):
+    with Forgetful() as forgetful:
+        certificate = certify(trial, *place, grid="demo", kills=2, seed=3, twins=forgetful)
+    assert certificate["restarts_at_step_0"] > 0
+    assert certificate["verdict"] == "started again at step 0"
+    assert all(pair["equal"] for pair in certificate["hashes"].values())
+
+
+class Immortal(Twins):
+    """Nobody comes to kill."""
+
+    def run(self, order: Order, *, kill_at=None, watch=lambda *_: None) -> Attempt:
+        return super().run(order, watch=watch)
+
+
+def test_a_certificate_without_a_kill_shows_nothing(trial, place):
+    with Immortal() as immortal:
+        certificate = certify(trial, *place, grid="demo", kills=2, seed=0, twins=immortal)
+    assert certificate["kills"] == []
+    assert certificate["verdict"].startswith("nothing shown")
+
+
+def test_no_kills_are_refused(trial, place, twins):
+    with pytest.raises(ValueError, match="--kills is 0"):
+        certify(trial, *place, grid="demo", kills=0, seed=0, twins=twins)
+
+
+@pytest.mark.parametrize("kills", [1, 2, 3, 12, 40])
+def test_moments_are_drawn_from_the_seed_in_the_order_of_training(kills: int):
+    drawn = moments(kills, 7, 50, PACE)
+    assert len(drawn) == kills
+    assert drawn == moments(kills, 7, 50, PACE)
+    assert kills < 3 or drawn != moments(kills, 8, 50, PACE)
+    steps = [moment.step for moment in drawn if moment.name != START]
+    assert steps == sorted(steps)
+    names = [moment.name for moment in drawn]
+    assert AFTER_RESULT not in names[:-1]
+    assert names.count(ANY_TIME) >= kills // 2
+    assert all(0 <= moment.delay_s <= 2.0 for moment in drawn)
+
+
+def test_enough_kills_meet_every_moment():
+    met = {moment.name for seed in range(3) for moment in moments(20, seed, 50, PACE)}
+    assert met == {*ON_PURPOSE, AFTER_RESULT, ANY_TIME}
+
+
+def attempt(from_step: int | None, *steps: tuple[int, float], ended: float = 0.0) -> Attempt:
+    return Attempt(began=0.0, from_step=from_step, steps=list(steps), ended=ended)
+
+
+def test_a_lost_step_is_one_that_was_trained_again():
+    begun_only = attempt(None, ended=6.0)
+    attempts = [attempt(0, (1, 1.0), (2, 2.0), (3, 3.0), ended=4.0), begun_only, attempt(1, (2, 8.0), (3, 9.0))]
+    assert lost_steps(attempts) == [2, 0, 0]
+    assert seconds_to_next_step(attempts) == [4.0, 2.0, None]
+
+
+@pytest.fixture
+def pair(tiny_spec, tiny_data, tmp_path) -> tuple[Storage, Storage, str]:
+    """What a trial left, and a copy of it."""
+    spec = replace(tiny_spec, training=replace(tiny_spec.training, epochs=2))
+    one, other = FolderStorage(tmp_path / "one"), FolderStorage(tmp_path / "other")
+    fit(spec, tiny_data, Fit(storage=one))
+    shutil.copytree(one.root, other.root)
+    return one, other, trial_id(spec, tiny_data.manifest_sha256)
+
+
+def test_the_clock_is_no_difference(pair):
+    one, other, name = pair
+    row = other.get_json(row_key(name, 1))
+    other.put_json(row_key(name, 1), row | {"seconds": 1e9, "time": 0.0})
+    assert compare(one, other, name)["verdict"] == BIT_EXACT
+
+
+def test_a_missing_row_and_one_too_many_are_seen(pair):
+    one, other, name = pair
+    row = other.get_json(row_key(name, 2))
+    other.put_json(row_key(name, 3), row)
+    assert compare(one, other, name)["verdict"] == "incomplete rows"
+    other.delete(row_key(name, 3))
+    other.delete(row_key(name, 1))
+    compared = compare(one, other, name)
+    assert compared["verdict"] == "incomplete rows"
+    assert any("epochs [2]" in problem for problem in compared["rows"]["problems"])
+
+
+def test_steps_that_are_not_in_a_row_are_seen(pair):
+    one, other, name = pair
+    row = other.get_json(row_key(name, 2))
+    other.put_json(row_key(name, 2), row | {"train_losses": row["train_losses"][1:]})
+    assert any("ends at step" in problem for problem in compare(one, other, name)["rows"]["problems"])
+
+
+def test_a_number_of_a_row_that_differs_is_measured(pair):
+    one, other, name = pair
+    row = other.get_json(row_key(name, 2))
+    other.put_json(row_key(name, 2), row | {"test_loss": row["test_loss"] * 2})
+    compared = compare(one, other, name)
+    assert compared["verdict"] == DRIFT
+    assert compared["largest_difference"] == {"weights": 0.0, "rows": 0.5}
+
+
+@pytest.mark.parametrize("what", ["model", "optimizer"])
+def test_one_changed_number_of_the_state_is_drift(pair, what):
+    one, other, name = pair
+    prefix = f"trials/{name}/checkpoints"
+    key = f"{prefix}/{committed(other, prefix)[-1]}/{what}.safetensors"
+    tensors = load(other.get(key))
+    changed = max(tensors, key=lambda name: tensors[name].numel())
+    flat = tensors[changed].view(-1)
+    flat[0] = math.nextafter(flat[0].item(), math.inf) + 1e-3
+    other.put(key, save(tensors))
+    compared = compare(one, other, name)
+    assert compared["verdict"] == DRIFT
+    assert [name for name, hashes in compared["hashes"].items() if not hashes["equal"]] == [
+        {"model": "weights", "optimizer": "optimizer"}[what]
+    ]
+    assert (compared["largest_difference"]["weights"] > 0) == (what == "model")
+
+
+def test_the_command_makes_a_certificate_and_the_report_shows_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    small = ["data.options.clips_per_class=16", "training.epochs=2", "--storage", str(tmp_path / "runs")]
+    assert cli.main(["certify", "--grid", "demo", "--variant", "mamba-mel", "--kills", "2", *small]) == 0
+    said = capsys.readouterr().out
+    assert "bit-exact: 2 of 2 kills landed" in said
+    assert cli.main(["report", "--grid", "demo", "--variants", "mamba-mel", *small]) == 1  # nothing is trained
+    page = (tmp_path / "runs" / "reports" / "demo.html").read_text()
+    assert "bit-exact" in page.partition("<h2>Certificate</h2>")[2]
+    assert "other settings or data" not in page
+
+
+def test_what_cannot_be_certified_is_refused_before_anything_is_run(tmp_path, capsys):
+    at = ["--storage", str(tmp_path / "runs")]
+    assert cli.main(["certify", "--grid", "demo", "--kills", "0", "data.options.clips_per_class=16", *at]) == 2
+    assert cli.main(["certify", "--grid", "demo", "--variant", "mamba-smell", *at]) == 2
+    assert cli.main(["certify", "--grid", "demo", "--fold", "9", *at]) == 2
+    assert cli.main(["certify", "--grid", "demo", "training.epocs=3", *at]) == 2
+    assert not (tmp_path / "runs" / "certificates").exists()
+
+
+def test_a_moment_that_does_not_come_any_more_is_replaced_by_the_last_one(trial, place, twins):
+    recordings, storage = place
+    certificate = certify(trial, recordings, storage, grid="demo", kills=1, seed=0, twins=twins)
+    order = Order(
+        spec=certificate["spec"],
+        source=repr(storage),
+        data=recordings.prepared.prefix,
+        storage=f"{storage!r}/late",
+        steps=18,
+    )
+    late = twins.run(order, kill_at=Moment(name=ANY_TIME, step=99))
+    assert late.killed
+    assert late.met == ("before the result is put", 18)
