@@ -52,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         commands.add_parser(name, help=about, add_help=False)
     chosen, rest = parser.parse_known_args(arguments[:1])[0].command, arguments[1:]
+    if chosen == "bench":
+        return bench.main(rest)
+    if chosen == "doctor":
+        return doctor.main(rest, rehearse_ray=rehearse)
     if chosen in COMMANDS:
         return COMMANDS[chosen](rest)
     return sweep.main(rest, train_missing=chosen == "sweep")
@@ -319,18 +323,11 @@ def restart_trial(arguments: Sequence[str]) -> int:
     return 0
 
 
-def diagnose(arguments: Sequence[str]) -> int:
-    """`helix doctor`."""
-    return doctor.main(arguments, rehearse_ray=rehearse)
-
-
 #: The commands that are no form of a sweep.
 COMMANDS = {
     "prepare": prepare,
     "verify": verify,
+    "feasibility": feasibility,
     "certify": certify_grid,
     "restart": restart_trial,
-    "doctor": diagnose,
-    "bench": bench.main,
-    "feasibility": feasibility,
 }

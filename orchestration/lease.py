@@ -149,6 +149,9 @@ def acquire(
     holder = {"attempt_id": attempt_id, "sweep_id": sweep_id, **this_process()}
     if not storage.put_if_absent(_key(trial_id, number + 1), json_bytes(holder)):
         return None
+    if _newest(storage, trial_id) > number + 1:  # others were quicker by more than one, and removed this number
+        storage.delete(_key(trial_id, number + 1))
+        return None
     if number > 1:  # the one that was taken over stays, for its holder to see that it is not the newest
         storage.delete(_key(trial_id, number - 1))
     return Lease(storage, trial_id, number + 1, holder, stalled=stalled)

@@ -135,6 +135,8 @@ class Attempt:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to the attempt; one that has just ended is left in peace."""
+        if not self.pid:  # it has not begun
+            return
         try:
             os.kill(self.pid, number)
         except ProcessLookupError:
@@ -190,6 +192,18 @@ class Twins:
         assert self._process.stdin is not None
         wanted = None if kill_at is None else asdict(kill_at)
         self._process.stdin.write(json.dumps({**asdict(order), "moment": wanted}) + "\n")
+        try:
+            self._follow(attempt, kill_at, watch)
+        except BaseException:  # whoever asked will clear up behind it
+            attempt.kill()
+            raise
+        self._running = None
+        return attempt
+
+    def _follow(
+        self, attempt: Attempt, kill_at: Moment | None, watch: Callable[[Attempt, dict[str, Any]], None]
+    ) -> None:
+        """Take down what the attempt tells until it has ended, and kill it when it is met."""
         while True:
             moment, event = self._next()
             if "pid" in event:
@@ -208,8 +222,7 @@ class Twins:
                 attempt.kill()
             elif "ended" in event:
                 attempt.ended, attempt.status = moment, event["ended"]
-                self._running = None
-                return attempt
+                return
             watch(attempt, event)
 
     def _read(self) -> None:
@@ -359,6 +372,7 @@ def main() -> int:
     """The template: for each order on stdin a fork that runs it, and how it ended."""
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the listener hears it too, and ends its attempt
     scan_backend(torch.device("cpu"), torch.float32)  # imports its kernels
 
     def tell(**event: Any) -> None:

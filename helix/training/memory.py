@@ -336,10 +336,10 @@ def _simulate(
         ledger.forget_peak()
         logits, calls = rehearsal.model.logits, itertools.count(1)
 
-        def some_logits(features: Tensor) -> Tensor:
+        def some_logits(*inputs: Tensor) -> Tensor:
             if next(calls) > passes:
                 raise _Seen
-            return logits(features)
+            return logits(*inputs)
 
         rehearsal.model.logits = some_logits  # type: ignore[method-assign]
         with contextlib.suppress(_Seen):

@@ -25,6 +25,7 @@ from orchestration.certify import (
     certify,
     compare,
     lost_steps,
+    missing_steps,
     moments,
     seconds_to_next_step,
     verdict_line,
@@ -171,6 +172,8 @@ def test_a_lost_step_is_one_that_was_trained_again():
     attempts = [attempt(0, (1, 1.0), (2, 2.0), (3, 3.0), ended=4.0), begun_only, attempt(1, (2, 8.0), (3, 9.0))]
     assert lost_steps(attempts) == [2, 0, 0]
     assert seconds_to_next_step(attempts) == [4.0, 2.0, None]
+    assert missing_steps(attempts, 3) == []
+    assert missing_steps(attempts, 5) == [4, 5]
 
 
 @pytest.fixture

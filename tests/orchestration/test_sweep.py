@@ -101,7 +101,8 @@ def test_a_dry_run_prints_the_plan_and_leaves_no_trace(tmp_path):
         assert row[1:3] == ["1", "0"]  # fold, seed
         assert len(row[3]) == 16  # id
         assert int(row[4].replace(",", "")) > 10_000  # parameters
-        assert row[6:] == ["6", "missing"]  # 72 clips in batches of 24 for two epochs
+        assert float(row[6]) > 0 and row[7] == "GiB"  # memory of a step
+        assert row[8:] == ["6", "missing"]  # 72 clips in batches of 24 for two epochs
     assert list(tmp_path.iterdir()) == []
 
 

@@ -135,3 +135,15 @@ def test_nobody_is_left_behind_by_a_listener_that_is_killed(order):
         listener.kill()
     _, alive = psutil.wait_procs([attempt], timeout=20)
     assert alive == []
+
+
+def test_an_attempt_whose_listener_gives_up_is_killed(order):
+    def give_up(attempt, event):
+        if "step" in event:
+            pids.append(attempt.pid)
+            raise KeyboardInterrupt
+
+    pids: list[int] = []
+    with pytest.raises(KeyboardInterrupt), Twins() as interrupted:
+        interrupted.run(order, watch=give_up)
+    assert pids and not psutil.pid_exists(pids[0])

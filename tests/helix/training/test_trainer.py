@@ -17,8 +17,9 @@ from helix.data.shards import Recordings
 from helix.protocol import profile
 from helix.spec import TrialSpec, trial_id
 from helix.storage import FolderStorage
+from helix.training import trainer
 from helix.training.checkpoint import committed, load_best
-from helix.training.trainer import DivergedError, Fit, _Trial, fit, row_key
+from helix.training.trainer import DivergedError, Fit, fit, row_key
 from orchestration.grid import VARIANTS
 
 STEPS = 9  # three epochs of three
@@ -219,26 +220,27 @@ class Spoiled:
     """A trial whose gradient, or loss, is spoiled at one step, as an overflow would."""
 
     def __init__(self, monkeypatch, step: int, what: str):
-        self.step, self.what, self.met = step, what, 0
-        real = _Trial._logits
+        self.met = 0
+        real_logits, real_step = trainer.logits_of, trainer.train_step
+        at = 0
 
-        def logits(trial: _Trial, features: torch.Tensor, samples_B: torch.Tensor) -> torch.Tensor:
-            logits_BC = real(trial, features, samples_B)
-            if torch.is_grad_enabled() and trial.at == step:
+        def logits(*arguments: Any) -> torch.Tensor:
+            logits_BC = real_logits(*arguments)
+            if torch.is_grad_enabled() and at == step:
                 self.met += 1
                 if what == "loss":
                     return logits_BC * torch.inf
                 logits_BC.register_hook(lambda gradient: gradient * torch.nan)
             return logits_BC
 
-        real_step = _Trial._step
+        def one_step(*arguments: Any, **options: Any):
+            nonlocal at
+            position: trainer.Position = arguments[-1]
+            at = position.epoch * position.steps_per_epoch + position.step + 1
+            return real_step(*arguments, **options)
 
-        def one_step(trial: _Trial, epoch: int, number: int):
-            trial.at = epoch * trial.steps_per_epoch + number + 1  # type: ignore[attr-defined]
-            return real_step(trial, epoch, number)
-
-        monkeypatch.setattr(_Trial, "_logits", logits)
-        monkeypatch.setattr(_Trial, "_step", one_step)
+        monkeypatch.setattr(trainer, "logits_of", logits)
+        monkeypatch.setattr(trainer, "train_step", one_step)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
