@@ -1,6 +1,6 @@
 """A TorchTrainer that does nothing: it sleeps its steps and reports. What a fault costs it is what Ray itself takes.
 
-    RAY_ADDRESS=... python -m orchestration.bare FILE FOLDER    a line "pid step" in FILE per step; Ray's own in FOLDER
+RAY_ADDRESS=... python -m orchestration.bare FILE FOLDER    a line "pid step" in FILE per step; Ray's own in FOLDER
 """
 
 import logging

@@ -29,6 +29,10 @@ GRID = "demo"
 OVERRIDES = ("data.options.clips_per_class=24", "training.epochs=4", "training.batch_size=8")
 SHORT = ("data.options.clips_per_class=16", "training.epochs=3", "training.batch_size=8")
 SHORT_VARIANTS = ("mamba-raw", "helix-mel")
+
+#: Trials that last longer than Ray takes to start a worker again, with epochs long enough for a fault to hit one.
+ON_RAY = ("data.options.clips_per_class=140", "training.epochs=4", "training.batch_size=2")
+RAY_VARIANTS = ("mamba-mel", "helix-mel")
 SHORT_KILLS = 12
 
 HEADINGS = ("fault", "trial", "times", "steps lost", "seconds to the next step", "verdict")
@@ -67,33 +71,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def cause(storage: Storage, *, where: Where | None, kills: int, seed: int, short: bool, console: Console) -> list[Row]:
     """Every fault of the chosen kind, one after the other; its rows are printed as they come."""
-    trials = expand(
-        load_grid(GRID),
-        overrides=SHORT if short else OVERRIDES,
-        folds=[1],
-        variants=SHORT_VARIANTS if short else None,
-    )
-    data = trials[0].spec.data
-    recordings = open_prepared(storage, prepare(data.dataset, data.options, source=None, storage=storage).prefix)
-    chosen = [(name, FAULTS[name]) for name in FAULTS.names() if where in (None, FAULTS[name].where)]
     rows: list[Row] = []
     with Twins() as twins:
-        site = Site(
-            grid=GRID,
-            trials=tuple(trials),
-            recordings=recordings,
-            storage=storage,
-            kills=kills,
-            seed=seed,
-            twins=twins,
-            say=lambda line: console.print(f"  {line}", markup=False),
-        )
-        for name, member in chosen:
-            console.print(name, style="bold", markup=False)
-            for row in member.cause(site):
-                rows.append(row)
-                console.print(f"  {row.trial}: {row.verdict}", markup=False)
+        for place in get_args(Where) if where is None else (where,):
+            site = prepared_site(storage, place, kills=kills, seed=seed, short=short, twins=twins, console=console)
+            for name in FAULTS.names():
+                if FAULTS[name].where != place:
+                    continue
+                console.print(name, style="bold", markup=False)
+                for row in FAULTS[name].cause(site):
+                    rows.append(row)
+                    console.print(f"  {row.trial}: {row.verdict}", markup=False)
     return rows
+
+
+def prepared_site(
+    storage: Storage, where: Where, *, kills: int, seed: int, short: bool, twins: Twins, console: Console
+) -> Site:
+    """The trials that faults of this kind are done to, with their data."""
+    overrides = ON_RAY if where == "ray" else SHORT if short else OVERRIDES
+    variants = RAY_VARIANTS if where == "ray" else SHORT_VARIANTS if short else None
+    trials = expand(load_grid(GRID), overrides=overrides, folds=[1], variants=variants)
+    data = trials[0].spec.data
+    recordings = open_prepared(storage, prepare(data.dataset, data.options, source=None, storage=storage).prefix)
+    return Site(
+        grid=GRID,
+        trials=tuple(trials),
+        recordings=recordings,
+        storage=storage,
+        kills=kills,
+        seed=seed,
+        twins=twins,
+        say=lambda line: console.print(f"  {line}", markup=False),
+        overrides=overrides,
+    )
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -31,6 +31,9 @@ LOOK_S = 0.02
 #: How long a node that was sent SIGTERM drains (Ray's default is 30).
 GRACE_S = 12
 
+#: How long a node waits for a head that is gone, before it ends (Ray's default is 60).
+HEADLESS_S = 5
+
 Seen = TypeVar("Seen")
 
 
@@ -126,6 +129,7 @@ class Machines:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(GRACE_S),
+            "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEADLESS_S),
             "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         }
@@ -171,6 +175,11 @@ class Machines:
         program = Program([sys.executable, *arguments], joined, self.folder / f"program-{len(self.programs)}.log")
         self.programs.append(program)
         return program
+
+    def logged(self, text: str) -> bool:
+        """Whether a process of Ray has said this, as far as its log holds it."""
+        logs = self.folder.glob("ray/session_2*/logs/worker-*")
+        return any(text in log.read_text(errors="replace") for log in logs)
 
     def drain(self, node: Node, seconds: int) -> None:
         """Tell Ray that a node goes away in so many seconds, as the daemon in cluster/ does."""

@@ -5,14 +5,13 @@ fault is heard of with the next heartbeat, up to BEAT_S later: the seconds are s
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import psutil
 
-from helix.storage import FolderStorage
 from helix.training.checkpoint import committed
 from helix.training.trainer import trial_folder
 from orchestration.fault import Row, Site
@@ -32,7 +31,7 @@ class Stage:
         self.waits: list[float] = []
         self.lost: list[int] = []
         self.problems: list[str] = []
-        self._from_step = 0
+        self.from_step = 0
 
     def __enter__(self) -> "Stage":
         self.machines = Machines().__enter__()
@@ -49,7 +48,8 @@ class Stage:
 
     def start(self, machines: Machines | None = None) -> Program:
         """The sweep's command."""
-        return (machines or self.machines).run(command(self.site, [self.bench.trial.variant.name], repr(self.bench.storage)), **self.env)
+        arguments = command(self.site, [self.bench.trial.variant.name], repr(self.bench.storage))
+        return (machines or self.machines).run(arguments, **self.env)
 
     def beat(self) -> dict[str, Any]:
         """The newest heartbeat, {} before the first one."""
@@ -57,6 +57,10 @@ class Stage:
 
     def attempt(self, attempt_id: str) -> dict[str, Any]:
         return self.bench.storage.get_json(f"{self.folder}/attempts/{attempt_id}.json") or {}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of finished epochs that are stored."""
+        return [self.bench.storage.get_json(key) for key in self.bench.storage.keys(f"{self.folder}/metrics")]
 
     def saved(self) -> int:
         """The step of the newest committed checkpoint, 0 where there is none."""
@@ -70,14 +74,10 @@ class Stage:
         def look() -> dict[str, Any] | None:
             beat = self.beat()
             self._alive(self.sweep)
-            fresh = {**beat, "time": 0} != {**first, "time": 0}
-            if not fresh or beat.get("step", 0) < self.bench.steps // 6:
-                first.update(beat)
-                return None
-            if self.saved() <= self._from_step:
-                first.update(beat)
-                return None
-            return beat
+            fresh = beat != first
+            first.update(beat)
+            ready = beat.get("step", 0) >= self.bench.steps // 6 and self.saved() > self.from_step
+            return beat if fresh and ready else None
 
         return until(look, "the trial makes a checkpoint")
 
@@ -94,7 +94,7 @@ class Stage:
         self.lost.append(max(0, beat["step"] - from_step))
         if from_step < saved:
             self.problems.append(f"it went on from step {from_step}, though step {saved} was saved")
-        self._from_step = from_step
+        self.from_step = from_step
         self.site.say(
             f"{self.bench.fault}: at step {beat['step']}, {self.waits[-1]:.1f} s to the next step, from step {from_step}"
         )
@@ -168,14 +168,14 @@ class Stage:
     def row(self, *aside: str) -> Row:
         """The row of this fault, once the sweep is over."""
         self.finish()
-        return self.bench.row(
+        row = self.bench.row(
             [],
             problem="; ".join(self.problems),
             aside="; ".join(aside),
             seconds=max(self.waits, default=None),
             steps_lost=sum(self.lost),
-            count=max(1, len(self.waits)),
         )
+        return replace(row, count=len(self.waits))
 
     def _alive(self, program: Program) -> None:
         if program.process.poll() is not None:
