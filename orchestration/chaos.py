@@ -9,7 +9,7 @@ Exit code: 0 every trial ended as its undisturbed twin and lost no more than it 
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from rich import box
@@ -21,7 +21,8 @@ from helix.data.shards import open_prepared, prepare
 from helix.storage import Storage, open_storage
 from orchestration.fault import FAULTS, Row, Site, Where
 from orchestration.grid import expand, load_grid
-from orchestration.twin import Twins
+from orchestration.machines import MachineError
+from orchestration.twin import TwinError, Twins
 
 GRID = "demo"
 
@@ -44,10 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=100, help="how many processes to kill (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="what draws the moments (default: 0)")
     parser.add_argument("--where", choices=get_args(Where), help="only faults of the plain loop, or of a sweep on Ray")
+    parser.add_argument("--fault", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
     parser.add_argument("--short", action="store_true", help=f"{SHORT_KILLS} kills and smaller trials")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--storage", help="an empty folder to work in (default: one that is removed afterwards)")
     given = parser.parse_args(arguments)
+    if unknown := [name for name in given.fault if name not in FAULTS.names()]:
+        parser.error(f"unknown fault {unknown[0]!r}; known: {', '.join(map(repr, FAULTS.names()))}")
     console = Console(stderr=given.markdown, highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="helix-chaos-") as folder:
         storage = open_storage(given.storage or folder)
@@ -61,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=given.seed,
             short=given.short,
             console=console,
+            only=given.fault,
         )
     if given.markdown:
         sys.stdout.write(markdown(rows))
@@ -69,20 +74,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(row.passed is not False for row in rows) else 1
 
 
-def cause(storage: Storage, *, where: Where | None, kills: int, seed: int, short: bool, console: Console) -> list[Row]:
-    """Every fault of the chosen kind, one after the other; its rows are printed as they come."""
+def cause(
+    storage: Storage,
+    *,
+    where: Where | None,
+    kills: int,
+    seed: int,
+    short: bool,
+    console: Console,
+    only: Sequence[str] = (),
+) -> list[Row]:
+    """Every fault of the chosen kind, or `only` the named ones, one by one; its rows are printed as they come."""
     rows: list[Row] = []
     with Twins() as twins:
         for place in get_args(Where) if where is None else (where,):
             site = prepared_site(storage, place, kills=kills, seed=seed, short=short, twins=twins, console=console)
             for name in FAULTS.names():
-                if FAULTS[name].where != place:
+                if FAULTS[name].where != place or (only and name not in only):
                     continue
                 console.print(name, style="bold", markup=False)
-                for row in FAULTS[name].cause(site):
+                for row in _rows_of(name, site):
                     rows.append(row)
                     console.print(f"  {row.trial}: {row.verdict}", markup=False)
     return rows
+
+
+def _rows_of(name: str, site: Site) -> Iterator[Row]:
+    """The rows of one fault; where it could not be carried out to its end, a row that says so and has not passed."""
+    try:
+        yield from FAULTS[name].cause(site)
+    except (MachineError, TwinError, RuntimeError, OSError) as error:
+        yield Row(fault=name, trial="-", verdict=f"not carried out to its end: {error}", passed=False)
 
 
 def prepared_site(

@@ -39,7 +39,7 @@ class Site:
     """Where faults are caused: trials of one grid on prepared data, in a storage that is thrown away afterwards.
 
     `trials` has one for each variant. `kills` is how many processes the fault that is about killing kills, over all
-    variants; `seed` draws whatever is drawn. `grid` is the name of the grid, and `overrides` what its trials were expanded with.
+    variants; `seed` draws whatever is drawn. `grid` is the name of the grid, `overrides` what it was expanded with.
     """
 
     grid: str

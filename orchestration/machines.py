@@ -19,7 +19,6 @@ from typing import TypeVar
 
 import psutil
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 #: What is waited for comes within this time, or does not come.

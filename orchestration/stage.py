@@ -68,7 +68,7 @@ class Stage:
         return int(found[-1].removeprefix("step-")) if found else 0
 
     def met(self) -> dict[str, Any]:
-        """A heartbeat as it is put, once the attempt under way has made a checkpoint and is past a sixth of the trial."""
+        """A heartbeat as it is put, once the attempt has made a checkpoint and a sixth of the trial is over."""
         first = self.beat()
 
         def look() -> dict[str, Any] | None:
@@ -95,9 +95,7 @@ class Stage:
         if from_step < saved:
             self.problems.append(f"it went on from step {from_step}, though step {saved} was saved")
         self.from_step = from_step
-        self.site.say(
-            f"{self.bench.fault}: at step {beat['step']}, {self.waits[-1]:.1f} s to the next step, from step {from_step}"
-        )
+        self.site.say(f"struck at step {beat['step']}; {self.waits[-1]:.1f} s to the next step, from {from_step}")
 
     def goes_on(self, beat: dict[str, Any]) -> tuple[int, float]:
         """The step that another attempt than that of `beat` began at, and when it had finished one of its own."""
@@ -132,7 +130,7 @@ class Stage:
         return found
 
     def bare(self, times: int) -> list[float]:
-        """Seconds to the next step of a trainer that does nothing, whose worker is killed so often on these machines."""
+        """Seconds to the next step of a trainer that does nothing, whose worker is killed so often on this stage."""
         file = self.machines.folder / "bare-steps"
         program = self.machines.run(["-m", "orchestration.bare", str(file), str(self.machines.folder / "bare")])
         waits = []

@@ -225,6 +225,7 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
             "sweep_id": sweep_id,
             "storage": repr(sweep.storage),
             "data": sweep.recordings.prepared.prefix,
+            "trial_ids": [entry.trial_id for entry in entries],
             "specs": [to_json(entry.trial.spec) for entry in entries],
             "placements": [_cut(sweep.placement(entry)) for entry in entries],
             "threads": sweep.threads,

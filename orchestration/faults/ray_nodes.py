@@ -1,4 +1,4 @@
-"""Machines of a cluster that go away: without a word, with a notice, in order, and the head with all that runs on it."""
+"""Machines of a cluster that go away: without a word, with a notice, in order, and the head with all on it."""
 
 import time
 from collections.abc import Callable, Iterator
