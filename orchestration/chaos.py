@@ -2,6 +2,7 @@
 
     python -m orchestration.chaos --kills 100             every fault, at least a hundred processes killed
     python -m orchestration.chaos --short --where plain   the form that runs as a test
+    python -m orchestration.chaos --fault "SIGTERM of a node"
 
 Exit code: 0 every trial ended as its undisturbed twin and lost no more than it may, 1 one did not, 2 refused.
 """
@@ -33,6 +34,7 @@ SHORT_VARIANTS = ("mamba-raw", "helix-mel")
 
 #: Trials that last longer than Ray takes to start a worker again, with epochs long enough for a fault to hit one.
 ON_RAY = ("data.options.clips_per_class=140", "training.epochs=4", "training.batch_size=2")
+SHORT_ON_RAY = ("data.options.clips_per_class=80", "training.epochs=8", "training.batch_size=2")
 RAY_VARIANTS = ("mamba-mel", "helix-mel")
 SHORT_KILLS = 12
 
@@ -111,7 +113,8 @@ def prepared_site(
     storage: Storage, where: Where, *, kills: int, seed: int, short: bool, twins: Twins, console: Console
 ) -> Site:
     """The trials that faults of this kind are done to, with their data."""
-    overrides = ON_RAY if where == "ray" else SHORT if short else OVERRIDES
+    whole, shorter = (ON_RAY, SHORT_ON_RAY) if where == "ray" else (OVERRIDES, SHORT)
+    overrides = shorter if short else whole
     variants = RAY_VARIANTS if where == "ray" else SHORT_VARIANTS if short else None
     trials = expand(load_grid(GRID), overrides=overrides, folds=[1], variants=variants)
     data = trials[0].spec.data

@@ -67,10 +67,10 @@ def head(site: Site) -> Iterator[Row]:
         yield stage.row("the old node was left to end by itself")
 
 
-def drain(stage: Stage, doomed: Node) -> Callable[[], float]:
+def drain(stage: Stage, doomed: Node, *, seconds: int = DEADLINE_S) -> Callable[[], float]:
     """Drain a node with a deadline. Returns what kills it a little after that, and says when the deadline was."""
-    deadline = time.monotonic() + DEADLINE_S
-    stage.machines.drain(doomed, DEADLINE_S)
+    deadline = time.monotonic() + seconds
+    stage.machines.drain(doomed, seconds)
 
     def end() -> float:
         time.sleep(max(0.0, deadline + LATER_S - time.monotonic()))

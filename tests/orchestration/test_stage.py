@@ -2,7 +2,6 @@
 
 import io
 import sys
-from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -26,7 +25,7 @@ def test_a_killed_worker_and_a_drained_node_leave_the_trial_as_it_would_have_bee
         site = chaos.prepared_site(storage, "ray", **how)
         with Stage(site, "killed, then drained", nodes=2) as stage:
             stage.strike(lambda beat: stage.worker(beat).kill())
-            noticed(stage, lambda doomed: drain(stage, doomed))
+            noticed(stage, lambda doomed: drain(stage, doomed, seconds=9))
             machines = stage.machines
             everything = [process for program in machines.programs for process in program.tree()]
             row = stage.row()
@@ -67,6 +66,7 @@ def test_the_sweep_of_a_stage_trains_the_trial_of_its_undisturbed_run(tmp_path):
     arguments = command(site, ["helix-mel"], "file:///somewhere")
     assert arguments[1:] == [
         *("--grid", "demo", "--storage", "file:///somewhere", "--folds", "1", "--variants", "helix-mel"),
-        *("--workers", "1", *chaos.ON_RAY),
+        *("--workers", "1", *chaos.SHORT_ON_RAY),
     ]
-    assert [trial.variant.name for trial in replace(site).trials] == list(chaos.RAY_VARIANTS)
+    assert [trial.variant.name for trial in site.trials] == list(chaos.RAY_VARIANTS)
+    assert site.overrides == chaos.SHORT_ON_RAY
