@@ -31,7 +31,7 @@ LOOK_S = 0.02
 GRACE_S = 12
 
 #: How long a node waits for a head that is gone, before it ends (Ray's default is 60).
-HEADLESS_S = 5
+HEADLESS_S = 15
 
 Seen = TypeVar("Seen")
 
@@ -138,7 +138,8 @@ class Machines:
         try:
             client = ["--ray-client-server-port", str(free_port())]
             head = ["--head", "--port", str(self.port), "--num-cpus=0", '--resources={"trial_driver": 64}', *client]
-            self.head = self._start([*head, "--include-dashboard=false"])
+            # Ray Train asks the dashboard whether a controller lives, and frees what a dead one held only then.
+            self.head = self._start([*head, "--dashboard-host=127.0.0.1", "--dashboard-port", str(free_port())])
         except BaseException:
             self.__exit__()
             raise

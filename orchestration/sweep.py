@@ -241,7 +241,7 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
             name="tune",
             storage_path=scratch,
             verbose=0,
-            failure_config=ray.tune.FailureConfig(max_failures=2),
+            failure_config=ray.tune.FailureConfig(max_failures=8),
         ),
     )
     try:

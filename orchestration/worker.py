@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import ray.train
 import torch
-from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -47,6 +46,7 @@ def drive(config: dict[str, Any]) -> None:
     Ray's own state lives in `scratch` and is not needed again: the worker continues from our checkpoints, and how often
     a trial is tried is decided by orchestration/recovery.py, so Ray's count only has to be out of the way: it charges a
     machine that went without notice like a failure, and starts anew as long as a trial of the pack has moved forward.
+    The death of Train's controller ends this process too, with whatever it held, and Tune starts another one.
     """
     pack = config["pack"]
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = POLL_S
@@ -56,7 +56,7 @@ def drive(config: dict[str, Any]) -> None:
         try:
             _trainer(pack).fit()
             return
-        except (ray.train.TrainingFailedError, RayActorError) as error:  # the latter is the controller's own death
+        except ray.train.TrainingFailedError as error:
             if _progress(storage, pack["trial_ids"]) == before:
                 raise
             logger.warning("the pack's trainer ended (%s); its trials moved forward, so another one starts", error)
