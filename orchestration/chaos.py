@@ -145,7 +145,8 @@ def table(rows: Sequence[Row]) -> Table:
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a table of BENCHMARKS.md."""
     lines = [HEADINGS, ["---"] * len(HEADINGS), *map(_cells, rows)]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+    # A row is one line, also where its verdict quotes what a program said.
+    return "".join(f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in line)} |\n" for line in lines)
 
 
 def _cells(row: Row) -> list[str]:

@@ -67,7 +67,9 @@ def test_a_fault_that_could_not_be_carried_out_is_a_row_that_did_not_pass(monkey
 
 
 def test_the_table_of_the_benchmarks_is_markdown():
-    lines = chaos.markdown([row(steps_lost=3, seconds_to_next_step=1.25), row(passed=None, count=0)]).splitlines()
+    lines = chaos.markdown(
+        [row(steps_lost=3, seconds_to_next_step=1.25), row(passed=None, count=0, verdict="bit-exact\n")]
+    ).splitlines()
     assert len(lines) == 4
     assert {line.count("|") for line in lines} == {7}
     assert "| 1 | 3 | 1.2 | bit-exact |" in lines[2]
