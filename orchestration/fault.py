@@ -39,7 +39,7 @@ class Site:
     """Where faults are caused: trials of one grid on prepared data, in a storage that is thrown away afterwards.
 
     `trials` has one for each variant. `kills` is how many processes the fault that is about killing kills, over all
-    variants; `seed` draws whatever is drawn. `grid` is the name of the grid.
+    variants; `seed` draws whatever is drawn. `grid` is the name of the grid, `overrides` what it was expanded with.
     """
 
     grid: str
@@ -50,6 +50,7 @@ class Site:
     seed: int
     twins: Twins
     say: Callable[[str], None]
+    overrides: tuple[str, ...] = ()
     _undisturbed: dict[str, tuple[Storage, Attempt]] = field(default_factory=dict)
 
     def bench(self, name: str, trial: Trial | None = None, *, most_s: float | None = None) -> "Bench":

@@ -226,6 +226,7 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
             "sweep_id": sweep_id,
             "storage": repr(sweep.storage),
             "data": sweep.recordings.prepared.prefix,
+            "trial_ids": [entry.trial_id for entry in entries],
             "specs": [to_json(entry.trial.spec) for entry in entries],
             "placements": [_cut(sweep.placement(entry)) for entry in entries],
             "threads": sweep.threads,
@@ -241,7 +242,7 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
             name="tune",
             storage_path=scratch,
             verbose=0,
-            failure_config=ray.tune.FailureConfig(max_failures=2),
+            failure_config=ray.tune.FailureConfig(max_failures=8),
         ),
     )
     try:

@@ -305,3 +305,13 @@ def _metrics(row: dict[str, Any]) -> list[Metric]:
 
 def _percent(fraction: float | None) -> float | None:
     return None if fraction is None else 100 * fraction
+
+
+def logged(uri: str, trial_id: str, metric: str) -> list[tuple[int, float]]:
+    """Every point (step, value) of a metric that MLflow holds of a trial, by step; gaps and duplicates show."""
+    client = MlflowClient(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    tagged = f"tags.`helix.trial_id` = '{trial_id}'"
+    runs = client.search_runs(experiments, filter_string=tagged) if experiments else []
+    points = [point for run in runs for point in client.get_metric_history(run.info.run_id, metric)]
+    return sorted((point.step, point.value) for point in points)

@@ -1,5 +1,6 @@
 """A pack of trials on Ray: its driver inside Ray Tune, its Ray Train worker, and the attempts that the worker makes."""
 
+import logging
 import os
 import socket
 import time
@@ -27,6 +28,8 @@ from orchestration.ledger import is_done
 from orchestration.notices import Notices, sigterm_notice
 from orchestration.recovery import Budget, Ended, decide, kind, mean_between_losses_s, smaller
 
+logger = logging.getLogger(__name__)
+
 #: The most seconds between checkpoints.
 SAVE_EVERY_S = 600.0
 
@@ -44,11 +47,33 @@ def drive(config: dict[str, Any]) -> None:
     """What Ray Tune runs for one pack: it starts the pack's Ray Train worker and waits for it.
 
     Ray's own state lives in `scratch` and is not needed again: the worker continues from our checkpoints, and how often
-    a trial is tried is decided by orchestration/recovery.py, so Ray's count only has to be out of the way.
+    a trial is tried is decided by orchestration/recovery.py, so Ray's count only has to be out of the way: it charges a
+    machine that went without notice like a failure, and starts anew as long as a trial of the pack has moved forward.
+    The death of Train's controller ends this process too, with whatever it held, and Tune starts another one.
     """
     pack = config["pack"]
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = POLL_S
-    TorchTrainer(
+    os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"
+    storage = open_storage(pack["storage"])
+    while True:
+        before = _progress(storage, pack["trial_ids"])
+        try:
+            _trainer(pack).fit()
+            return
+        except ray.train.TrainingFailedError as error:
+            if _progress(storage, pack["trial_ids"]) == before:
+                raise
+            logger.warning("the pack's trainer ended (%s); its trials moved forward, so another one starts", error)
+
+
+def _progress(storage: Storage, names: Sequence[str]) -> list[tuple[bool, int]]:
+    """How far trials are: whether each is done, and its newest committed step."""
+    return [(is_done(storage, name), _newest_step(storage, name)) for name in names]
+
+
+def _trainer(pack: dict[str, Any]) -> TorchTrainer:
+    """The Ray Train run of a pack."""
+    return TorchTrainer(
         run_pack,
         train_loop_config=pack,
         scaling_config=ray.train.ScalingConfig(
@@ -60,7 +85,7 @@ def drive(config: dict[str, Any]) -> None:
             callbacks=[TuneReportCallback()],
             failure_config=ray.train.FailureConfig(max_failures=8 * len(pack["specs"])),
         ),
-    ).fit()
+    )
 
 
 def worker_resources(pack: dict[str, Any]) -> dict[str, float]:

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 
 #: Libraries that only these modules may import.
 ONLY_IN = {
-    "ray": {f"orchestration.{name}" for name in ("sweep", "worker", "preprocessing", "schedule", "connection")},
+    "ray": {f"orchestration.{name}" for name in ("sweep", "worker", "preprocessing", "schedule", "connection", "bare")},
     "mlflow": {"orchestration.tracking"},
     "numba": {"helix.models.scan_numba"},
     "mamba_ssm": {"helix.models.scan_mamba_ssm"},

@@ -11,6 +11,7 @@ from helix.registry import Registry
 from orchestration import chaos, fault
 from orchestration.fault import FAULTS, Bench, Fault, Row, Site
 from orchestration.grid import VARIANTS, Trial
+from orchestration.machines import MachineError
 from orchestration.twin import Attempt, Order
 
 
@@ -46,8 +47,29 @@ def test_a_fault_that_went_wrong_is_an_exit_code(monkeypatch: pytest.MonkeyPatch
     assert "| on ray | mamba-raw fold 1 seed 0 |" in capsys.readouterr().out
 
 
+def test_a_fault_that_could_not_be_carried_out_is_a_row_that_did_not_pass(monkeypatch: pytest.MonkeyPatch, capsys):
+    def never(_site: Site):
+        yield row(fault="on ray")
+        raise MachineError("the trial goes on: waited 240 s in vain")
+
+    only: Registry[Fault] = Registry("fault", "orchestration.fault")
+    only.register("one")(Fault(where="ray", cause=never))
+    only.register("other")(Fault(where="ray", cause=lambda _site: [row(fault="the other")]))
+    monkeypatch.setattr(chaos, "FAULTS", only)
+    assert chaos.main(["--where", "ray", "--markdown"]) == 1
+    said = capsys.readouterr().out
+    assert "| on ray |" in said and "waited 240 s in vain" in said and "| the other |" in said
+    assert chaos.main(["--fault", "other", "--markdown"]) == 0
+    assert "| one |" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        chaos.main(["--fault", "third"])
+    assert "unknown fault 'third'; known: 'one', 'other'" in capsys.readouterr().err
+
+
 def test_the_table_of_the_benchmarks_is_markdown():
-    lines = chaos.markdown([row(steps_lost=3, seconds_to_next_step=1.25), row(passed=None, count=0)]).splitlines()
+    lines = chaos.markdown(
+        [row(steps_lost=3, seconds_to_next_step=1.25), row(passed=None, count=0, verdict="bit-exact\n")]
+    ).splitlines()
     assert len(lines) == 4
     assert {line.count("|") for line in lines} == {7}
     assert "| 1 | 3 | 1.2 | bit-exact |" in lines[2]

@@ -14,7 +14,7 @@ from helix.storage import FolderStorage, Storage, open_storage
 from orchestration import tracking
 from orchestration.grid import VARIANTS, Grid, Trial
 from orchestration.plan import Snapshot, make_plan
-from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, without_secrets
+from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, logged, without_secrets
 from orchestration.worker import run_trial
 
 
@@ -104,6 +104,19 @@ def test_a_tracker_that_died_before_it_counted_its_rows_sends_them_again_without
     client.set_tag(run.info.run_id, "helix.rows", "0")
     Tracker(storage).replay(snapshot())
     assert [step for step, _ in history(storage, run, "train_loss")] == [1, 2]
+
+
+def test_what_mlflow_holds_of_a_trial_shows_gaps_and_duplicates(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    train(plan[0], tiny_data, storage)
+    uri, name = tracking.tracking_uri(storage), plan[0].trial_id
+    assert logged(uri, name, "test_accuracy") == []
+    Tracker(storage).replay(snapshot())
+    rows = [(row["epoch"], 100 * row["test_accuracy"]) for row in snapshot.state(name).rows]
+    assert logged(uri, name, "test_accuracy") == rows
+    run = next(run for run in runs(storage)["trial"] if run.data.tags["helix.trial_id"] == name)
+    MlflowClient(uri).log_metric(run.info.run_id, "test_accuracy", 1.0, step=2)
+    assert [step for step, _ in logged(uri, name, "test_accuracy")] == [1, 2, 2]
 
 
 def test_a_trial_is_followed_while_it_runs_and_after_it_failed(sweep, tiny_data, storage, monkeypatch):

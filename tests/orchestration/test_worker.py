@@ -4,21 +4,26 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray.train
 import torch
 
 from helix.data.shards import Recordings
 from helix.spec import to_json, trial_id
-from helix.storage import Storage
+from helix.storage import Storage, open_storage
 from orchestration import worker
+from orchestration.certify import BIT_EXACT, compare
 from orchestration.ledger import read
 from orchestration.recovery import Budget
 from orchestration.worker import run_trial
+from tests.conftest import with_training
+from tests.fault_proxy import Fault, FaultProxy
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -250,3 +255,82 @@ def test_a_small_set_lives_on_the_gpu_and_a_large_one_does_not(tiny_data, monkey
         gpu = SimpleNamespace(total_memory=times * size)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, gpu=gpu: gpu)
         assert worker.data_placement(tiny_data, "cuda") == wanted
+
+
+class Trainer:
+    """Stands for Ray's: each `fit` ends with the next of `errors`, after a checkpoint of the trial if it moves."""
+
+    def __init__(self, storage: Storage, name: str, *errors: Exception, moves: bool):
+        self.storage, self.name, self.errors, self.moves, self.fits = storage, name, list(errors), moves, 0
+
+    def fit(self) -> None:
+        self.fits += 1
+        if self.moves:
+            key = f"trials/{self.name}/checkpoints/step-{10 * self.fits:08d}/manifest.json"
+            self.storage.put_json(key, {})
+        if self.errors:
+            raise self.errors.pop(0)
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_ray_s_count_of_lost_machines_starts_anew_while_a_trial_moves_forward(moves, storage, monkeypatch):
+    spent = [ray.train.TrainingFailedError("8 workers were lost") for _ in range(2)]
+    trainer = Trainer(storage, "0123456789abcdef", *spent, moves=moves)
+    monkeypatch.setattr(worker, "_trainer", lambda _pack: trainer)
+    for name in ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"):
+        monkeypatch.setenv(name, "1")  # set by drive, put back here
+    pack = {"storage": repr(storage), "trial_ids": ["0123456789abcdef"]}
+    if moves:
+        worker.drive({"pack": pack})
+        assert trainer.fits == 3
+    else:
+        with pytest.raises(ray.train.TrainingFailedError):
+            worker.drive({"pack": pack})
+        assert trainer.fits == 1
+
+
+#: How long the storage fails, and how long in each way (a minute, 5 s each, was tried by hand: it only takes longer).
+OUTAGE_S, EACH_S = 25.0, 2.0
+
+
+@pytest.mark.service
+def test_storage_that_fails_in_every_way_for_a_while_of_training_costs_nothing(
+    s3_address: str, fault_proxy: FaultProxy, tiny_spec, tiny_data: Recordings, storage: Storage
+):
+    """Every request is refused, cut or answered with half a body; the one attempt trains on and ends as undisturbed."""
+    spec = with_training(tiny_spec, epochs=60)
+    assert run_trial(spec, tiny_data, storage, sweep_id="s1") == "done"
+    name, bucket = trial_id(spec, tiny_data.manifest_sha256), open_storage(s3_address)
+    kinds = ("status", "reset", "lost_reset", "truncate", "lost")
+    steps: list[float] = []
+    seen = dict.fromkeys(kinds, 0)
+    outage: list[float] = []
+
+    def fail() -> None:
+        outage.append(time.monotonic())
+        for number in range(int(OUTAGE_S / EACH_S)):
+            kind = kinds[number % len(kinds)]
+            fault_proxy.clear()
+            fault = fault_proxy.add(Fault(kind=kind, bytes=10))
+            time.sleep(EACH_S)
+            seen[kind] += fault.seen
+        fault_proxy.clear()
+        outage.append(time.monotonic())
+
+    failing = threading.Thread(target=fail)
+
+    def count() -> bool:
+        steps.append(time.monotonic())
+        return False
+
+    def on_epoch(row: dict) -> None:
+        if not outage and not failing.is_alive():
+            failing.start()
+
+    outcome = run_trial(spec, tiny_data, bucket, sweep_id="s1", notices=count, on_epoch=on_epoch)
+    failing.join()
+    assert outcome == "done"
+    assert compare(storage, bucket, name)["verdict"] == BIT_EXACT
+    assert sum(outage[0] < step < outage[1] for step in steps) > 20, "training did not go on"
+    assert all(seen.values()), seen
+    assert len(read(bucket, name, now=time.time()).attempts) == 1
