@@ -12,7 +12,7 @@ import soxr
 #: Floating-point files may overshoot full scale a little; far beyond it they were written in some other unit.
 PEAK_LIMIT = 8.0
 RATES_HZ = (1_000, 768_000)
-#: What is decoded, by libsndfile's names: all that a data set uses, and of each it can be told whether its end is there.
+#: What is decoded, by libsndfile's names: what the data sets use, and of each it can be told whether its end is there.
 #: Of AIFF, AU, W64, RF64, MP3 and others libsndfile reads what is there of a cut file without a word.
 FORMATS = ("WAV", "WAVEX", "FLAC", "OGG")
 #: Of a page of Ogg (RFC 3533): the flag of the first and of the last page of a stream.

@@ -365,7 +365,7 @@ def prepare(
         left_out = {key: {"file": path, "reason": reason} for key, (path, reason) in unreadable.items()}
         problems += _quarantine_problems(left_out, quarantine)
     if not problems and not any(report.rows for report in reports):
-        problems.append(("recordings are left to prepare", "no file can be used"))
+        problems.append(("no recording is left to prepare", "no file can be used"))
     if problems:
         raise _refusal(name, source, problems)
     root = _common_folder(listing.recordings)
@@ -481,8 +481,16 @@ def _looked_at(dataset: Dataset, source: Path | None, *, allow_partial: bool) ->
 def _refusal(name: str, source: Path | None, problems: Sequence[tuple[str, str]]) -> DatasetError:
     """All problems as one error, which counts each kind of them first."""
     kinds = Counter(kind for kind, _ in problems)
-    counted = "; ".join(kind if kind.startswith("counts") else f"{count} {kind}" for kind, count in kinds.items())
+    counted = "; ".join(kind if kind.startswith(("counts", "no ")) else _of(count, kind) for kind, count in kinds.items())
     return DatasetError(f"{name} from {source or 'no source'}: {counted}:", [problem for _, problem in problems])
+
+
+def _of(count: int, kind: str) -> str:
+    if count == 1:
+        for several, one in (("problems", "problem"), ("recordings are", "recording is"), ("recordings", "recording")):
+            if kind.startswith(several):
+                return f"1 {one}{kind.removeprefix(several)}"
+    return f"{count} {kind}"
 
 
 def _quarantine_problems(left_out: Mapping[str, Mapping[str, str]], quarantine: int) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from helix.data.audio import decode, fit_length
-from helix.data.dataset import Dataset, Recording, Scan, official_root
+from helix.data.dataset import Dataset, Recording, Scan, official_root, unlisted
 from helix.data.metadata import read_table
 from helix.registry import DATASETS
 
@@ -67,17 +67,24 @@ class Esc50(Dataset):
     def scan(self, source: Path | None) -> Scan:
         assert source is not None
         root = official_root(source, TABLE, "esc50")
-        recordings, missing, problems = [], {}, []
+        recordings, absent, missing = [], [], {}
         table = read_table(root / TABLE, COLUMNS, name=str(TABLE))
+        problems = list(table.problems)
+        there = {path.name for path in (root / "audio").glob("[!.]*.wav") if path.is_file()}
         for line, row in table.rows:
             recording, problem = _parse(row, root.relative_to(source))
             if recording is None:
                 problems.append(f"{TABLE} line {line}: {problem}")
-            elif not (source / str(recording.path)).is_file():
+            elif row["filename"] not in there:
+                absent.append(recording)
                 missing[recording.recording_id] = f"audio/{row['filename']} is not there"
             else:
                 recordings.append(recording)
-        return Scan(recordings=recordings, classes=self.classes, missing=missing, problems=table.problems + problems)
+        if table.rows:
+            missing |= unlisted(
+                (f"audio/{name}" for name in there), (f"audio/{row['filename']}" for _, row in table.rows), TABLE
+            )
+        return Scan(recordings=recordings, classes=self.classes, missing=missing, absent=absent, problems=problems)
 
     def wave(self, recording: Recording, source: Path | None) -> np.ndarray:
         assert source is not None and recording.path is not None

@@ -42,7 +42,10 @@ def test_tabs_and_quotes_that_mean_nothing(tmp_path):
         (b"name,fold\na,1,2\n", "meta/t.csv line 2: has 3 fields; wanted 2"),
         (b"name,fold\na,1\nb\xff,1\n", r"meta/t.csv line 3: has bytes that are no UTF-8 (b'\xff')"),
         (b"name,fold\na,1\n\0b,1\n", "meta/t.csv line 3: has a NUL byte; the file is damaged"),
-        (b'name,fold\n"a,1\n', "meta/t.csv line 2: unexpected end of data (a quote is not closed, or it is closed too early)"),
+        (
+            b'name,fold\n"a,1\n',
+            "meta/t.csv line 2: unexpected end of data (a quote is not closed, or it is closed too early)",
+        ),
         (b"\xff,fold\na,1\n", r"meta/t.csv line 1: has bytes that are no UTF-8 (b'\xff')"),
     ],
 )
