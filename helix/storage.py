@@ -244,6 +244,21 @@ def json_bytes(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """`value` with the sha256 of its canonical JSON in it, so that whoever reads it can tell that it is whole."""
+    return value | {"sha256": hashlib.sha256(json_bytes(value)).hexdigest()}
+
+
+def is_sealed(value: object) -> bool:
+    """Whether `value` is what `sealed` gave, unchanged."""
+    try:
+        return isinstance(value, dict) and value == sealed(
+            {key: item for key, item in value.items() if key != "sha256"}
+        )
+    except ValueError:  # a number that is none; json reads what json_bytes would not write
+        return False
+
+
 def file_sha256(path: Path) -> str:
     """The sha256 of a file, read in parts."""
     with path.open("rb") as file:

@@ -248,7 +248,7 @@ def test_a_set_without_its_bad_clips_is_not_taken_for_a_good_one(esc50_layout, s
     bad = sorted((layout / "audio").iterdir())[0]
     bad.write_bytes(b"noise")
     prepare("esc50", source=layout, storage=storage, quarantine=1)
-    with pytest.raises(DatasetError, match=r"1 recordings cannot be read(.|\n)*cannot be decoded"):
+    with pytest.raises(DatasetError, match=r"1 recording cannot be read(.|\n)*cannot be decoded"):
         prepare("esc50", source=layout, storage=storage)
 
 
@@ -400,7 +400,7 @@ def test_everything_that_is_wrong_is_told_at_once_and_nothing_is_published(esc50
         "fold 3: no recordings; wanted 400",
     ):
         assert problem in told
-    assert "1 problems in the metadata; 1 recordings are missing; counts differ" in caught.value.subject
+    assert "1 problem in the metadata; 2 recordings are missing; counts differ" in caught.value.subject
     assert "4 recordings cannot be read (--quarantine 4 leaves them out)" in caught.value.subject
     assert list(storage.keys("data")) == []
 
@@ -431,7 +431,7 @@ def test_a_quarantine_is_no_leave_to_lack_files(esc50_layout, storage, monkeypat
     layout = esc50_layout(folds=range(1, 6), per_cell=1, samples=1)
     gone = sorted((layout / "audio").iterdir())[7]
     gone.unlink()
-    with pytest.raises(DatasetError, match="1 recordings are missing:"):
+    with pytest.raises(DatasetError, match="1 recording is missing:"):
         prepare("esc50", source=layout, storage=storage, quarantine=5)
 
 
