@@ -1,5 +1,6 @@
 """Recordings -> shards as Ray tasks, and which prepared data a sweep reads."""
 
+import contextlib
 import itertools
 import os
 import tempfile
@@ -62,7 +63,10 @@ def prepare_with_ray(
 
 
 def as_completed(function: Callable[[Any], Any], todo: Sequence[Any], *, at_once: int) -> Iterator[Any]:
-    """Map over Ray tasks, in the order in which they end. What a task raises is raised as itself."""
+    """Map over Ray tasks, in the order in which they end. What a task raises is raised as itself, once.
+
+    The others are then cancelled and waited for: a task whose error nobody has asked for is printed by Ray.
+    """
     task = ray.remote(function)
     waiting = iter(todo)
     running = [task.remote(item) for item in itertools.islice(waiting, at_once)]
@@ -81,6 +85,9 @@ def as_completed(function: Callable[[Any], Any], todo: Sequence[Any], *, at_once
     finally:
         for reference in running:
             ray.cancel(reference)
+        for reference in running:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(reference)
 
 
 def prepared_data(

@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -321,8 +322,8 @@ def prepare(
     the manifest. `checksums` is a folder of this machine that remembers what the source's files are. Raises
     DatasetError with everything that is wrong with metadata, files and counts at once, and publishes nothing then.
     """
-    if shard_mib <= 0:
-        raise ValueError(f"shard_mib is {shard_mib}; wanted a positive size")
+    if not 0 < shard_mib < math.inf:
+        raise ValueError(f"shard_mib is {shard_mib}; wanted a positive and finite size in MiB")
     if quarantine < 0:
         raise ValueError(f"quarantine is {quarantine}; wanted the number of bad files to accept, 0 or more")
     source = None if source is None else source.resolve()

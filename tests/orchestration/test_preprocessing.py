@@ -112,6 +112,32 @@ def test_what_a_task_raises_is_raised_as_itself(started):
     assert type(caught.value) is OSError and caught.value.errno == 28
 
 
+ALL_FAIL = """
+import ray, time
+from orchestration.preprocessing import as_completed
+
+def fail(number):
+    if number:
+        raise OSError(28, f"no space for {number}")
+
+ray.init(num_cpus=4, include_dashboard=False)
+try:
+    for _ in as_completed(fail, range(4), at_once=4):
+        time.sleep(5)  # until all have failed
+except OSError as error:
+    print("refused:", error)
+time.sleep(2)
+ray.shutdown()
+"""
+
+
+@pytest.mark.ray
+def test_tasks_that_all_fail_are_told_once_and_without_a_traceback():
+    done = subprocess.run([sys.executable, "-c", ALL_FAIL], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("refused:") == 1 and "no space for" in done.stdout
+    assert "Traceback" not in done.stderr + done.stdout and "Unhandled" not in done.stderr
+
+
 @pytest.mark.ray
 def test_the_command_killed_with_its_workers_and_run_again_ends_the_same(tmp_path, whole):
     """SIGKILL to the whole process group once some of the shards are there."""

@@ -307,11 +307,6 @@ def test_nothing_of_where_it_ran_is_published(esc50_layout, storage):
     assert not any(str(Path(place)).encode() in data for data in published for place in (layout, storage.root))
 
 
-def test_a_shard_of_no_size_is_refused(storage):
-    with pytest.raises(ValueError, match="shard_mib is 0; wanted a positive size"):
-        prepare("tones", source=None, storage=storage, shard_mib=0)
-
-
 def test_an_unknown_data_set_is_named(storage):
     with pytest.raises(ValueError, match=f"unknown data set 'esc-50'; known: {', '.join(DATASETS.names())}"):
         prepare("esc-50", source=None, storage=storage)
@@ -575,3 +570,9 @@ def test_what_a_bucket_knows_to_be_damaged_is_listed_and_repaired(s3_address, fa
     ]
     assert prepare("tones", **how) == whole
     assert verify(bucket, whole.prefix) == (whole, [])
+
+
+@pytest.mark.parametrize("size", [float("inf"), float("nan"), 0.0, -1.0])
+def test_a_shard_of_no_size_is_refused(storage, size):
+    with pytest.raises(ValueError, match=f"shard_mib is {size}; wanted a positive and finite size in MiB"):
+        prepare("tones", source=None, storage=storage, shard_mib=size)
