@@ -113,19 +113,23 @@ def test_what_a_task_raises_is_raised_as_itself(started):
 
 
 ALL_FAIL = """
-import ray, time
+import gc, ray, time
 from orchestration.preprocessing import as_completed
 
 def fail(number):
     if number:
         raise OSError(28, f"no space for {number}")
 
+def go():
+    for _ in as_completed(fail, range(12), at_once=12):
+        time.sleep(4)  # until all have failed
+
 ray.init(num_cpus=4, include_dashboard=False)
 try:
-    for _ in as_completed(fail, range(4), at_once=4):
-        time.sleep(5)  # until all have failed
+    go()
 except OSError as error:
     print("refused:", error)
+gc.collect()  # Ray tells of an error when nobody can ask for it any more
 time.sleep(2)
 ray.shutdown()
 """

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from helix.data.audio import decode, fit_length
-from helix.data.dataset import Dataset, Recording, Scan, official_root, unlisted
+from helix.data.dataset import Dataset, Download, Recording, Scan, official_root, unlisted
 from helix.data.metadata import read_table
 from helix.registry import DATASETS
 
@@ -20,6 +20,13 @@ NAME = re.compile(r"(?P<fold>\d+)-\d+-[A-Z]+-(?P<target>\d+)\.wav", re.ASCII)
 FOLDS = 5
 PER_CLASS_AND_FOLD = 8
 CLIP_S = 5
+#: The newest commit of the official repository, which has no releases. GitHub packs the archive anew now and then, so
+#: it has no checksum that lasts and none is published: what was loaded is checked by its counts and file by file.
+COMMIT = "33c8ce9eb2cf0b1c2f8bcf322eb349b6be34dbb6"
+ARCHIVE = Download(
+    url=f"https://github.com/karolpiczak/ESC-50/archive/{COMMIT}.zip",
+    name=f"ESC-50-{COMMIT}.zip",
+)
 
 # fmt: off
 CLASSES = (
@@ -55,6 +62,10 @@ class Esc50(Dataset):
     @property
     def class_count(self) -> int:
         return len(CLASSES)
+
+    @property
+    def downloads(self) -> tuple[Download, ...]:
+        return (ARCHIVE,)
 
     @property
     def clip_samples(self) -> int:
