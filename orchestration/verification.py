@@ -10,7 +10,7 @@ from helix.data.shards import prepared_prefixes, verify
 from helix.storage import CorruptObjectError, Storage, is_sealed, json_bytes
 from helix.training.checkpoint import committed, damage, load_best
 from orchestration.ledger import CERTIFICATES
-from orchestration.preprocessing import summary
+from orchestration.preprocessing import FACTS, summary
 
 #: The files of a trial (orchestration/ledger.py) that are JSON by themselves, and those that a manifest vouches for;
 #: what `helix restart` moved aside has the same names.
@@ -44,6 +44,9 @@ def verify_storage(
             found.sound.append(f"{prefix}: {summary(prepared)}")
         elif not problems:
             found.unfinished.append(f"{prefix}: its preparation was never finished; helix prepare goes on with it")
+    for key in storage.keys(FACTS) if dataset is None else []:
+        value, unreadable = _read_json(storage, key)
+        found.damaged.extend(unreadable or ([] if is_sealed(value) else [f"{key}: does not match its own checksum"]))
     for key in storage.keys(CERTIFICATES) if dataset is None else []:
         if key.endswith(".json"):
             found.damaged.extend(_read_json(storage, key)[1])

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from helix.data.shards import find, prepare
 from helix.spec import DataSpec
 from helix.storage import Storage, open_storage
 from orchestration import cli, preprocessing
-from orchestration.preprocessing import as_completed, prepare_with_ray, prepared_data
+from orchestration.preprocessing import as_completed, described, prepare_with_ray, prepared_data
 from orchestration.progress import LINE_EVERY_S, ProgressDisplay
 
 ROOT = Path(__file__).parents[2]
@@ -307,3 +309,31 @@ def test_a_display_on_a_terminal_draws_a_bar():
         display.on_bytes("a.tar", 10**6, None)
     assert "50 of 100 recordings, 50 of 100 MB" in out.getvalue() or "downloading a.tar" in out.getvalue()
     assert "━" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["tones", "clips_per_class=8"], r"train +\d+ clips in 4 folds, \d clips per class, 0\.0% silence"),
+        (["esc50"], r"test +50 clips in 5 folds, 1 clips per class, \d+\.\d% silence"),
+    ],
+)
+def test_the_clips_that_a_set_gives_are_printed_stored_and_verified(layout, tmp_path, capsys, options, said):
+    storage = open_storage(str(tmp_path / "runs"))
+    source = ["--source", str(layout)] if options[0] == "esc50" else []
+    assert cli.main(["prepare", *options, *source, "--storage", str(tmp_path / "runs")]) == 0
+    assert re.search(said, capsys.readouterr().out)
+    (key,) = storage.keys("facts")
+    assert all(fold["train"]["clips"] for fold in storage.get_json(key)["folds"].values())
+    assert cli.main(["verify", "--storage", str(tmp_path / "runs")]) == 0
+    storage.put_json(key, storage.get_json(key) | {"profile": "fair"})
+    assert cli.main(["verify", "--storage", str(tmp_path / "runs")]) == 1
+    assert f"{key}: does not match its own checksum" in capsys.readouterr().out
+
+
+def test_speakers_of_a_set_without_folds_are_told_without_one(tmp_path):
+    storage = open_storage(str(tmp_path / "runs"))
+    data = DataSpec(dataset="tones", options={"clips_per_class": 8})
+    prepared = prepare("tones", data.options, source=None, storage=storage)
+    spoken = replace(prepared, manifest=prepared.manifest | {"speakers_per_fold": {"None": 3}})
+    assert "speakers    3" in described(storage, spoken)
