@@ -4,11 +4,13 @@ Keys are relative POSIX paths ("trials/0f3a/result.json"). In a folder, writing 
 put atomic; linking instead of renaming makes it put-if-absent.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -19,6 +21,8 @@ from urllib.parse import quote, unquote
 from helix.registry import STORAGES
 
 TEMPORARY = ".partial-"
+#: What nobody has written to for so long belongs to no living writer: a put writes without a pause.
+LEFTOVER_S = 3600.0
 
 
 class CorruptObjectError(OSError):
@@ -79,6 +83,12 @@ class Storage(ABC):
     @abstractmethod
     def delete_folder(self, prefix: str) -> None:
         """Remove the folder `prefix` with all that is in it, also what a killed writer left behind."""
+
+    def delete_leftovers(self, prefix: str, *, older_s: float = LEFTOVER_S) -> None:
+        """Remove what killed writers left under the folder `prefix`, where nobody wrote to it for `older_s` seconds.
+
+        A storage whose puts leave nothing has nothing to do.
+        """
 
     @abstractmethod
     def download(self, key: str, path: Path) -> str:
@@ -184,6 +194,12 @@ class FolderStorage(Storage):
 
     def delete_folder(self, prefix: str) -> None:
         shutil.rmtree(self.path(prefix), ignore_errors=True)
+
+    def delete_leftovers(self, prefix: str, *, older_s: float = LEFTOVER_S) -> None:
+        for path in self.path(prefix).rglob(f"{TEMPORARY}*"):
+            with contextlib.suppress(FileNotFoundError):  # its writer renames or removes it just now
+                if path.is_file() and time.time() - path.stat().st_mtime > older_s:
+                    path.unlink()
 
     def download(self, key: str, path: Path) -> str:
         source = self.path(key)

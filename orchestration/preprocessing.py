@@ -51,7 +51,7 @@ def prepare_with_ray(
         connect(storage_named=storage_named)
         return as_completed(function, todo, at_once=workers or len(todo))
 
-    return prepare(
+    prepared = prepare(
         data.dataset,
         data.options,
         source=source,
@@ -63,6 +63,8 @@ def prepare_with_ray(
         run=run,
         watch=watch,
     )
+    storage.delete_leftovers(prepared.prefix)
+    return prepared
 
 
 def as_completed(function: Callable[[Any], Any], todo: Sequence[Any], *, at_once: int) -> Iterator[Any]:

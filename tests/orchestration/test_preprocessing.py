@@ -24,7 +24,7 @@ from helix.data.dataset import Download
 from helix.data.datasets import esc50
 from helix.data.shards import find, prepare
 from helix.spec import DataSpec
-from helix.storage import Storage, open_storage
+from helix.storage import TEMPORARY, FolderStorage, Storage, open_storage
 from orchestration import cli, preprocessing
 from orchestration.preprocessing import as_completed, described, prepare_with_ray, prepared_data
 from orchestration.progress import LINE_EVERY_S, ProgressDisplay
@@ -208,7 +208,9 @@ def test_the_command_lists_every_bad_file_and_takes_a_quarantine(layout, capsys,
         (["prepare", "esc50"], "it needs its files; get them at https://github.com/karolpiczak/ESC-50"),
         (["prepare", "esc50", "--source", "nowhere"], "there is no meta/esc50.csv"),
         (["prepare", "tones", "--source", "."], "tones is made on the fly and takes no --source"),
-        (["prepare", "tones", "--shard-mib", "0"], "shard_mib is 0.0; wanted a positive size"),
+        (["prepare", "tones", "--shard-mib", "0"], "shard_mib is 0.0; wanted a positive and finite size in MiB"),
+        (["prepare", "tones", "--shard-mib", "inf"], "shard_mib is inf; wanted a positive and finite size in MiB"),
+        (["prepare", "tones", "--shard-mib", "nan"], "shard_mib is nan; wanted a positive and finite size in MiB"),
         (["prepare", "tones", "--workers", "0"], "workers is 0; wanted 1 or more"),
         (["prepare", "tones", "--quarantine", "-1"], "quarantine is -1; wanted the number of bad files"),
         (["prepare", "tones", "--download"], "tones cannot be downloaded by this command"),
@@ -337,3 +339,19 @@ def test_speakers_of_a_set_without_folds_are_told_without_one(tmp_path):
     prepared = prepare("tones", data.options, source=None, storage=storage)
     spoken = replace(prepared, manifest=prepared.manifest | {"speakers_per_fold": {"None": 3}})
     assert "speakers    3" in described(storage, spoken)
+
+
+def test_what_killed_writers_left_goes_with_the_next_success_and_a_living_writers_file_stays(tmp_path):
+    storage = FolderStorage(tmp_path / "runs")
+    how = {"source": None, "storage": storage, "storage_named": True, "allow_partial": False, "workers": 1}
+    shards = storage.path(prepare_with_ray(TONES, **how).prefix) / "shards"
+    old, living = shards / f"{TEMPORARY}old", shards / f"{TEMPORARY}living"
+    for path in (old, living):
+        path.write_bytes(b"half a shard")
+    os.utime(old, (time.time() - 3_700,) * 2)
+    os.utime(living, (time.time() - 3_500,) * 2)
+    before = contents(tmp_path / "runs")
+    prepare_with_ray(TONES, **how)
+    assert not old.exists() and living.exists() and contents(tmp_path / "runs") == before
+    storage.delete_leftovers("data", older_s=3_400)
+    assert not living.exists() and contents(tmp_path / "runs") == before
