@@ -84,7 +84,9 @@ class Storage(ABC):
     def delete_folder(self, prefix: str) -> None:
         """Remove the folder `prefix` with all that is in it, also what a killed writer left behind."""
 
-    def delete_leftovers(self, prefix: str, *, older_s: float = LEFTOVER_S) -> None:
+    def delete_leftovers(  # noqa: B027 (not every storage has something to do)
+        self, prefix: str, *, older_s: float = LEFTOVER_S
+    ) -> None:
         """Remove what killed writers left under the folder `prefix`, where nobody wrote to it for `older_s` seconds.
 
         A storage whose puts leave nothing has nothing to do.

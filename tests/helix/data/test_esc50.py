@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -218,3 +219,9 @@ def test_a_row_whose_file_is_absent_is_checked_like_others(esc50_layout):
         DatasetError, match=r"1-1000-A-0: label 77; wanted 0 to 49\n.*1-1000-B-0: fold 8; wanted one of"
     ):
         ESC50.listing(layout, allow_missing=True)
+
+
+def test_the_download_is_of_one_commit_and_claims_no_checksum_that_nobody_publishes():
+    (download,) = ESC50.downloads
+    assert re.fullmatch(r"https://github\.com/karolpiczak/ESC-50/archive/[0-9a-f]{40}\.zip", download.url)
+    assert download.name.endswith(".zip") and (download.sha256, download.md5, download.bytes) == (None, None, None)
