@@ -281,7 +281,7 @@ def test_what_preparation_left_out_is_told():
     assert (whole.partial, part.partial) == (False, True)
     assert whole.notes == ("25.0% of the samples are padding or silence at the end of a recording",)
     assert part.notes[1:] == (
-        "1 recording is missing",
+        "1 recordings are missing",
         "2 recordings were left out because their files cannot be used",
     )
 

@@ -204,7 +204,8 @@ class VoxPopuli(Dataset):
         if len(wave) == 0:
             raise AudioError(
                 str(path),
-                f"holds no sample of {recording.recording_id}, whose spans are {wanted_s:g} s and end at {high_s:g} s",
+                f"holds no sample of {recording.recording_id}, whose spans are {wanted_s:g} s and end at "
+                f"{recording.spans[-1][1]:g} s",
             )
         return wave
 
