@@ -4,11 +4,13 @@ Keys are relative POSIX paths ("trials/0f3a/result.json"). In a folder, writing 
 put atomic; linking instead of renaming makes it put-if-absent.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -19,6 +21,8 @@ from urllib.parse import quote, unquote
 from helix.registry import STORAGES
 
 TEMPORARY = ".partial-"
+#: What nobody has written to for so long belongs to no living writer: a put writes without a pause.
+LEFTOVER_S = 3600.0
 
 
 class CorruptObjectError(OSError):
@@ -79,6 +83,14 @@ class Storage(ABC):
     @abstractmethod
     def delete_folder(self, prefix: str) -> None:
         """Remove the folder `prefix` with all that is in it, also what a killed writer left behind."""
+
+    def delete_leftovers(  # noqa: B027 (not every storage has something to do)
+        self, prefix: str, *, older_s: float = LEFTOVER_S
+    ) -> None:
+        """Remove what killed writers left under the folder `prefix`, where nobody wrote to it for `older_s` seconds.
+
+        A storage whose puts leave nothing has nothing to do.
+        """
 
     @abstractmethod
     def download(self, key: str, path: Path) -> str:
@@ -185,6 +197,12 @@ class FolderStorage(Storage):
     def delete_folder(self, prefix: str) -> None:
         shutil.rmtree(self.path(prefix), ignore_errors=True)
 
+    def delete_leftovers(self, prefix: str, *, older_s: float = LEFTOVER_S) -> None:
+        for path in self.path(prefix).rglob(f"{TEMPORARY}*"):
+            with contextlib.suppress(FileNotFoundError):  # its writer renames or removes it just now
+                if path.is_file() and time.time() - path.stat().st_mtime > older_s:
+                    path.unlink()
+
     def download(self, key: str, path: Path) -> str:
         source = self.path(key)
         aside = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
@@ -242,6 +260,21 @@ class FolderStorage(Storage):
 def json_bytes(value: Any) -> bytes:
     """Canonical JSON: sorted keys, no spaces, no NaN. Equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """`value` with the sha256 of its canonical JSON in it, so that whoever reads it can tell that it is whole."""
+    return value | {"sha256": hashlib.sha256(json_bytes(value)).hexdigest()}
+
+
+def is_sealed(value: object) -> bool:
+    """Whether `value` is what `sealed` gave, unchanged."""
+    try:
+        return isinstance(value, dict) and value == sealed(
+            {key: item for key, item in value.items() if key != "sha256"}
+        )
+    except ValueError:  # a number that is none; json reads what json_bytes would not write
+        return False
 
 
 def file_sha256(path: Path) -> str:

@@ -56,7 +56,7 @@ from orchestration.twin import (
 DRIFT = "drift"
 
 #: What a run says of its clock and of the processes it took: no part of what it found.
-CLOCK = ("seconds", "time", "train_seconds", "finished", "environments", "rows")
+CLOCK = ("seconds", "time", "train_seconds", "finished", "environments", "rows", "sha256")
 
 #: Moments that are met on purpose, and AFTER_RESULT once at most: the twin is finished then.
 ON_PURPOSE = (WRITING, EVALUATION, BEFORE_RESULT, LAST_STEP, MANIFEST, ROW, START, OPTIMIZER, WEIGHTS)

@@ -26,7 +26,7 @@ from orchestration.connection import ClusterError, rehearse
 from orchestration.grid import BACKBONES, GRIDS, PRESETS, expand, load_grid
 from orchestration.ledger import CERTIFICATES
 from orchestration.plan import check_trials, make_plan
-from orchestration.preprocessing import described, prepare_with_ray, prepared_data, refuse_needless, summary
+from orchestration.preprocessing import clip_facts, described, prepare_with_ray, prepared_data, refuse_needless, summary
 from orchestration.progress import ProgressDisplay
 from orchestration.restart import restart
 from orchestration.twin import TwinError, Twins
@@ -104,6 +104,7 @@ def prepare(arguments: Sequence[str]) -> int:
                 workers=given.workers,
                 watch=progress.watch,
             )
+        facts = clip_facts(storage, data, prepared)
     except DatasetError as error:  # all of it: who mends a source wants to see every file at once
         print("\n  ".join([f"refused: {error.subject}", *error.problems]), file=sys.stderr)  # noqa: T201
         return sweep.REFUSED
@@ -114,6 +115,9 @@ def prepare(arguments: Sequence[str]) -> int:
         return sweep.INTERRUPTED
     console.print(f"prepared: {summary(prepared)}")
     for line in described(storage, prepared):
+        console.print(f"  {line}")
+    console.print(f"clips of {data.dataset} under the profile paper (what a sweep hears):")
+    for line in facts:
         console.print(f"  {line}")
     return 0
 

@@ -1,21 +1,25 @@
 """Recordings -> shards as Ray tasks, and which prepared data a sweep reads."""
 
+import contextlib
+import hashlib
 import itertools
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
 
-from helix.data.dataset import Dataset, listed_index
+from helix.data.dataset import Dataset, PartFacts, listed_index, split_facts
 from helix.data.shards import Prepared, Recordings, Watch, check_source, find, open_prepared, prepare
+from helix.protocol import profile
 from helix.registry import DATASETS
 from helix.spec import DataSpec
-from helix.storage import FolderStorage, Storage
+from helix.storage import FolderStorage, Storage, json_bytes, sealed
 from orchestration.connection import ClusterError, connect
 from orchestration.grid import Trial
 
@@ -47,7 +51,7 @@ def prepare_with_ray(
         connect(storage_named=storage_named)
         return as_completed(function, todo, at_once=workers or len(todo))
 
-    return prepare(
+    prepared = prepare(
         data.dataset,
         data.options,
         source=source,
@@ -59,10 +63,15 @@ def prepare_with_ray(
         run=run,
         watch=watch,
     )
+    storage.delete_leftovers(prepared.prefix)
+    return prepared
 
 
 def as_completed(function: Callable[[Any], Any], todo: Sequence[Any], *, at_once: int) -> Iterator[Any]:
-    """Map over Ray tasks, in the order in which they end. What a task raises is raised as itself."""
+    """Map over Ray tasks, in the order in which they end. What a task raises is raised as itself, once.
+
+    The others are then cancelled and waited for: a task whose error nobody has asked for is printed by Ray.
+    """
     task = ray.remote(function)
     waiting = iter(todo)
     running = [task.remote(item) for item in itertools.islice(waiting, at_once)]
@@ -81,6 +90,9 @@ def as_completed(function: Callable[[Any], Any], todo: Sequence[Any], *, at_once
     finally:
         for reference in running:
             ray.cancel(reference)
+        for reference in running:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(reference)
 
 
 def prepared_data(
@@ -140,7 +152,10 @@ def described(storage: Storage, prepared: Prepared) -> list[str]:
         f"per class   {lowest} recordings" + (f" ({least}) to {highest} ({most})" if lowest < highest else ""),
     ]
     if manifest["speakers_per_fold"]:
-        speakers = ", ".join(f"{count} in fold {fold}" for fold, count in manifest["speakers_per_fold"].items())
+        speakers = ", ".join(
+            f"{count}" if fold == "None" else f"{count} in fold {fold}"
+            for fold, count in manifest["speakers_per_fold"].items()
+        )
         lines.append(f"speakers    {speakers}")
     if manifest["missing"]:
         lines.append(f"missing     {len(manifest['missing'])} recordings, listed in the manifest")
@@ -149,6 +164,59 @@ def described(storage: Storage, prepared: Prepared) -> list[str]:
     lines.append(f"shards      {len(manifest['shards'])}, {stored / 2**20:.1f} MiB")
     lines.append(f"where       {storage!r}, {prepared.prefix} (manifest {prepared.manifest_sha256[:12]})")
     return lines
+
+
+#: Where the facts of prepared sets lie: facts/<folder of the set>/<data set>-<key of its options>.json. Not among the
+#: prepared files, since they are of a data set's clips and a profile, and several data sets may share one set.
+FACTS = "facts"
+
+
+def clip_facts(storage: Storage, data: DataSpec, prepared: Prepared, *, profile_name: str = "paper") -> list[str]:
+    """What each part holds under a profile, stored and as lines: one for each part, over all folds.
+
+    A fold that cannot be split (a part of a data set) is told with its reason.
+    """
+    dataset: Dataset = DATASETS.make(data.dataset, data.options)
+    index = open_prepared(storage, prepared.prefix).index
+    protocol, classes = profile(profile_name), len(prepared.manifest["classes"])
+    folds: dict[str, Any] = {}
+    parts: dict[str, list[PartFacts]] = {}
+    lines = []
+    for fold in dataset.folds:
+        try:
+            found = split_facts(dataset, index, classes=classes, fold=fold, protocol=protocol)
+        except ValueError as error:
+            folds[str(fold)] = {"refused": str(error)}
+            lines.append(f"fold {fold:<6} {error}")
+            continue
+        folds[str(fold)] = {name: asdict(facts) for name, facts in found.items()}
+        for name, facts in found.items():
+            parts.setdefault(name, []).append(facts)
+    told = {"manifest_sha256": prepared.manifest_sha256, "dataset": data.dataset, "profile": profile_name}
+    told |= {"options": DATASETS.resolve(data.dataset, data.options), "folds": folds}
+    key = hashlib.sha256(json_bytes([told["options"], profile_name])).hexdigest()[:12]
+    folder = prepared.prefix.rpartition("/")[2]
+    storage.put_json(f"{FACTS}/{folder}/{data.dataset}-{key}.json", sealed(told))
+    return [f"{name:<11} {_over(several)}" for name, several in parts.items() if several[0].recordings] + lines
+
+
+def _over(several: Sequence[PartFacts]) -> str:
+    """Facts of one part in every fold, in one line: what differs as lowest to highest."""
+    if len(several) == 1:
+        return str(several[0])
+    clips, speakers, silence = (
+        [getattr(facts, name) for facts in several] for name in ("clips", "speakers", "silence")
+    )
+    held = [count for facts in several for count in facts.clips_per_class if count]
+    spoken = f", {_range(speakers)} speakers" if any(speakers) else ""
+    return (
+        f"{_range(clips)} clips in {len(several)} folds{spoken}, {_range(held or [0])} clips per class, "
+        f"{min(silence):.1%}{f' to {max(silence):.1%}' if max(silence) > min(silence) else ''} silence"
+    )
+
+
+def _range(values: Sequence[int]) -> str:
+    return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
 
 def check_listing(trials: Sequence[Trial], *, source: Path | None, allow_partial: bool) -> None:

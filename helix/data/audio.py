@@ -13,6 +13,11 @@ import soxr
 #: Floating-point files may overshoot full scale a little; far beyond it they were written in some other unit.
 PEAK_LIMIT = 8.0
 RATES_HZ = (1_000, 768_000)
+#: What is decoded, by libsndfile's names: what the data sets use, and of each it can be told whether its end is there.
+#: Of AIFF, AU, W64, RF64, MP3 and others libsndfile reads what is there of a cut file without a word.
+FORMATS = ("WAV", "WAVEX", "FLAC", "OGG")
+#: Of a page of Ogg (RFC 3533): the flag of the first and of the last page of a stream.
+OGG_FIRST, OGG_LAST = 2, 4
 
 #: A thread keeps the memory of what it resamples for its next file, up to so many samples: fresh pages are what costs.
 KEPT_SAMPLES = 2**21
@@ -40,16 +45,19 @@ def decode(
     """int16 [samples]: the file as mono at `rate_hz`. A 16-bit mono file of that rate comes through sample for sample.
 
     Channels are averaged, soxr resamples at its HQ setting, rounding is to nearest without dither, and what then lies
-    beyond full scale is clipped. Raises AudioError: not there, unreadable, truncated, empty, NaN or infinite, a rate or
-    a level that no recording has, a rate or number of channels other than `source_rate_hz` and `source_channels`.
+    beyond full scale is clipped. Raises AudioError: not there, unreadable, a format other than `FORMATS`, truncated,
+    empty, NaN or infinite, a rate or a level that no recording has, a rate or number of channels other than
+    `source_rate_hz` and `source_channels`.
     """
     try:
         with path.open("rb", buffering=0) as opened:
-            _check_riff_length(path, opened)
+            _check_length(path, opened)
             opened.seek(0)
             with soundfile.SoundFile(opened.fileno(), closefd=False) as file:
                 found_rate_hz, channels = file.samplerate, file.channels
                 promised, subtype = file.frames, file.subtype
+                if file.format not in FORMATS:
+                    raise AudioError(str(path), f"is {file.format}; wanted WAV, FLAC or Ogg, convert it to one of them")
                 if source_rate_hz is not None and found_rate_hz != source_rate_hz:
                     raise AudioError(str(path), f"has a rate of {found_rate_hz} Hz; wanted {source_rate_hz}")
                 if source_channels is not None and channels != source_channels:
@@ -139,21 +147,49 @@ def _mono_float(path: Path, wave_TC: np.ndarray) -> np.ndarray:
     return wave_TC.mean(axis=1)
 
 
-def _check_riff_length(path: Path, file: FileIO) -> None:
-    """A WAV file says how long it is; libsndfile reads what is there of a cut one without a word."""
+def _check_length(path: Path, file: FileIO) -> None:
+    """A WAV or Ogg file says where it ends; libsndfile reads what is there of a cut one without a word."""
     size = os.fstat(file.fileno()).st_size
     if size == 0:
         raise AudioError(str(path), "is empty (0 bytes)")
     head = file.read(12)
-    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-        return
+    if head[:4] in (b"RIFF", b"RIFX") and head[8:] == b"WAVE":
+        _check_riff_length(path, file, size, order="<" if head[:4] == b"RIFF" else ">")
+    elif head[:4] == b"OggS":
+        _check_ogg_pages(path, file, size)
+
+
+def _check_riff_length(path: Path, file: FileIO, size: int, *, order: str) -> None:
     position = 12
     while position + 8 <= size:
         file.seek(position)
-        name, length = struct.unpack("<4sI", file.read(8))
+        name, length = struct.unpack(f"{order}4sI", file.read(8))
         position += 8 + length
         if name == b"data":
             break
         position += length % 2
     if position > size:
         raise AudioError(str(path), f"is truncated: its header tells of {position} bytes, the file has {size}")
+
+
+def _check_ogg_pages(path: Path, file: FileIO, size: int) -> None:
+    """That the pages follow one another without a gap, and that every stream has its last one (RFC 3533, section 6)."""
+    position = 0
+    next_page: dict[int, int] = {}  # of every stream that is open, by its serial number
+    while position < size:
+        file.seek(position)
+        head = file.read(27 + 255)
+        if len(head) < 27 or head[:4] != b"OggS":
+            raise AudioError(str(path), f"is truncated or damaged: there is no page of Ogg at byte {position}")
+        flags, serial, number, segments = head[5], *struct.unpack("<II", head[14:22]), head[26]
+        if number != next_page.get(serial, 0 if flags & OGG_FIRST else -1):
+            raise AudioError(str(path), f"is damaged: pages of Ogg are missing before byte {position}")
+        position += 27 + segments + sum(head[27 : 27 + segments])
+        if flags & OGG_LAST:
+            next_page.pop(serial, None)
+        else:
+            next_page[serial] = number + 1
+    if position > size:
+        raise AudioError(str(path), f"is truncated: its last page tells of {position} bytes, the file has {size}")
+    if next_page:
+        raise AudioError(str(path), "is truncated: the page that ends an Ogg stream is not there")

@@ -12,6 +12,7 @@ has to wait for another that makes room. Shards of a folder are not copied: they
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import shutil
 import threading
@@ -36,8 +37,8 @@ class ShardCache:
     """
 
     def __init__(self, folder: Path, limit_gib: float = LIMIT_GIB):
-        if not limit_gib > 0:
-            raise ValueError(f"a cache of {limit_gib} GiB; wanted more than 0")
+        if not 0 < limit_gib < math.inf:
+            raise ValueError(f"a cache of {limit_gib} GiB; wanted more than 0 and less than infinity")
         self.folder, self.limit_bytes = folder, int(limit_gib * 2**30)
         self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
@@ -51,7 +52,7 @@ class ShardCache:
         try:
             return cls(folder, float(given))
         except ValueError as error:
-            raise ValueError(f"HELIX_CACHE_GIB is {given!r}; wanted a number of GiB above 0") from error
+            raise ValueError(f"HELIX_CACHE_GIB is {given!r}; wanted a finite number of GiB above 0") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "limit_bytes": self.limit_bytes}
@@ -100,11 +101,26 @@ class ShardCache:
         return self.folder / f"{sha256}.bin"
 
     def _open(self, storage: Storage, key: str, size: int, sha256: str) -> BinaryIO:
+        self._make_folders()
         file = self._cached(sha256, size)
         if file is not None:
             return file
         with self._locked(sha256[:2]):
             return self._cached(sha256, size) or self._fetched(storage, key, size, sha256)
+
+    def _make_folders(self) -> None:
+        """Raises OSError where nothing can be kept, before anything is fetched."""
+        try:
+            for name in ("incoming", "locks"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            # Without a number, so that it is not taken for a key that is not there.
+            raise OSError(
+                f"cannot keep shards in {self.folder} ({error.strerror}); name a folder that can be written with "
+                "HELIX_CACHE"
+            ) from error
 
     def _cached(self, sha256: str, size: int) -> BinaryIO | None:
         """The file of a shard if it is there with all its bytes, marked as used just now."""

@@ -34,6 +34,7 @@ __all__ = [
     "official_root",
     "recordings_of",
     "split_facts",
+    "unlisted",
 ]
 
 #: How many problems an error message spells out before it says how many more there are.
@@ -66,15 +67,18 @@ class Download:
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """What a source holds. `missing` (recording id -> reason) a partial set may leave out; `problems` nobody may.
+    """What a source holds. `missing` (recording id, or the path of a file without a row -> reason) a partial set may
+    leave out; `problems` nobody may.
 
     `classes` are the names of the labels 0, 1, ...: those of the listing, so that a part of the audio has the classes
-    of the whole. `notes`: one plain sentence each on what was left out by rule and counted.
+    of the whole. `absent` are the rows behind `missing` as far as they can be read: they are checked like the others.
+    `notes`: one plain sentence each on what was left out by rule and counted.
     """
 
     recordings: list[Recording]
     classes: tuple[str, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
+    absent: list[Recording] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
@@ -204,10 +208,11 @@ class Dataset(ABC):
             )
         found = self.scan(source)
         problems, fold_column = list(found.problems), self.fold_column
-        for recording_id, count in sorted(Counter(row.recording_id for row in found.recordings).items()):
+        rows = [*found.recordings, *found.absent]
+        for recording_id, count in sorted(Counter(row.recording_id for row in rows).items()):
             if count > 1:
                 problems.append(f"{recording_id}: stands {count} times in the metadata; wanted once")
-        for row in found.recordings:
+        for row in rows:
             if not 0 <= row.label < len(found.classes):
                 problems.append(f"{row.recording_id}: label {row.label}; wanted 0 to {len(found.classes) - 1}")
             if row.fold is not None and row.fold not in fold_column:
@@ -220,6 +225,7 @@ class Dataset(ABC):
             recordings=sorted(found.recordings, key=lambda row: row.recording_id),
             classes=found.classes,
             missing=dict(sorted(found.missing.items())),
+            absent=found.absent,
             notes=found.notes,
         )
 
@@ -307,6 +313,11 @@ def official_root(source: Path, marker: Path, name: str) -> Path:
         names = ", ".join(folder.name for folder in found)
         raise DatasetError(f"{name} from {source}:", [f"holds {len(found)} copies ({names}); name one of them"])
     return found[0]
+
+
+def unlisted(there: Iterable[str], rows: Iterable[str], table: object) -> dict[str, str]:
+    """What is missing where files are there that no row of `table` names: their rows."""
+    return dict.fromkeys(sorted(set(there) - set(rows)), f"is there, and {table} has no row for it")
 
 
 def _summed(cells: Mapping[Any, int], part: int) -> dict[int, int]:

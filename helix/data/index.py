@@ -12,7 +12,7 @@ class Recording:
 
     `path` is relative to the source, None where the wave is made up. `group` names the longer recording or the session
     that several recordings were cut from: rows of one group never stand on both sides of a comparison of halves.
-    `spans`: the parts of the file that make up this recording, as (from, to) in seconds; None for all of it.
+    `spans`: the parts of its session that make up this recording, as (from, to) in seconds; None where there is none.
     """
 
     recording_id: str

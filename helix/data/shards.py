@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -330,8 +331,8 @@ def prepare(
     the manifest. `checksums` is a folder of this machine that remembers what the source's files are. Raises
     DatasetError with everything that is wrong with metadata, files and counts at once, and publishes nothing then.
     """
-    if shard_mib <= 0:
-        raise ValueError(f"shard_mib is {shard_mib}; wanted a positive size")
+    if not 0 < shard_mib < math.inf:
+        raise ValueError(f"shard_mib is {shard_mib}; wanted a positive and finite size in MiB")
     if quarantine < 0:
         raise ValueError(f"quarantine is {quarantine}; wanted the number of bad files to accept, 0 or more")
     source = None if source is None else source.resolve()
@@ -374,7 +375,7 @@ def prepare(
         left_out = {key: {"file": path, "reason": reason} for key, (path, reason) in unreadable.items()}
         problems += _quarantine_problems(left_out, quarantine)
     if not problems and not any(report.rows for report in reports):
-        problems.append(("recordings are left to prepare", "no file can be used"))
+        problems.append(("no recording is left to prepare", "no file can be used"))
     if problems:
         raise _refusal(name, source, problems)
     root = _common_folder(listing.recordings)
@@ -426,7 +427,7 @@ def open_prepared(storage: Storage, prefix: str) -> Recordings:
 
 
 def damaged(storage: Storage, prepared: Prepared) -> list[str]:
-    """The keys that a manifest names and that are gone or have other bytes; every byte is read."""
+    """The keys that a manifest names, and their receipts, that are gone or have other bytes; every byte is read."""
     files = {f"{prepared.prefix}/{file['name']}": file["sha256"] for file in _files(prepared.manifest)}
 
     def is_damaged(key: str) -> bool:
@@ -436,7 +437,8 @@ def damaged(storage: Storage, prepared: Prepared) -> list[str]:
             return True
 
     with ThreadPoolExecutor(VERIFIED_AT_ONCE) as pool:
-        return [key for key, bad in zip(files, pool.map(is_damaged, files), strict=True) if bad]
+        bad = [key for key, bad in zip(files, pool.map(is_damaged, files), strict=True) if bad]
+    return bad + _damaged_receipts(storage, prepared)
 
 
 def prepared_prefixes(storage: Storage, name: str | None = None) -> list[str]:
@@ -490,8 +492,18 @@ def _looked_at(dataset: Dataset, source: Path | None, *, allow_partial: bool) ->
 def _refusal(name: str, source: Path | None, problems: Sequence[tuple[str, str]]) -> DatasetError:
     """All problems as one error, which counts each kind of them first."""
     kinds = Counter(kind for kind, _ in problems)
-    counted = "; ".join(kind if kind.startswith("counts") else f"{count} {kind}" for kind, count in kinds.items())
+    counted = "; ".join(
+        kind if kind.startswith(("counts", "no ")) else _of(count, kind) for kind, count in kinds.items()
+    )
     return DatasetError(f"{name} from {source or 'no source'}: {counted}:", [problem for _, problem in problems])
+
+
+def _of(count: int, kind: str) -> str:
+    if count == 1:
+        for several, one in (("problems", "problem"), ("recordings are", "recording is"), ("recordings", "recording")):
+            if kind.startswith(several):
+                return f"1 {one}{kind.removeprefix(several)}"
+    return f"{count} {kind}"
 
 
 def _quarantine_problems(left_out: Mapping[str, Mapping[str, str]], quarantine: int) -> list[tuple[str, str]]:
@@ -623,6 +635,25 @@ def _repaired(storage: Storage, published: Prepared, index: bytes, manifest: dic
             [*still, "delete the folder to prepare the data set anew"],
         )
     return published
+
+
+def _damaged_receipts(storage: Storage, prepared: Prepared) -> list[str]:
+    """The keys of receipts that are gone, cannot be read, or tell of other shards than the manifest."""
+    told: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for shard in prepared.manifest["shards"]:
+        number = PurePosixPath(shard["name"]).stem.partition("-")[0]
+        told[f"{prepared.prefix}/shards/{number}.json"].append(shard)
+    there = {key for key in storage.keys(f"{prepared.prefix}/shards") if key.endswith(".json")}
+    bad = []
+    for key in sorted(told.keys() | there):
+        try:
+            report = ShardReport(**json.loads(storage.get(key)))
+            whole = report.shards == told[key] and len(report.rows) == sum(one["recordings"] for one in told[key])
+        except (FileNotFoundError, CorruptObjectError, ValueError, TypeError):
+            whole = False
+        if not whole:
+            bad.append(key)
+    return bad
 
 
 def _standing(task: ShardTask) -> ShardReport | None:

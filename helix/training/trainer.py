@@ -30,7 +30,7 @@ from helix.models.classifier import Classifier, build_classifier, cost
 from helix.models.scan import scan_backend
 from helix.registry import DATASETS
 from helix.spec import TrialSpec, derive_seed, identity, resolve, to_json, trial_id
-from helix.storage import Storage, json_bytes
+from helix.storage import Storage, json_bytes, sealed
 from helix.training.checkpoint import Progress, Saver, load_checkpoint, prune, save_interval_s, weights_sha256
 from helix.training.metrics import Evaluation, select
 from helix.training.optim import build_optimizer, learning_rate
@@ -432,7 +432,7 @@ class _Trial:
             "versions": versions(),
             "rows": rows,
         }
-        storage.put_if_absent(f"{self.folder}/result.json", json_bytes(result))
+        storage.put_if_absent(f"{self.folder}/result.json", json_bytes(sealed(result)))
         prune(storage, f"{self.folder}/checkpoints", keep=1)
         return storage.get_json(f"{self.folder}/result.json")
 

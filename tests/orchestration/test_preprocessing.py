@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,9 +24,9 @@ from helix.data.dataset import Download
 from helix.data.datasets import esc50
 from helix.data.shards import find, prepare
 from helix.spec import DataSpec
-from helix.storage import Storage, open_storage
+from helix.storage import TEMPORARY, FolderStorage, Storage, open_storage
 from orchestration import cli, preprocessing
-from orchestration.preprocessing import as_completed, prepare_with_ray, prepared_data
+from orchestration.preprocessing import as_completed, described, prepare_with_ray, prepared_data
 from orchestration.progress import LINE_EVERY_S, ProgressDisplay
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +114,36 @@ def test_what_a_task_raises_is_raised_as_itself(started):
     assert type(caught.value) is OSError and caught.value.errno == 28
 
 
+ALL_FAIL = """
+import gc, ray, time
+from orchestration.preprocessing import as_completed
+
+def fail(number):
+    if number:
+        raise OSError(28, f"no space for {number}")
+
+def go():
+    for _ in as_completed(fail, range(12), at_once=12):
+        time.sleep(4)  # until all have failed
+
+ray.init(num_cpus=4, include_dashboard=False)
+try:
+    go()
+except OSError as error:
+    print("refused:", error)
+gc.collect()  # Ray tells of an error when nobody can ask for it any more
+time.sleep(2)
+ray.shutdown()
+"""
+
+
+@pytest.mark.ray
+def test_tasks_that_all_fail_are_told_once_and_without_a_traceback():
+    done = subprocess.run([sys.executable, "-c", ALL_FAIL], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("refused:") == 1 and "no space for" in done.stdout
+    assert "Traceback" not in done.stderr + done.stdout and "Unhandled" not in done.stderr
+
+
 @pytest.mark.ray
 def test_the_command_killed_with_its_workers_and_run_again_ends_the_same(tmp_path, whole):
     """SIGKILL to the whole process group once some of the shards are there."""
@@ -176,7 +208,9 @@ def test_the_command_lists_every_bad_file_and_takes_a_quarantine(layout, capsys,
         (["prepare", "esc50"], "it needs its files; get them at https://github.com/karolpiczak/ESC-50"),
         (["prepare", "esc50", "--source", "nowhere"], "there is no meta/esc50.csv"),
         (["prepare", "tones", "--source", "."], "tones is made on the fly and takes no --source"),
-        (["prepare", "tones", "--shard-mib", "0"], "shard_mib is 0.0; wanted a positive size"),
+        (["prepare", "tones", "--shard-mib", "0"], "shard_mib is 0.0; wanted a positive and finite size in MiB"),
+        (["prepare", "tones", "--shard-mib", "inf"], "shard_mib is inf; wanted a positive and finite size in MiB"),
+        (["prepare", "tones", "--shard-mib", "nan"], "shard_mib is nan; wanted a positive and finite size in MiB"),
         (["prepare", "tones", "--workers", "0"], "workers is 0; wanted 1 or more"),
         (["prepare", "tones", "--quarantine", "-1"], "quarantine is -1; wanted the number of bad files"),
         (["prepare", "tones", "--download"], "tones cannot be downloaded by this command"),
@@ -277,3 +311,47 @@ def test_a_display_on_a_terminal_draws_a_bar():
         display.on_bytes("a.tar", 10**6, None)
     assert "50 of 100 recordings, 50 of 100 MB" in out.getvalue() or "downloading a.tar" in out.getvalue()
     assert "━" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["tones", "clips_per_class=8"], r"train +\d+ clips in 4 folds, \d clips per class, 0\.0% silence"),
+        (["esc50"], r"test +50 clips in 5 folds, 1 clips per class, \d+\.\d% silence"),
+    ],
+)
+def test_the_clips_that_a_set_gives_are_printed_stored_and_verified(layout, tmp_path, capsys, options, said):
+    storage = open_storage(str(tmp_path / "runs"))
+    source = ["--source", str(layout)] if options[0] == "esc50" else []
+    assert cli.main(["prepare", *options, *source, "--storage", str(tmp_path / "runs")]) == 0
+    assert re.search(said, capsys.readouterr().out)
+    (key,) = storage.keys("facts")
+    assert all(fold["train"]["clips"] for fold in storage.get_json(key)["folds"].values())
+    assert cli.main(["verify", "--storage", str(tmp_path / "runs")]) == 0
+    storage.put_json(key, storage.get_json(key) | {"profile": "fair"})
+    assert cli.main(["verify", "--storage", str(tmp_path / "runs")]) == 1
+    assert f"{key}: does not match its own checksum" in capsys.readouterr().out
+
+
+def test_speakers_of_a_set_without_folds_are_told_without_one(tmp_path):
+    storage = open_storage(str(tmp_path / "runs"))
+    data = DataSpec(dataset="tones", options={"clips_per_class": 8})
+    prepared = prepare("tones", data.options, source=None, storage=storage)
+    spoken = replace(prepared, manifest=prepared.manifest | {"speakers_per_fold": {"None": 3}})
+    assert "speakers    3" in described(storage, spoken)
+
+
+def test_what_killed_writers_left_goes_with_the_next_success_and_a_living_writers_file_stays(tmp_path):
+    storage = FolderStorage(tmp_path / "runs")
+    how = {"source": None, "storage": storage, "storage_named": True, "allow_partial": False, "workers": 1}
+    shards = storage.path(prepare_with_ray(TONES, **how).prefix) / "shards"
+    old, living = shards / f"{TEMPORARY}old", shards / f"{TEMPORARY}living"
+    for path in (old, living):
+        path.write_bytes(b"half a shard")
+    os.utime(old, (time.time() - 3_700,) * 2)
+    os.utime(living, (time.time() - 3_500,) * 2)
+    before = contents(tmp_path / "runs")
+    prepare_with_ray(TONES, **how)
+    assert not old.exists() and living.exists() and contents(tmp_path / "runs") == before
+    storage.delete_leftovers("data", older_s=3_400)
+    assert not living.exists() and contents(tmp_path / "runs") == before

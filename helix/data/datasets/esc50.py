@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from helix.data.audio import decode, fit_length
-from helix.data.dataset import Dataset, Recording, Scan, official_root
+from helix.data.dataset import Dataset, Download, Recording, Scan, official_root, unlisted
 from helix.data.metadata import read_table
 from helix.registry import DATASETS
 
@@ -20,6 +20,13 @@ NAME = re.compile(r"(?P<fold>\d+)-\d+-[A-Z]+-(?P<target>\d+)\.wav", re.ASCII)
 FOLDS = 5
 PER_CLASS_AND_FOLD = 8
 CLIP_S = 5
+#: The newest commit of the official repository, which has no releases. GitHub packs the archive anew now and then, so
+#: it has no checksum that lasts and none is published: what was loaded is checked by its counts and file by file.
+COMMIT = "33c8ce9eb2cf0b1c2f8bcf322eb349b6be34dbb6"
+ARCHIVE = Download(
+    url=f"https://github.com/karolpiczak/ESC-50/archive/{COMMIT}.zip",
+    name=f"ESC-50-{COMMIT}.zip",
+)
 
 # fmt: off
 CLASSES = (
@@ -57,6 +64,10 @@ class Esc50(Dataset):
         return len(CLASSES)
 
     @property
+    def downloads(self) -> tuple[Download, ...]:
+        return (ARCHIVE,)
+
+    @property
     def clip_samples(self) -> int:
         return CLIP_S * self.rate_hz
 
@@ -67,17 +78,24 @@ class Esc50(Dataset):
     def scan(self, source: Path | None) -> Scan:
         assert source is not None
         root = official_root(source, TABLE, "esc50")
-        recordings, missing, problems = [], {}, []
+        recordings, absent, missing = [], [], {}
         table = read_table(root / TABLE, COLUMNS, name=str(TABLE))
+        problems = list(table.problems)
+        there = {path.name for path in (root / "audio").glob("[!.]*.wav") if path.is_file()}
         for line, row in table.rows:
             recording, problem = _parse(row, root.relative_to(source))
             if recording is None:
                 problems.append(f"{TABLE} line {line}: {problem}")
-            elif not (source / str(recording.path)).is_file():
+            elif row["filename"] not in there:
+                absent.append(recording)
                 missing[recording.recording_id] = f"audio/{row['filename']} is not there"
             else:
                 recordings.append(recording)
-        return Scan(recordings=recordings, classes=self.classes, missing=missing, problems=table.problems + problems)
+        if table.rows:
+            missing |= unlisted(
+                (f"audio/{name}" for name in there), (f"audio/{row['filename']}" for _, row in table.rows), TABLE
+            )
+        return Scan(recordings=recordings, classes=self.classes, missing=missing, absent=absent, problems=problems)
 
     def wave(self, recording: Recording, source: Path | None) -> np.ndarray:
         assert source is not None and recording.path is not None

@@ -15,6 +15,7 @@ not. Files are 16 kHz, mono; anything else is refused by name. The group of an u
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ import numpy as np
 from helix.data.audio import decode
 from helix.data.clips import Clips, stitch
 from helix.data.dataset import Dataset, Download, Index, Recording, Scan, Split, official_root
+from helix.data.metadata import Lines, read_lines
 from helix.data.splits import by_speaker
 from helix.protocol import Protocol
 from helix.registry import DATASETS
@@ -113,7 +115,7 @@ class LibriSpeech(Dataset):
         root = official_root(source, TABLE, "librispeech")
         readers, problems = self._readers(root)
         label_of = {reader: label for label, reader in enumerate(readers)}
-        recordings, missing = [], {}
+        recordings, absent, missing = [], [], {}
         folders = sorted((root / self.subset).glob("*/*"), key=lambda path: path.relative_to(root).as_posix())
         if not folders:
             problems.append(f"{self.subset}: there is no SPEAKER/CHAPTER folder in it")
@@ -126,33 +128,38 @@ class LibriSpeech(Dataset):
                 continue
             there = {path.stem: path for path in sorted(folder.glob("*.flac"))}
             table = folder / f"{speaker}-{chapter}.trans.txt"
-            told = (
-                [line.partition(" ")[0] for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
-                if table.is_file()
-                else []
-            )
-            for utterance in sorted(set(told) - there.keys()):
+            found = read_lines(table, name=table.relative_to(root).as_posix()) if table.exists() else Lines()
+            problems += found.problems
+            told = Counter(line.partition(" ")[0] for _, line in found.lines if line.strip())
+            problems += [
+                f"{utterance}: stands {told[utterance]} times in {table.name}"
+                for utterance in told
+                if told[utterance] > 1
+            ]
+            for utterance in sorted(told.keys() - there.keys()):
                 missing[utterance] = f"{speaker}/{chapter}/{utterance}.flac is not there and {table.name} lists it"
             if told:
                 problems += [
-                    f"{utterance}.flac: {table.name} does not list it" for utterance in sorted(there.keys() - set(told))
+                    f"{utterance}.flac: {table.name} does not list it"
+                    for utterance in sorted(there.keys() - told.keys())
                 ]
-            for utterance, path in there.items():
+            for utterance in sorted(there.keys() | told.keys()):
+                path = there.get(utterance, folder / f"{utterance}.flac")
                 matched = NAME.fullmatch(utterance)
                 if matched is None or (matched["speaker"], matched["chapter"]) != (speaker, chapter):
-                    problems.append(f"{path.relative_to(root)}: wanted a name {speaker}-{chapter}-NUMBER.flac")
+                    where = path.relative_to(root).as_posix() if utterance in there else f"{table.name}: {utterance!r}"
+                    problems.append(f"{where}: wanted a name {speaker}-{chapter}-NUMBER.flac")
                     continue
-                recordings.append(
-                    Recording(
-                        recording_id=utterance,
-                        label=label_of[speaker],
-                        path=path.relative_to(source).as_posix(),
-                        fold=None,
-                        speaker=speaker,
-                        group=f"{speaker}-{chapter}",
-                    )
+                recording = Recording(
+                    recording_id=utterance,
+                    label=label_of[speaker],
+                    path=path.relative_to(source).as_posix(),
+                    fold=None,
+                    speaker=speaker,
+                    group=f"{speaker}-{chapter}",
                 )
-        return Scan(recordings=recordings, classes=readers, missing=missing, problems=problems)
+                (recordings if utterance in there else absent).append(recording)
+        return Scan(recordings=recordings, classes=readers, missing=missing, absent=absent, problems=problems)
 
     def wave(self, recording: Recording, source: Path | None) -> np.ndarray:
         assert source is not None and recording.path is not None
@@ -160,8 +167,9 @@ class LibriSpeech(Dataset):
 
     def _readers(self, root: Path) -> tuple[tuple[str, ...], list[str]]:
         """The readers of the subset by SPEAKERS.TXT, by number, and what is wrong with its lines."""
-        readers, problems = [], []
-        for number, line in enumerate((root / TABLE).read_text(encoding="utf-8").splitlines(), start=1):
+        found = read_lines(root / TABLE, name=str(TABLE))
+        readers, problems = [], list(found.problems)
+        for number, line in found.lines:
             if not line.strip() or line.startswith(";"):
                 continue
             # The name is the last field and may hold the sign that parts them.

@@ -23,6 +23,7 @@ import numpy as np
 
 from helix.data.audio import decode
 from helix.data.dataset import Dataset, Download, Index, Recording, Scan, Split, official_root
+from helix.data.metadata import read_lines
 from helix.data.splits import OFFICIAL, official
 from helix.protocol import Protocol
 from helix.registry import DATASETS
@@ -95,17 +96,19 @@ class SpeechCommands(Dataset):
     def scan(self, source: Path | None) -> Scan:
         assert source is not None
         root = official_root(source, LISTS["test"], "speech_commands")
-        recordings, missing, problems = [], {}, []
+        recordings, absent, missing, problems = [], [], {}, []
         folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
         strange = set(folders) - set(WORDS) - {NOT_WORDS}
         for word in sorted(strange):
             missing[word] = f"the folder {word} is none of the {len(WORDS)} words"
         part_of: dict[str, str] = {}
         for part, name in LISTS.items():
-            if not (root / name).is_file():
+            if not (root / name).exists():
                 problems.append(f"{name} is not there, so nobody can tell what may be trained on")
                 continue
-            for number, line in enumerate((root / name).read_text(encoding="utf-8").splitlines(), start=1):
+            found = read_lines(root / name, name=str(name))
+            problems += found.problems
+            for number, line in found.lines:
                 word, slash, filename = line.strip().partition("/")
                 if not line.strip() or word in strange:
                     continue
@@ -118,27 +121,31 @@ class SpeechCommands(Dataset):
                 else:
                     part_of[line.strip()] = part
         there = set()
-        for label, word in enumerate(WORDS):
+        for word in WORDS:
             for path in sorted((root / word).glob("*")) if word in folders else ():
-                matched = FILE_NAME.fullmatch(path.name)
-                if matched is None:
+                if FILE_NAME.fullmatch(path.name) is None:
                     problems.append(f"{word}/{path.name}: wanted a name SPEAKER_nohash_TAKE.wav")
                     continue
                 there.add(f"{word}/{path.name}")
-                recordings.append(
-                    Recording(
-                        recording_id=f"{word}/{path.stem}",
-                        label=label,
-                        path=path.relative_to(source).as_posix(),
-                        fold=OFFICIAL[part_of.get(f"{word}/{path.name}", "train")],
-                        speaker=matched["speaker"],
-                        group=matched["speaker"],
-                    )
-                )
+                recordings.append(_recording(path.relative_to(source), part_of.get(f"{word}/{path.name}", "train")))
         for line in sorted(part_of.keys() - there):
+            absent.append(_recording(root.relative_to(source) / line, part_of[line]))
             missing[line.removesuffix(".wav")] = f"{line} is listed to be for {part_of[line]} and not there"
-        return Scan(recordings=recordings, classes=WORDS, missing=missing, problems=problems)
+        return Scan(recordings=recordings, classes=WORDS, missing=missing, absent=absent, problems=problems)
 
     def wave(self, recording: Recording, source: Path | None) -> np.ndarray:
         assert source is not None and recording.path is not None
         return decode(source / recording.path, rate_hz=self.rate_hz, source_rate_hz=self.rate_hz, source_channels=1)
+
+
+def _recording(path: Path, part: str) -> Recording:
+    """The recording in the file `path`, relative to the source, whose name is well formed."""
+    speaker = path.name.partition("_")[0]
+    return Recording(
+        recording_id=f"{path.parent.name}/{path.stem}",
+        label=WORDS.index(path.parent.name),
+        path=path.as_posix(),
+        fold=OFFICIAL[part],
+        speaker=speaker,
+        group=speaker,
+    )

@@ -14,7 +14,6 @@ Files have any rate, one or two channels and 8 to 32 bits; each is mixed to mono
 length; a clip is its first 4 s, with silence at the end where it is shorter.
 """
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from typing import ClassVar
 import numpy as np
 
 from helix.data.audio import decode
-from helix.data.dataset import Dataset, Download, Recording, Scan, official_root
+from helix.data.dataset import Dataset, Download, Recording, Scan, official_root, unlisted
+from helix.data.metadata import read_table
 from helix.registry import DATASETS
 
 TABLE = Path("metadata", "UrbanSound8K.csv")
@@ -86,32 +86,33 @@ class UrbanSound8K(Dataset):
     def scan(self, source: Path | None) -> Scan:
         assert source is not None
         root = official_root(source, TABLE, "urbansound8k")
-        recordings, missing, problems = [], {}, []
-        with (root / TABLE).open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file)
-            absent = [column for column in COLUMNS if column not in (table.fieldnames or ())]
-            if absent:
-                return Scan(recordings=[], problems=[f"{TABLE}: has no column {', '.join(absent)}"])
-            for row in table:
-                recording, problem = _parse(row, root.relative_to(source))
-                if recording is None:
-                    problems.append(f"{TABLE} line {table.line_num}: {problem}")
-                elif not (source / str(recording.path)).is_file():
-                    missing[recording.recording_id] = (
-                        f"audio/fold{recording.fold}/{row['slice_file_name']} is not there"
-                    )
-                else:
-                    recordings.append(recording)
-        return Scan(recordings=recordings, classes=CLASSES, missing=missing, problems=problems)
+        recordings, absent, missing = [], [], {}
+        table = read_table(root / TABLE, COLUMNS, name=str(TABLE))
+        problems, listed = list(table.problems), set()
+        there = {path.relative_to(root).as_posix() for path in root.glob("audio/fold*/[!.]*.wav") if path.is_file()}
+        for line, row in table.rows:
+            path = f"audio/fold{row['fold']}/{row['slice_file_name']}"
+            listed.add(path)
+            recording, problem = _parse(row, root.relative_to(source))
+            if recording is None:
+                problems.append(f"{TABLE} line {line}: {problem}")
+            elif path not in there:
+                absent.append(recording)
+                missing[recording.recording_id] = f"{path} is not there"
+            else:
+                recordings.append(recording)
+        if table.rows:
+            missing |= unlisted(there, listed, TABLE)
+        return Scan(recordings=recordings, classes=CLASSES, missing=missing, absent=absent, problems=problems)
 
     def wave(self, recording: Recording, source: Path | None) -> np.ndarray:
         assert source is not None and recording.path is not None
         return decode(source / recording.path, rate_hz=self.rate_hz)
 
 
-def _parse(row: Mapping[str, str | None], root: Path) -> tuple[Recording | None, str]:
+def _parse(row: Mapping[str, str], root: Path) -> tuple[Recording | None, str]:
     """One row of the table as a recording, or what is wrong with it."""
-    filename, source_id, fold, label, name = (row[column] or "" for column in COLUMNS)
+    filename, source_id, fold, label, name = (row[column] for column in COLUMNS)
     if not filename.endswith(".wav") or Path(filename).name != filename:
         return None, f"slice_file_name is {filename!r}; wanted the name of a .wav file"
     if not fold.isdecimal() or not label.isdecimal():
@@ -124,7 +125,7 @@ def _parse(row: Mapping[str, str | None], root: Path) -> tuple[Recording | None,
         Recording(
             recording_id=filename.removesuffix(".wav"),
             label=int(label),
-            path=(root / "audio" / f"fold{int(fold)}" / filename).as_posix(),
+            path=(root / "audio" / f"fold{fold}" / filename).as_posix(),
             fold=int(fold),
             speaker=None,
             group=source_id,

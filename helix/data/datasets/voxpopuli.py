@@ -7,7 +7,7 @@ Counts      1313 speakers over train, dev and test (its README). How many uttera
             the listing counts. The paper names 1313 classes and its authors' code merges train and dev alone.
 Split       The official parts are for recognition and are merged. 80/20 within every speaker, by sha256 of
             `split_seed` and the utterance's id. Rows whose speaker is "None" (or empty) have no label: they are left
-            out and counted.
+            out and counted, and so are rows whose split is "invalid".
 Clip        A speaker's utterances laid end to end in a drawn order and cut to `clip_s`.
 Profiles    `speaker_split`: authors and paper deal utterances, fair deals sessions. `stitch`: authors and paper draw
             an order per clip, fair cuts one order. `shift`: the authors' code does not shift, the paper by 0.5 s.
@@ -21,8 +21,7 @@ or beside them. Classes are the speakers of the table in sorted order, whether t
 """
 
 import ast
-import csv
-import gzip
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,7 +32,8 @@ import numpy as np
 
 from helix.data.audio import AudioError, decode
 from helix.data.clips import Clips, stitch
-from helix.data.dataset import Dataset, DatasetError, Download, Index, Recording, Scan, Split
+from helix.data.dataset import Dataset, DatasetError, Download, Index, Recording, Scan, Split, unlisted
+from helix.data.metadata import read_table
 from helix.data.splits import by_speaker
 from helix.protocol import Protocol
 from helix.registry import DATASETS
@@ -46,10 +46,17 @@ TABLES = tuple(
 )
 COLUMNS = ("session_id", "id_", "speaker_id", "split", "vad")
 PARTS = ("train", "dev", "test")
+#: The official table marks some rows so, and the official script passes over them.
+INVALID = "invalid"
 NOBODY = ("", "None")
 SPEAKERS = 1313
 #: About 543 h over about 180 000 utterances.
 TYPICAL_S = 10.8
+#: By how much audio may be shorter than its spans: the last one may end a little after the session does, and the
+#: official script cuts it there.
+TOLERANCE_S = 0.1
+SESSION_ENDING = "_original.ogg"
+CUT, SESSIONS = Path("transcribed_data", "en"), Path("raw_audios", "original")
 
 
 @DATASETS.register("voxpopuli")
@@ -114,76 +121,93 @@ class VoxPopuli(Dataset):
     def scan(self, source: Path | None) -> Scan:
         assert source is not None
         root, table = _table(source)
-        utterances, problems, nobody = [], [], 0
-        try:
-            opened = gzip.open if table.suffix == ".gz" else open
-            with opened(table, "rt", newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file, delimiter="|")
-                absent = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-                if absent:
-                    return Scan(recordings=[], problems=[f"{table.name}: has no column {', '.join(absent)}"])
-                for row in reader:
-                    if row["split"] not in PARTS:
-                        continue
-                    if (row["speaker_id"] or "") in NOBODY:
-                        nobody += 1
-                        continue
-                    utterance = _parse(row)
-                    if isinstance(utterance, str):
-                        problems.append(f"{table.name} line {reader.line_num}: {utterance}")
-                    else:
-                        utterances.append(utterance)
-        except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-            return Scan(recordings=[], problems=[*problems, f"{table.name}: cannot be read to its end: {error}"])
+        found = read_table(table, COLUMNS, name=table.name, delimiter="|")
+        utterances, problems, listed, nobody, invalid = [], list(found.problems), set(), 0, 0
+        for line, row in found.rows:
+            listed.add(f"{row['session_id'][:4]}/{row['session_id']}-{row['id_']}.ogg")
+            if row["split"] == INVALID:
+                invalid += 1
+            elif row["split"] not in PARTS:
+                problems.append(
+                    f"{table.name} line {line}: split is {row['split'][:40]!r}; wanted {', '.join(PARTS)} or {INVALID}"
+                )
+            elif row["speaker_id"] in NOBODY:
+                nobody += 1
+            else:
+                utterance = _parse(row)
+                if isinstance(utterance, str):
+                    problems.append(f"{table.name} line {line}: {utterance}")
+                else:
+                    utterances.append(utterance)
         speakers = tuple(sorted({utterance.speaker for utterance in utterances}))
         label_of = {speaker: label for label, speaker in enumerate(speakers)}
-        there = {
-            path
-            for folder in ("transcribed_data/en", "raw_audios/original")
-            for path in (root / folder).glob("*/*.ogg")
-        }
-        recordings, missing = [], {}
+        there = {path for folder in (CUT, SESSIONS) for path in (root / folder).glob("*/[!.]*.ogg")}
+        cuts = {path.relative_to(root / CUT).as_posix() for path in there if path.is_relative_to(root / CUT)}
+        recordings, absent, missing = [], [], {}
+        if found.rows:
+            missing |= unlisted((f"{CUT}/{path}" for path in cuts), (f"{CUT}/{path}" for path in listed), table.name)
         for utterance in utterances:
             year = utterance.session[:4]
-            cut = root / "transcribed_data" / "en" / year / f"{utterance.recording_id}.ogg"
-            session = root / "raw_audios" / "original" / year / f"{utterance.session}_original.ogg"
+            cut = root / CUT / year / f"{utterance.recording_id}.ogg"
+            session = root / SESSIONS / year / f"{utterance.session}{SESSION_ENDING}"
             path = cut if cut in there else session if session in there else None
             if path is None:
                 missing[utterance.recording_id] = (
                     f"neither {cut.relative_to(root)} nor {session.relative_to(root)} is there"
                 )
-                continue
-            recordings.append(
+            (absent if path is None else recordings).append(
                 Recording(
                     recording_id=utterance.recording_id,
                     label=label_of[utterance.speaker],
-                    path=path.relative_to(source).as_posix(),
+                    path=(path or cut).relative_to(source).as_posix(),
                     fold=None,
                     speaker=utterance.speaker,
                     group=utterance.session,
-                    spans=utterance.spans if path == session else None,
+                    spans=utterance.spans,
                 )
             )
-        notes = (f"{nobody} utterances whose speaker nobody knows were left out",) if nobody else ()
-        return Scan(recordings=recordings, classes=speakers, missing=missing, problems=problems, notes=notes)
+        notes = [f"{nobody} utterances whose speaker nobody knows were left out"] if nobody else []
+        if invalid:
+            notes.append(f"{invalid} rows that the table itself calls {INVALID} were left out")
+        return Scan(
+            recordings=recordings,
+            classes=speakers,
+            missing=missing,
+            absent=absent,
+            problems=problems,
+            notes=tuple(notes),
+        )
 
     def wave(self, recording: Recording, source: Path | None) -> np.ndarray:
-        assert source is not None and recording.path is not None
+        assert source is not None and recording.path is not None and recording.spans is not None
         path = source / recording.path
-        if recording.spans is None:
-            return decode(path, rate_hz=self.rate_hz)
+        wanted_s = sum(high_s - low_s for low_s, high_s in recording.spans)
+        if not recording.path.endswith(SESSION_ENDING):
+            wave = decode(path, rate_hz=self.rate_hz)
+            if len(wave) / self.rate_hz < wanted_s - TOLERANCE_S:
+                raise AudioError(
+                    str(path), f"is too short: {len(wave) / self.rate_hz:.2f} s; its spans are {wanted_s:.2f} s"
+                )
+            return wave
         if not path.is_file():
             raise AudioError(str(path), "is not there")
         session = _session(path, self.rate_hz, path.stat().st_mtime_ns)
-        parts = []
+        ends_s = len(session) / self.rate_hz
+        beyond_s = 0.0
         for low_s, high_s in recording.spans:
-            # The last span may end a little after the session does; the official script cuts it there too.
-            part = session[int(low_s * self.rate_hz) : int(high_s * self.rate_hz)]
-            if len(part) == 0:
-                ends_s = len(session) / self.rate_hz
-                raise AudioError(str(path), f"ends after {ends_s:g} s; wanted {low_s:g} to {high_s:g} s")
-            parts.append(part)
-        return np.concatenate(parts)
+            beyond_s += max(0.0, high_s - max(low_s, ends_s))
+            if beyond_s > TOLERANCE_S:
+                raise AudioError(str(path), f"ends after {ends_s:.2f} s; wanted {low_s:.2f} to {high_s:.2f} s of it")
+        wave = np.concatenate(
+            [session[int(low_s * self.rate_hz) : int(high_s * self.rate_hz)] for low_s, high_s in recording.spans]
+        )
+        if len(wave) == 0:
+            raise AudioError(
+                str(path),
+                f"holds no sample of {recording.recording_id}, whose spans are {wanted_s:g} s and end at "
+                f"{recording.spans[-1][1]:g} s",
+            )
+        return wave
 
 
 @lru_cache(maxsize=1)
@@ -219,15 +243,16 @@ def _table(source: Path) -> tuple[Path, Path]:
     )
 
 
-def _parse(row: Mapping[str, str | None]) -> "_Utterance | str":
+def _parse(row: Mapping[str, str]) -> "_Utterance | str":
     """One row of the table, or what is wrong with it."""
-    session, number, speaker, _, vad = (row[column] or "" for column in COLUMNS)
+    session, number, speaker, _, vad = (row[column] for column in COLUMNS)
     if not session[:4].isdecimal() or not number or "/" in session + number:
         return f"session_id is {session!r} and id_ {number!r}; wanted a session that begins with its year, and an id"
     try:
         spans = tuple((float(span[0]), float(span[1])) for span in ast.literal_eval(vad))
-    except (ValueError, TypeError, SyntaxError, IndexError):
+    except (ValueError, TypeError, SyntaxError, IndexError, KeyError, RecursionError, MemoryError):
         return f"{session}-{number}: vad is {vad[:40]!r}; wanted a list of (from, to) in seconds"
-    if not spans or any(not 0 <= low < high for low, high in spans):
-        return f"{session}-{number}: vad is {vad[:40]!r}; wanted spans that begin before they end"
+    moments = [0.0, *(moment for span in spans for moment in span)]
+    if not spans or not all(low < high < math.inf for low, high in spans) or sorted(moments) != moments:
+        return f"{session}-{number}: vad is {vad[:40]!r}; wanted spans that begin before they end, one after the other"
     return _Utterance(session=session, recording_id=f"{session}-{number}", speaker=speaker, spans=spans)

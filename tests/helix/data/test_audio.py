@@ -111,6 +111,93 @@ def test_a_truncated_file_is_not_taken_for_a_short_one(tmp_path, suffix):
         decode(path, rate_hz=RATE_HZ)
 
 
+@pytest.fixture(scope="module")
+def ogg(tmp_path_factory) -> bytes:
+    """Ten seconds of Ogg Vorbis in several pages."""
+    path = tmp_path_factory.mktemp("ogg") / "whole.ogg"
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 160_000)
+    soundfile.write(path, wave, RATE_HZ)
+    assert len(decode(path, rate_hz=RATE_HZ)) == 160_000
+    return path.read_bytes()
+
+
+def pages(data: bytes) -> list[int]:
+    """Where the pages of an Ogg file begin."""
+    starts, position = [], 0
+    while position < len(data):
+        starts.append(position)
+        segments = data[position + 26]
+        position += 27 + segments + sum(data[position + 27 : position + 27 + segments])
+    return starts
+
+
+def test_ogg_cut_at_any_place_is_truncated(ogg, tmp_path):
+    path, starts = tmp_path / "cut.ogg", pages(ogg)
+    assert len(starts) > 5
+    random = np.random.default_rng(1)
+    anywhere = random.integers(1, len(ogg), 100).tolist()
+    for at in [*starts[1:], *(start + 20 for start in starts), *(start + 27 for start in starts), *anywhere]:
+        path.write_bytes(ogg[:at])
+        with pytest.raises(AudioError, match=r"cut\.ogg: (is truncated|cannot be decoded)"):
+            decode(path, rate_hz=RATE_HZ)
+
+
+def test_ogg_that_lost_a_page_within_or_has_something_behind_is_damaged(ogg, tmp_path):
+    path, starts = tmp_path / "hole.ogg", pages(ogg)
+    path.write_bytes(ogg[: starts[4]] + ogg[starts[5] :])
+    with pytest.raises(AudioError, match=f"pages of Ogg are missing before byte {starts[4]}"):
+        decode(path, rate_hz=RATE_HZ)
+    path.write_bytes(ogg[starts[1] :])
+    with pytest.raises(AudioError, match="pages of Ogg are missing before byte 0"):
+        decode(path, rate_hz=RATE_HZ)
+    path.write_bytes(ogg + b"<html>")
+    with pytest.raises(AudioError, match=f"no page of Ogg at byte {len(ogg)}"):
+        decode(path, rate_hz=RATE_HZ)
+
+
+@pytest.mark.parametrize("container", ["AIFF", "AU", "RF64", "W64", "MP3", "CAF"])
+def test_a_format_whose_end_cannot_be_told_is_refused_whole_or_cut(tmp_path, container):
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 16_000), RATE_HZ, format=container)
+    with pytest.raises(AudioError, match=rf"clip\.wav: is {container}\w*; wanted WAV, FLAC or Ogg, convert it"):
+        decode(path, rate_hz=RATE_HZ)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(AudioError, match=r"wanted WAV, FLAC or Ogg|cannot be decoded"):
+        decode(path, rate_hz=RATE_HZ)
+
+
+def test_a_big_endian_wav_file_that_is_cut_is_truncated(tmp_path):
+    path = tmp_path / "big.wav"
+    soundfile.write(path, np.zeros(1_000, np.int16), RATE_HZ, endian="BIG", subtype="PCM_16")
+    assert path.read_bytes()[:4] == b"RIFX" and len(decode(path, rate_hz=RATE_HZ)) == 1_000
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(AudioError, match="is truncated"):
+        decode(path, rate_hz=RATE_HZ)
+
+
+def test_a_chunk_of_odd_length_is_followed_by_a_byte_that_it_does_not_count(tmp_path):
+    path = write(tmp_path / "odd.wav", np.arange(1_000, dtype=np.int16))
+    whole = path.read_bytes()
+    assert whole[36:40] == b"data"
+    # Without the byte between, the next chunk would be taken to begin with a zero, and to be ever so long.
+    data = bytearray(whole[:36] + b"note" + struct.pack("<I", 3) + b"abc\0" + whole[36:])
+    data[4:8] = struct.pack("<I", len(data) - 8)
+    path.write_bytes(data)
+    assert np.array_equal(decode(path, rate_hz=RATE_HZ), np.arange(1_000))
+    path.write_bytes(data[:-1])
+    with pytest.raises(AudioError, match=f"its header tells of {len(data)} bytes, the file has {len(data) - 1}"):
+        decode(path, rate_hz=RATE_HZ)
+
+
+def test_ogg_with_a_changed_byte_gives_less_than_it_promises_and_is_refused(ogg, tmp_path):
+    path = tmp_path / "bit.ogg"
+    data = bytearray(ogg)
+    data[pages(ogg)[5] + 600] ^= 1  # the page does not match its checksum any more, and libvorbis leaves it out
+    path.write_bytes(data)
+    with pytest.raises(AudioError, match=r"bit\.ogg: is truncated: 1\d{5} of 160000 samples are there"):
+        decode(path, rate_hz=RATE_HZ)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_not_a_number_is_named(tmp_path, bad):
     wave = np.zeros(100)

@@ -187,3 +187,17 @@ def test_in_a_concatenation_the_last_part_keeps_its_silence():
 def test_parts_that_do_not_divide_the_wave_are_refused():
     with pytest.raises(ValueError, match="waves of 1000 samples do not fall into 3 equal parts"):
         augment(waves(1, 1_000), torch.arange(1), SHIFT_ONLY, seed=0, epoch=0, parts=3)
+
+
+@pytest.mark.parametrize("drawn", ["shift", "gain", "noise"])
+def test_shift_gain_and_noise_each_follow_a_seed_of_their_own(monkeypatch, drawn):
+    wave_BT, one = waves(64), {"shift": {"shift_s": 0.01}, "gain": {"gain_low": 0.5, "gain_high": 2.0}}
+    off = {"shift_s": 0.0, "gain_low": 1.0, "gain_high": 1.0, "noise": 0.0}
+    seeds = {"shift": 1, "gain": 2, "noise": 3}
+    monkeypatch.setattr("helix.data.augment.derive_seed", lambda _seed, name, _epoch: seeds[name])
+    for changed in seeds:
+        spec = AugmentSpec(**off | one.get(drawn, {"noise": 0.1}))
+        before = augment(wave_BT, torch.arange(64), spec, seed=0, epoch=0)
+        seeds[changed] += 10
+        after = augment(wave_BT, torch.arange(64), spec, seed=0, epoch=0)
+        assert torch.equal(before, after) == (changed != drawn)

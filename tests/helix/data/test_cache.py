@@ -17,6 +17,7 @@ import pytest
 from helix.data.cache import ShardCache
 from helix.data.shards import CorruptShardError, open_prepared, prepare
 from helix.storage import CorruptObjectError, FolderStorage, Storage, open_storage
+from helix.storage_s3 import S3Storage
 from tests.fault_proxy import Fault, FaultProxy
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -189,7 +190,7 @@ def test_where_the_cache_is_and_how_large_follows_the_environment(monkeypatch: p
     assert ShardCache.of_environment().limit_bytes == GIB // 2
     for wrong in ("much", "0", "-1", "nan"):
         monkeypatch.setenv("HELIX_CACHE_GIB", wrong)
-        with pytest.raises(ValueError, match="wanted a number of GiB above 0"):
+        with pytest.raises(ValueError, match="wanted a finite number of GiB above 0"):
             ShardCache.of_environment()
 
 
@@ -335,3 +336,26 @@ def test_a_recording_damaged_in_the_cache_is_fetched_again_and_one_damaged_in_th
     file.unlink()
     with pytest.raises(CorruptShardError, match=re.escape(key)):
         open_prepared(storage, prepared.prefix).wave(0)
+
+
+@pytest.mark.parametrize("wrong", ["inf", "-inf", "nan", "1e999", "0"])
+def test_a_cache_without_a_bound_is_refused_by_the_name_of_its_variable(monkeypatch: pytest.MonkeyPatch, wrong: str):
+    monkeypatch.setenv("HELIX_CACHE_GIB", wrong)
+    with pytest.raises(ValueError, match=f"HELIX_CACHE_GIB is '{wrong}'; wanted a finite number of GiB above 0"):
+        ShardCache.of_environment()
+
+
+def test_a_cache_that_cannot_be_written_says_so_before_anything_is_fetched(tmp_path: Path):
+    (tmp_path / "file").touch()
+    storage = StorageOfNothing()
+    for place in (tmp_path / "file" / "cache", tmp_path / "file"):
+        with pytest.raises(OSError, match=re.escape(f"cannot keep shards in {place} (")) as caught:
+            ShardCache(place).samples(storage, "shards/00000.bin", 2, "0" * 64)
+        assert "with HELIX_CACHE" in str(caught.value) and not isinstance(caught.value, FileNotFoundError)
+
+
+class StorageOfNothing(S3Storage):
+    """A bucket that nobody may ask."""
+
+    def __init__(self) -> None:
+        pass

@@ -13,7 +13,7 @@ from helix.data.clips import Clips
 from helix.data.dataset import Dataset, DatasetError, recordings_of, split_facts
 from helix.data.datasets.tones import Tones
 from helix.data.index import Index, Recording, listed_index
-from helix.data.splits import by_folds, by_speaker, halves, official
+from helix.data.splits import _about, by_folds, by_speaker, halves, official
 from helix.protocol import PROFILES, Protocol, profile
 from helix.registry import DATASETS
 
@@ -282,6 +282,14 @@ def test_one_seed_is_one_split_and_another_is_another():
     ]
     assert np.array_equal(tested[0], tested[1]) and not np.array_equal(tested[0], tested[2])
     assert tested[0][:6].tolist() == PINNED
+
+
+@pytest.mark.parametrize(
+    ("sizes", "taken"), [([1], []), ([1, 1], ["0"]), ([1, 1, 1], ["0", "1"]), ([5, 1, 1], ["0", "1"])]
+)
+def test_the_last_session_of_a_speaker_is_never_taken_from_training(sizes, taken):
+    named = {str(number): size for number, size in enumerate(sizes)}
+    assert _about(list(named), named, goal=sum(sizes)) == taken
 
 
 def test_a_speaker_with_one_session_alone_cannot_be_tested_on():

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -198,3 +199,29 @@ def test_one_real_fold_prepares_and_halves(real_esc50, tmp_path, storage):
     per_class = np.bincount(recordings.index.label[rows[selects]], minlength=50)
     assert 190 <= selects.sum() <= 210 and per_class.min() >= 1 and per_class.max() <= 7
     assert np.mean(np.abs(per_class - 4) <= 1) > 0.9
+
+
+def test_a_file_without_a_row_is_named(esc50_layout):
+    layout = esc50_layout(folds=[1], labels=[0])
+    table = layout / "meta" / "esc50.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[:1] + lines[2:]))
+    assert "audio/1-1000-A-0.wav: is there, and meta/esc50.csv has no row for it" in problems(layout)
+
+
+def test_a_row_whose_file_is_absent_is_checked_like_others(esc50_layout):
+    layout = esc50_layout(folds=[1], labels=[0, 1])
+    edit(layout, 0, target="77")
+    edit(layout, 1, fold="8")
+    for path in (layout / "audio").glob("*-0.wav"):
+        path.unlink()
+    with pytest.raises(
+        DatasetError, match=r"1-1000-A-0: label 77; wanted 0 to 49\n.*1-1000-B-0: fold 8; wanted one of"
+    ):
+        ESC50.listing(layout, allow_missing=True)
+
+
+def test_the_download_is_of_one_commit_and_claims_no_checksum_that_nobody_publishes():
+    (download,) = ESC50.downloads
+    assert re.fullmatch(r"https://github\.com/karolpiczak/ESC-50/archive/[0-9a-f]{40}\.zip", download.url)
+    assert download.name.endswith(".zip") and (download.sha256, download.md5, download.bytes) == (None, None, None)

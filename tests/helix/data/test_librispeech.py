@@ -159,3 +159,22 @@ def test_real_speech_splits_within_every_speaker(real_folder, storage):
     assert batch.wave_BT.shape == (2, 480_000) and batch.wave_BT.abs().max() > 0.05
     with pytest.raises(ValueError, match="no speaker has two sessions"):
         SPEECH.split(recordings.index, fold=1, protocol=profile("fair"))
+
+
+def test_lists_with_bytes_that_are_no_text_are_named_with_file_and_line_all_at_once(layouts, tmp_path):
+    source = layouts.librispeech(tmp_path / "LibriSpeech", speakers=2)
+    for chapter in ("14/100/14-100", "17/101/17-101"):
+        path = source / "train-clean-100" / f"{chapter}.trans.txt"
+        path.write_bytes(path.read_bytes().replace(b"0001 WORDS", b"0001 W\xffRDS"))
+    path = source / "train-clean-100" / "14" / "101" / "14-101.trans.txt"
+    path.write_text(path.read_text() * 2 + "somebody\n")
+    (source / TABLE).write_bytes((source / TABLE).read_bytes() + b"\xfe\n")
+    told = problems(source)
+    for part in (
+        r"train-clean-100/14/100/14-100.trans.txt line 2: has bytes that are no UTF-8 (b'\xff')",
+        r"train-clean-100/17/101/17-101.trans.txt line 2: has bytes that are no UTF-8 (b'\xff')",
+        "14-101-0000: stands 2 times in 14-101.trans.txt",
+        "14-101.trans.txt: 'somebody': wanted a name 14-101-NUMBER.flac",
+        "SPEAKERS.TXT line 255: has bytes that are no UTF-8",
+    ):
+        assert part in told

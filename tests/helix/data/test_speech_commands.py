@@ -162,3 +162,15 @@ def test_real_words_keep_the_official_split(real_folder, storage):
     assert [len(rows) for rows in (split.train, split.validation, split.test)] == [968, 123, 109]
     speakers = [set(recordings.index.speaker[rows]) for rows in (split.train, split.validation, split.test)]
     assert sum(map(len, speakers)) == len(set.union(*speakers))
+
+
+def test_a_list_with_bytes_that_are_no_text_is_named_with_its_lines(layouts, tmp_path):
+    source = layouts.speech_commands(tmp_path / "sc", words=["bed"])
+    for name in ("testing_list.txt", "validation_list.txt"):
+        (source / name).write_bytes((source / name).read_bytes() + b"bed/\xff\n\0\n")
+    told = problems(source)
+    for name in ("testing_list.txt", "validation_list.txt"):
+        assert f"{name} line 3: has bytes that are no UTF-8" in told and f"{name} line 4: has a NUL byte" in told
+    (source / "validation_list.txt").unlink()
+    (source / "validation_list.txt").mkdir()
+    assert "validation_list.txt: cannot be read: Is a directory" in problems(source)

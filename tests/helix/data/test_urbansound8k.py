@@ -1,6 +1,7 @@
 """UrbanSound8K: the official layout, mixed rates and channels, folds as they are, and what can be wrong."""
 
 import csv
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -151,3 +152,46 @@ def test_a_truncated_excerpt_is_an_error_with_its_name(layouts, tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(AudioError, match=f"{path.name}: is truncated"):
         URBAN.wave(recording, source)
+
+
+def test_a_row_out_of_range_is_wrong_whether_its_file_is_there_or_not(layouts, tmp_path, storage):
+    source = layouts.urbansound8k(tmp_path / "u", folds=[1, 2])
+    edit(source, 1, fold="11")
+    edit(source, 2, classID="10")
+    next(source.glob("audio/fold1/1010-1-0-0.wav")).unlink()
+    for row in range(3, 4):
+        edit(source, row, classID="12")
+    next(source.glob("audio/fold1/1010-1-0-1.wav")).unlink()
+    with pytest.raises(DatasetError) as caught:
+        prepare("urbansound8k", source=source, storage=storage, allow_partial=True)
+    told = "\n".join(caught.value.problems)
+    for part in ("1000-0-0-1: fold 11; wanted one of", "1010-1-0-0: label 10; wanted", "1010-1-0-1: label 12; wanted"):
+        assert part in told
+    assert list(storage.keys("data")) == []
+
+
+def test_every_damage_of_the_table_is_told_with_its_line(layouts, tmp_path):
+    source = layouts.urbansound8k(tmp_path / "u", folds=[1])
+    lines = (source / TABLE).read_bytes().splitlines()
+    lines[2] += b",more,fields"
+    lines[4] = b"\xff" + lines[4]
+    lines[6] = b'"' + lines[6]
+    lines[8] = lines[8][:20]
+    lines[9] += b"\xfe"
+    (source / TABLE).write_bytes(b"\r\n".join(lines) + b"\r\n")
+    told = problems(source)
+    for line, what in ((3, "has 10 fields; wanted 8"), (5, "no UTF-8"), (7, "quote"), (9, "fields"), (10, "no UTF-8")):
+        assert re.search(f"UrbanSound8K.csv line {line}: .*{what}", told)
+    (source / TABLE).unlink()
+    (source / TABLE).mkdir()
+    assert problems(source) == "metadata/UrbanSound8K.csv: cannot be read: Is a directory"
+
+
+def test_a_file_without_a_row_is_named_and_may_be_left_out_of_a_part(layouts, tmp_path, storage):
+    source = layouts.urbansound8k(tmp_path / "u", folds=[1])
+    lines = (source / TABLE).read_text().splitlines(keepends=True)
+    (source / TABLE).write_text("".join(lines[:1] + lines[2:]))
+    layouts.sound(source / "audio" / "fold1" / "._1000-0-0-1.wav", 10)  # a Mac leaves such files
+    assert problems(source) == "audio/fold1/1000-0-0-0.wav: is there, and metadata/UrbanSound8K.csv has no row for it"
+    manifest = prepare("urbansound8k", source=source, storage=storage, allow_partial=True).manifest
+    assert manifest["partial"] and list(manifest["missing"]) == ["audio/fold1/1000-0-0-0.wav"]
