@@ -14,11 +14,9 @@ import gc
 import json
 import math
 import os
-import pickle
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -216,56 +214,6 @@ def brief(error: Exception) -> str:
     if isinstance(error, NotRunError):
         return f"not run: {lines[0]}"
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def in_own_process(function: Callable[..., Any], *arguments: Any, threads: int) -> Any:
-    """What `function(*arguments)` returns in a fresh process with so many threads. Raises what it raises.
-
-    The process imports what the function needs and nothing else, so that its memory is its own. RuntimeError where it
-    was killed, which a machine with too little memory does.
-    """
-    asked, root = pickle.dumps((function, arguments, threads)), Path(__file__).resolve().parents[1]
-    ended = subprocess.run(
-        [sys.executable, "-c", "from helix.bench import answer; answer()"],
-        input=asked,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))},
-        check=False,
-    )
-    if ended.returncode:
-        raise RuntimeError("its process was killed: probably there is not enough memory")
-    result, error = pickle.loads(ended.stdout)
-    if error is not None:
-        raise error
-    return result
-
-
-def answer() -> None:
-    """The other side of `in_own_process`: from standard input the function, to standard output what it returns."""
-    function, arguments, threads = pickle.load(sys.stdin.buffer)
-    torch.set_num_threads(threads)
-    out, sys.stdout = sys.stdout, sys.stderr
-    try:
-        found = function(*arguments), None
-    except Exception as error:  # whatever it is, the one who asked is to have it
-        found = None, error
-    out.buffer.write(pickle.dumps(found))
-
-
-def memory_mib(what: str) -> float:
-    """ "VmRSS" or "VmHWM" of this process: the memory that it holds, or the most that it has held since `forget_peak`.
-
-    Raises OSError where the system (any but Linux) does not say.
-    """
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{what}:"):
-            return int(line.split()[1]) / 1024
-    raise OSError(f"/proc/self/status has no {what}")
-
-
-def forget_peak() -> None:
-    """From here on "VmHWM" counts anew."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 # The command

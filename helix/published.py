@@ -1,4 +1,4 @@
-"""The numbers of the paper (arXiv:2603.21316v1, Tables 2 to 5) and of its authors' README, as data with their source.
+"""The numbers of the paper (arXiv:2603.21316v1, Tables 1 to 5) and of its authors' README, as data with their source.
 
 Accuracies are best test accuracies, as the paper reports them, in fractions. Per-fold and last-epoch accuracies stand
 only in the README of the authors' repository at commit 65a9517; parameter counts follow from its model.py, not from
@@ -9,6 +9,14 @@ from dataclasses import dataclass
 
 PAPER = "arXiv:2603.21316v1"
 README = "the authors' README at commit 65a9517"
+
+#: Table 1: tokens -> backbone -> "trains", "slow" (more than twice the time of pure Mamba) or "OOM", on a GPU of 48 GB.
+FEASIBILITY = {
+    500: {"mamba": "trains", "helix": "trains", "attention": "trains"},
+    3_000: {"mamba": "trains", "helix": "trains", "attention": "slow"},
+    30_000: {"mamba": "trains", "helix": "trains", "attention": "OOM"},
+}
+GPU_BYTES = 48 * 10**9
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich import box
@@ -16,9 +17,10 @@ from helix.data.dataset import Dataset, DatasetError
 from helix.data.download import DownloadError, fetch_all
 from helix.data.shards import CorruptShardError
 from helix.protocol import PROFILES
+from helix.published import GPU_BYTES
 from helix.registry import DATASETS
 from helix.spec import TrialSpec, apply_overrides
-from helix.training.feasibility import PAPER_GPU_BYTES, TOKENS, Cell, measured, table
+from helix.training.feasibility import TOKENS, Cell, measured, table
 from helix.training.memory import GIB, gib
 from orchestration import sweep
 from orchestration.certify import BIT_EXACT, certificate_table, certify
@@ -40,26 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="helix", description="Which audio model is better, and is the difference real?"
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, about in (
-        ("sweep", "train what a grid lacks, track it, and compare (the same as orchestration/sweep.py)"),
-        ("report", "write the report of a grid from what is stored now, without training"),
-        ("prepare", "decode a data set into shards"),
-        ("verify", "read back everything that is stored and list what is damaged"),
-        ("doctor", "what works on this machine, found by trying it, and what to do about the rest"),
-        ("bench", "time and weigh a part beside implementations by others"),
-        ("feasibility", "the paper's Table 1: which backbone trains on how many tokens, and in how much memory"),
-        ("certify", "kill a trial again and again, and show what that changes in it"),
-        ("restart", "give up the checkpoints of a trial, so that it is trained from step 0"),
-    ):
+    for name, (about, _) in COMMANDS.items():
         commands.add_parser(name, help=about, add_help=False)
-    chosen, rest = parser.parse_known_args(arguments[:1])[0].command, arguments[1:]
-    if chosen == "bench":
-        return bench.main(rest)
-    if chosen == "doctor":
-        return doctor.main(rest, rehearse_ray=rehearse)
-    if chosen in COMMANDS:
-        return COMMANDS[chosen](rest)
-    return sweep.main(rest, train_missing=chosen == "sweep")
+    chosen = parser.parse_known_args(arguments[:1])[0].command
+    return COMMANDS[chosen][1](arguments[1:])
 
 
 def prepare(arguments: Sequence[str]) -> int:
@@ -181,7 +167,7 @@ def feasibility(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--memory-gib",
         type=float,
-        default=PAPER_GPU_BYTES / GIB,
+        default=GPU_BYTES / GIB,
         help="what has to fit (default: the paper's 48 GB GPU)",
     )
     parser.add_argument("--measure", action="store_true", help="take real steps on this machine's CPU as well")
@@ -332,13 +318,25 @@ def restart_trial(arguments: Sequence[str]) -> int:
     return 0
 
 
-#: The commands that are no form of a sweep.
-COMMANDS = {
-    "prepare": prepare,
-    "verify": verify,
-    "feasibility": feasibility,
-    "certify": certify_grid,
-    "restart": restart_trial,
+def diagnose(arguments: Sequence[str]) -> int:
+    """`helix doctor`, which leaves it to this package to start a Ray."""
+    return doctor.main(arguments, rehearse_ray=rehearse)
+
+
+#: What `helix` can do: what it says of each, and the function that takes the rest of the line.
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "sweep": ("train what a grid lacks, track it, and compare (the same as orchestration/sweep.py)", sweep.main),
+    "report": (
+        "write the report of a grid from what is stored now, without training",
+        partial(sweep.main, train_missing=False),
+    ),
+    "prepare": ("decode a data set into shards", prepare),
+    "verify": ("read back everything that is stored and list what is damaged", verify),
+    "doctor": ("what works on this machine, found by trying it, and what to do about the rest", diagnose),
+    "bench": ("time and weigh a part beside implementations by others", bench.main),
+    "feasibility": ("the paper's Table 1: which backbone trains on how many tokens, in how much memory", feasibility),
+    "certify": ("kill a trial again and again, and show what that changes in it", certify_grid),
+    "restart": ("give up the checkpoints of a trial, so that it is trained from step 0", restart_trial),
 }
 
 

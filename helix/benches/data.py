@@ -37,7 +37,6 @@ from helix.bench import (
     Target,
     Timing,
     brief,
-    in_own_process,
     process_clocks,
     race,
     ratio_of,
@@ -50,6 +49,7 @@ from helix.data.loader import Host
 from helix.data.shards import Recordings, open_prepared, prepare
 from helix.loader_peers import Read, authors_path, litdata_random, webdataset_stream
 from helix.peers import MissingPeerError
+from helix.process import in_own_process
 from helix.registry import BENCHES
 from helix.storage import FolderStorage, Storage, open_storage
 

@@ -19,9 +19,6 @@ from helix.bench import (
     Target,
     Timing,
     brief,
-    forget_peak,
-    in_own_process,
-    memory_mib,
     process_clocks,
     race,
     ratio_of,
@@ -31,6 +28,7 @@ from helix.bench import (
 from helix.models.agreement import SCAN_NAMES, compile_kernels, relative_errors, run, scan_inputs, scanned
 from helix.models.scan import scan_backend, selective_scan, selective_scan_sequential
 from helix.peers import MissingPeerError, Peer, peers
+from helix.process import forget_peak, held_bytes, in_own_process, peak_bytes
 from helix.registry import BENCHES
 
 MODES = ("forward", "forward+backward")
@@ -186,9 +184,9 @@ def peak_above_inputs(backend: str, shape: tuple[int, int, int, int]) -> float:
     _work("forward+backward", _by_backend(backend), scan_inputs(1, 64, channels, state))()
     work = _work("forward+backward", _by_backend(backend), scan_inputs(*shape))
     forget_peak()
-    before = memory_mib("VmRSS")
+    before = held_bytes()
     work()
-    return memory_mib("VmHWM") - before
+    return (peak_bytes() - before) / 2**20
 
 
 def _by_backend(name: str) -> Callable[..., Tensor]:

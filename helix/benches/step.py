@@ -24,9 +24,6 @@ from helix.bench import (
     Target,
     Timing,
     brief,
-    forget_peak,
-    in_own_process,
-    memory_mib,
     process_clocks,
     race,
     ratio_of,
@@ -37,6 +34,7 @@ from helix.models.agreement import compile_kernels
 from helix.models.blocks import mamba
 from helix.models.classifier import build_classifier
 from helix.peers import MissingPeerError, load_mambapy
+from helix.process import forget_peak, in_own_process, peak_bytes
 from helix.protocol import Protocol
 from helix.registry import BENCHES
 from helix.spec import ModelSpec, TrainingSpec
@@ -294,7 +292,7 @@ def peak_gb(pattern: tuple[str, ...], width: int, tokens: int, recompute: bool) 
     step.wave_BT, step.label_B = clips(1, tokens)
     forget_peak()
     step()
-    return memory_mib("VmHWM") * 2**20 / 1e9
+    return peak_bytes() / 1e9
 
 
 def _length_name(tokens: int, recompute: bool) -> str:

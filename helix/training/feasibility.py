@@ -8,22 +8,17 @@ stand side by side here, predicted from shapes and, where that is asked for, mea
 import ctypes
 import dataclasses
 import gc
-import json
-import os
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 
+from helix.process import forget_peak, held_bytes, in_own_process, peak_bytes
 from helix.protocol import profile
-from helix.spec import AugmentSpec, ModelSpec, TrainingSpec, TrialSpec, from_json, to_json
+from helix.published import FEASIBILITY
+from helix.spec import AugmentSpec, ModelSpec, TrainingSpec, TrialSpec
 from helix.training.memory import (
     Device,
     Prediction,
@@ -38,14 +33,6 @@ from helix.training.memory import (
 #: The lengths of Table 1 in tokens of a raw waveform, 160 samples each: 5 s, 30 s and 300 s.
 TOKENS = (500, 3_000, 30_000)
 SAMPLES_PER_TOKEN = 160
-
-#: What the paper found on its GPU, by tokens and backbone ("trains", "slow" or "OOM").
-PAPER_TABLE_1 = {
-    500: {"mamba": "trains", "helix": "trains", "attention": "trains"},
-    3_000: {"mamba": "trains", "helix": "trains", "attention": "slow"},
-    30_000: {"mamba": "trains", "helix": "trains", "attention": "OOM"},
-}
-PAPER_GPU_BYTES = 48 * 10**9
 
 #: VoxPopuli's speakers, which the paper's clips of 30,000 tokens are told apart by.
 CLASSES = 1_313
@@ -140,7 +127,7 @@ def table(
                             recompute=recompute,
                             spec=spec,
                             predicted=predicted,
-                            paper=PAPER_TABLE_1.get(length, {}).get(backbone, ""),
+                            paper=FEASIBILITY.get(length, {}).get(backbone, ""),
                         )
                     )
     return cells
@@ -184,48 +171,36 @@ def measure(
 
     Raises MeasurementError where that process fails or is killed.
     """
-    order = {"spec": to_json(spec), "samples": samples, "classes": classes, "micro_batch": micro_batch}
-    order |= {"recompute": recompute, "compact": compact, "steps": steps, "threads": threads or torch.get_num_threads()}
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    process = subprocess.run(
-        [sys.executable, "-m", "helix.training.feasibility"],
-        input=json.dumps(order),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-        check=False,
-    )
-    if process.returncode:
-        last = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise MeasurementError(f"the process that measured ended with {process.returncode}: {last}")
-    return Measurement(**json.loads(process.stdout.splitlines()[-1]))
+    how = {"samples": samples, "classes": classes, "recompute": recompute}
+    try:
+        return in_own_process(
+            _steps, spec, how, micro_batch, compact, steps, threads=threads or torch.get_num_threads()
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise MeasurementError(str(error)) from error
 
 
-def run_order(order: Mapping[str, Any]) -> Measurement:
+def _steps(spec: TrialSpec, how: dict[str, Any], micro_batch: int | None, compact: bool, steps: int) -> Measurement:
     """What the fresh process does: take a small step to have everything loaded, then look at what the real ones add."""
-    torch.set_num_threads(order["threads"])
-    if order["compact"]:
+    if compact:
         compact_large_blocks()
-    spec = from_json(order["spec"])
-    options = {"classes": order["classes"], "recompute": order["recompute"], "micro_batch": order["micro_batch"]}
     small = dataclasses.replace(
         spec,
         model=dataclasses.replace(spec.model, width=32, pool_tokens=None),
         training=dataclasses.replace(spec.training, batch_size=1),
     )
-    Rehearsal(small, samples=min(order["samples"], 16_000), **{**options, "micro_batch": None}).step()
+    Rehearsal(small, **{**how, "samples": min(how["samples"], 16_000)}).step()
     gc.collect()
     _give_back()
-    before = psutil.Process().memory_info().rss
-    _reset_peak()
-    rehearsal = Rehearsal(spec, samples=order["samples"], **options)
+    before = held_bytes()
+    forget_peak()
+    rehearsal = Rehearsal(spec, **how, micro_batch=micro_batch)
     began = time.perf_counter()
-    for _ in range(order["steps"]):
+    for _ in range(steps):
         began = time.perf_counter()
         rehearsal.step()
     seconds = time.perf_counter() - began
-    return Measurement(peak_bytes=_peak() - before, process_bytes=before, step_seconds=seconds)
+    return Measurement(peak_bytes=peak_bytes() - before, process_bytes=before, step_seconds=seconds)
 
 
 def _give_back() -> None:
@@ -233,26 +208,3 @@ def _give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _reset_peak() -> None:
-    """Let the peak begin at what is held now; where the system refuses, the small step has left it near there."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _peak() -> int:
-    """The most memory that this process has held since the reset."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
-
-
-if __name__ == "__main__":
-    json.dump(dataclasses.asdict(run_order(json.load(sys.stdin))), sys.stdout)

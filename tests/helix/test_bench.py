@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,7 @@ from helix.bench import (
     Timing,
     as_markdown,
     figure,
-    forget_peak,
-    in_own_process,
     main,
-    memory_mib,
     race,
     ratio_of,
     read_options,
@@ -227,39 +223,6 @@ def test_markdown_is_a_table_whatever_stands_in_its_cells():
         if lines[0].startswith("|"):
             assert len({line.count("|") for line in lines}) == 1
     assert "| speed | at least 2.00 times | 1.00 times | missed |" in said
-
-
-# Memory
-
-
-def hold(mib: int) -> tuple[float, float]:
-    """What a process holds after it let go of so much, and at its peak."""
-    large = bytearray(50 * 2**20)
-    del large
-    forget_peak()
-    before = memory_mib("VmRSS")
-    kept = bytearray(b"x") * (mib * 2**20)
-    del kept
-    return memory_mib("VmHWM") - before, before
-
-
-def die() -> None:
-    os._exit(9)
-
-
-@linux
-def test_a_peak_is_that_of_its_own_process_from_when_it_is_asked_for():
-    peak, _ = in_own_process(hold, 20, threads=1)
-    assert 19 <= peak <= 24
-
-
-def test_a_process_that_is_killed_is_an_error_that_says_so():
-    with pytest.raises(RuntimeError, match="memory"):
-        in_own_process(die, threads=1)
-
-
-def test_another_process_has_the_threads_that_it_is_given():
-    assert in_own_process(torch.get_num_threads, threads=2) == 2
 
 
 def test_the_members_are_found():

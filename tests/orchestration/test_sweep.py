@@ -85,6 +85,15 @@ def test_bad_input_is_refused_with_what_was_wanted(arguments, said, tmp_path, mo
     assert not (tmp_path / "runs" / "trials").exists()
 
 
+def test_a_trial_that_cannot_fit_is_refused_before_ray_is_asked_for_anything(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "connect", lambda **_: pytest.fail("a cluster was asked for"))
+    assert sweep.main([*SMALL, "training.epochs=1", "--memory-gib", "0.05"]) == sweep.REFUSED
+    said = " ".join(capsys.readouterr().err.split())
+    assert "refused: " in said and "fold 1 seed 0" in said and "0.05 GiB" in said, said
+    assert not (tmp_path / "runs" / "trials").exists()
+
+
 def test_a_refusal_seen_from_outside_is_one_message_and_exit_code_2(tmp_path):
     done = run(["--grid", "nonsense"], cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")

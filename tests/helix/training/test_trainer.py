@@ -334,6 +334,7 @@ def test_a_change_of_environment_is_told_and_recorded(tiny_spec, tiny_data, stor
     monkeypatch.setenv("HELIX_SCAN", "reference")
     result = fit(tiny_spec, tiny_data, Fit(storage=storage))
     assert [name.split(", ")[1] for name in result["environments"]] == ["scan numba", "scan reference"]
+    assert result["scan"] == "reference"
     assert "goes on in another environment" in caplog.text
 
 
