@@ -4,14 +4,24 @@ import logging
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import ray
+import yaml
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+from ray.core.generated import autoscaler_pb2
+
+from orchestration.money import machine_facts
+from orchestration.pools import Offer, pools_of, types_of
 
 #: The folder that holds the packages helix, orchestration and dashboards.
 ROOT = Path(__file__).resolve().parent.parent
 
 #: How often a Train controller looks at its worker. Its default of 2 s would hold up every report for as long.
 POLL_S = "0.2"
+
+#: Where Ray's older autoscaler leaves its status.
+STATUS_KEY = b"__autoscaling_status"
 
 OBJECT_STORE_BYTES = 128 * 2**20
 
@@ -91,6 +101,39 @@ def driver_resources() -> dict[str, float]:
     if "trial_driver" in ray.cluster_resources():
         return {"trial_driver": 1.0}
     return {"node:__internal_head__": 0.0001}
+
+
+def offer() -> Offer:
+    """What the cluster has on offer: its machines, and what an autoscaler may start.
+
+    The node types are known on the head of a cluster of Ray's launcher, from the file that its autoscaler reads (or the
+    one that HELIX_CLUSTER_YAML names). Elsewhere, as on Kubernetes, the autoscaler's own word says what can never be.
+    """
+    path = Path(os.environ.get("HELIX_CLUSTER_YAML", "~/ray_bootstrap_config.yaml")).expanduser()
+    scaled, refused = _autoscaler()
+    types = None
+    if scaled and path.exists():
+        types = types_of(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return Offer(pools=pools_of(ray.nodes(), types), complete=types is not None or not scaled, refused=refused)
+
+
+def _autoscaler() -> tuple[bool, tuple[dict[str, float], ...]]:
+    """Whether there is an autoscaler, and the requests of which it says that nothing it could start would hold them."""
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    reply = autoscaler_pb2.GetClusterStatusReply()  # pyright: ignore[reportAttributeAccessIssue]
+    reply.ParseFromString(client.get_cluster_status(timeout_s=10))
+    state = reply.autoscaling_state
+    refused = tuple(dict(request.resources_bundle) for request in state.infeasible_resource_requests)
+    if state.last_seen_cluster_resource_state_version:
+        return True, refused
+    return client.internal_kv_get(STATUS_KEY, None) is not None, refused
+
+
+def this_machine(held: dict[str, float]) -> dict[str, Any]:
+    """What the attempts of this worker record of the machine that it runs on, of whose resources it has `held`."""
+    here = ray.get_runtime_context().get_node_id()
+    node: dict[str, Any] = next((one for one in ray.nodes() if one["NodeID"] == here), {})
+    return machine_facts(held=held, resources=node.get("Resources", {}), labels=node.get("Labels"))
 
 
 def rehearse() -> str:

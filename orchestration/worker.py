@@ -6,7 +6,7 @@ import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -20,12 +20,13 @@ from helix.spec import TrialSpec, from_json, trial_id
 from helix.storage import Storage, open_storage
 from helix.training.checkpoint import committed
 from helix.training.memory import compact_large_blocks
-from helix.training.trainer import Fit, fit, trial_folder
-from orchestration.connection import POLL_S
+from helix.training.trainer import Fit, StoppedError, fit, trial_folder
+from orchestration.connection import POLL_S, this_machine
 from orchestration.lease import LeaseLostError, Watch, acquire
 from orchestration.ledger import is_done
 from orchestration.notices import Notices, sigterm_notice
 from orchestration.recovery import Budget, Ended, decide, kind, mean_between_losses_s, smaller
+from orchestration.stop import asked
 
 #: The most seconds between checkpoints.
 SAVE_EVERY_S = 600.0
@@ -62,7 +63,7 @@ def drive(config: dict[str, Any]) -> None:
 
 def worker_resources(pack: dict[str, Any]) -> dict[str, float]:
     """What one worker asks Ray for."""
-    return {"CPU": pack["threads"], **({"GPU": 1} if pack["gpu"] else {})}
+    return {"CPU": pack["threads"], **({"GPU": pack["gpus"]} if pack["gpu"] else {})}
 
 
 def run_pack(config: dict[str, Any]) -> None:
@@ -77,6 +78,8 @@ def run_pack(config: dict[str, Any]) -> None:
     def report(number: int, row: dict[str, Any]) -> None:
         ray.train.report({"trial": number, "epoch": row["epoch"], "test_accuracy": row["test_accuracy"]})
 
+    if config["gpu"] and config["gpus"] < 1:  # beside others on one GPU: none takes what is another's
+        torch.cuda.set_per_process_memory_fraction(config["gpus"])
     placements = config["placements"]
     if any(placement["compact"] for placement in placements):
         compact_large_blocks()
@@ -89,6 +92,8 @@ def run_pack(config: dict[str, Any]) -> None:
         parts=[(placement["micro_batch"], placement["recompute"]) for placement in placements],
         report=report,
         notices=Notices([ray_notice, sigterm_notice()]),
+        machine=this_machine(worker_resources(config)),
+        trainer=config["trainer"],
     )
 
 
@@ -104,6 +109,8 @@ def work_through(
     notices: Callable[[], bool] = lambda: False,
     held_s: float = HELD_S,
     watch: Watch | None = None,
+    machine: Mapping[str, Any] | None = None,
+    trainer: Callable[..., Any] | None = None,
 ) -> None:
     """Run trials in turn until each is done or has failed, here or elsewhere; those that are done are passed over.
 
@@ -125,7 +132,11 @@ def work_through(
             on_epoch=partial(report, number),
             watch=watch,
             notices=notices,
+            machine=machine,
+            trainer=trainer,
         )
+        if outcome == "stopped":
+            return
         if outcome != "held":
             waiting = 0
             continue
@@ -153,11 +164,19 @@ def run_trial(
     budget: Budget | None = None,
     watch: Watch | None = None,
     notices: Callable[[], bool] = lambda: False,
-) -> Literal["done", "failed", "held"]:
-    """Attempt a trial until its result is stored or its budget is spent; "held" where another process works on it."""
+    machine: Mapping[str, Any] | None = None,
+    trainer: Callable[..., Any] | None = None,
+) -> Literal["done", "failed", "held", "stopped"]:
+    """Attempt a trial until its result is stored or its budget is spent.
+
+    "held" where another process works on it, "stopped" where the sweep was asked to stop. `machine`: what the attempts
+    record of what they run on. `trainer`: what stands in for `fit`.
+    """
     name = trial_id(spec, recordings.manifest_sha256)
     while not is_done(storage, name):
-        attempt = Attempt(name, sweep_id=sweep_id, device=device)
+        if asked(storage, sweep_id) is not None:
+            return "stopped"
+        attempt = Attempt(name, sweep_id=sweep_id, device=device, machine=machine or {})
         lease = acquire(
             storage,
             name,
@@ -171,7 +190,7 @@ def run_trial(
         with lease:
             _close_lost(storage, name)
             records = _attempts(storage, name)
-            own = [record for record in records if record["sweep_id"] == sweep_id]
+            own = [one for one in records if one["sweep_id"] == sweep_id and one["outcome"] != "stopped"]
             decision = decide([_ended(record) for record in own], budget or Budget())
             if decision.action == "stop":
                 _give_up(storage, name, own[-1], decision.reason)
@@ -188,16 +207,20 @@ def run_trial(
                 save_every_s=SAVE_EVERY_S,
                 between_losses_s=mean_between_losses_s(records, now=time.time()),
                 save_now=notices,
+                stop_now=lambda lease=lease: lease.stop_asked,
                 on_step=lease.moved,
                 on_epoch=on_epoch,
             )
             try:
-                fit(spec, recordings, how)
+                (trainer or fit)(spec, recordings, how)
             except LeaseLostError as error:
-                attempt.end(storage, "lost", error)
+                attempt.end(storage, "lost", error, step=lease.step)
                 return "held"
+            except StoppedError as stopped:
+                attempt.end(storage, "stopped", step=stopped.step)
+                return "stopped"
             except Exception as error:  # whatever it is, it is this trial's: recorded, judged by decide()
-                attempt.end(storage, "failed", error)
+                attempt.end(storage, "failed", error, step=lease.step)
             else:
                 attempt.end(storage, "done")
     return "done"
@@ -206,7 +229,7 @@ def run_trial(
 class Attempt:
     """The record of one process working on one trial."""
 
-    def __init__(self, name: str, *, sweep_id: str, device: str):
+    def __init__(self, name: str, *, sweep_id: str, device: str, machine: Mapping[str, Any] | None = None):
         now = time.time()
         self.id, self.folder = f"{int(now * 1000):014d}-{uuid.uuid4().hex[:8]}", trial_folder(name)
         self.name = name
@@ -218,6 +241,7 @@ class Attempt:
             "pid": os.getpid(),
             "device": device,
             "threads": torch.get_num_threads(),
+            **(machine or {}),
         }
 
     def begin(self, storage: Storage, *, micro_batch: int, recompute: bool) -> None:
@@ -229,9 +253,11 @@ class Attempt:
         }
         self._put(storage)
 
-    def end(self, storage: Storage, outcome: str, error: Exception | None = None) -> None:
-        """Record how the attempt ended."""
+    def end(self, storage: Storage, outcome: str, error: Exception | None = None, *, step: int | None = None) -> None:
+        """Record how the attempt ended; where its trial is not done, after which step and what is kept of its steps."""
         self.record |= {"ended": time.time(), "outcome": outcome}
+        if step is not None:
+            self.record |= {"step": step, "kept_step": _newest_step(storage, self.name)}
         if error is not None:
             self.record |= {
                 "error_kind": kind(error),
@@ -251,6 +277,8 @@ class Attempt:
             "error": f"hung: no step was finished for {seconds:.0f} s, so its process was ended",
         }
         try:
+            beat = storage.get_json(f"{self.folder}/heartbeat.json") or {}
+            self.record |= {"step": beat.get("step", 0), "kept_step": _newest_step(storage, self.name)}
             self._put(storage)
         finally:
             os._exit(HUNG)
@@ -273,8 +301,10 @@ def _close_lost(storage: Storage, name: str) -> None:
     for key in storage.keys(f"{trial_folder(name)}/attempts"):
         record = storage.get_json(key)
         if "ended" not in record:
-            heard = heartbeat.get("time") if heartbeat.get("attempt_id") == record["attempt_id"] else None
-            storage.put_json(key, record | {"ended": heard or record["started"], "outcome": "lost"})
+            said = heartbeat if heartbeat.get("attempt_id") == record["attempt_id"] else {}
+            how = {"ended": said.get("time") or record["started"], "outcome": "lost"}
+            kept = {"step": said.get("step", 0), "kept_step": _newest_step(storage, name)}
+            storage.put_json(key, record | how | kept)
 
 
 def _ended(record: dict[str, Any]) -> Ended:
