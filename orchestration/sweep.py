@@ -106,15 +106,13 @@ class Sweep:
 def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) -> int:
     """Run the command line, or without `train_missing` report on what is stored. Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_intermixed_args(arguments)
+    options = parser().parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s")
     if not options.verbose:  # Tune logs a pack's traceback at every attempt; finish() says what matters of it
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    # The stream is named so that the console keeps it while Ray's own printing is redirected.
-    width = None if sys.stdout.isatty() else PLAIN_WIDTH
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
+    out = console()
     try:
-        sweep = plan_sweep(options, command=["python", "orchestration/sweep.py", *arguments], console=console)
+        sweep = plan_sweep(options, command=["python", "orchestration/sweep.py", *arguments], console=out)
         if sweep is not None and train_missing:
             for entry in sweep.missing():
                 sweep.placement(entry)
@@ -125,17 +123,24 @@ def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) 
     stopped = None
     try:
         if train_missing:
-            stopped = run_sweep(sweep, console)
+            stopped = run_sweep(sweep, out)
     except (ConnectionError, ClusterError) as error:
         return refuse(error)
     except KeyboardInterrupt:
-        console.print("interrupted; the same command continues where this one stopped")
+        out.print("interrupted; the same command continues where this one stopped")
         return INTERRUPTED
     try:
-        return finish(sweep, console, stopped=stopped)
+        return finish(sweep, out, stopped=stopped)
     except OSError as error:
-        console.print(f"no report: {error}; what is stored is not lost, the same command goes on with it", markup=False)
+        out.print(f"no report: {error}; what is stored is not lost, the same command goes on with it", markup=False)
         return SOME_FAILED
+
+
+def console() -> Console:
+    """Where a command talks to people."""
+    # The stream is named so that the console keeps it while Ray's own printing is redirected.
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    return Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
 
 
 def refuse(error: Exception) -> int:
@@ -534,9 +539,10 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser(prog: str = "sweep.py") -> argparse.ArgumentParser:
+    """The options of a sweep."""
     parser = argparse.ArgumentParser(
-        prog="sweep.py",
+        prog=prog,
         description="Run a grid: train what is missing, track it, and compare. Running it again continues it.",
     )
     parser.add_argument("--grid", required=True, help=f"the question to ask; known: {', '.join(GRIDS.names())}")
