@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import yaml
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
@@ -19,9 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: How often a Train controller looks at its worker. Its default of 2 s would hold up every report for as long.
 POLL_S = "0.2"
-
-#: Where Ray's older autoscaler leaves its status.
-STATUS_KEY = b"__autoscaling_status"
 
 OBJECT_STORE_BYTES = 128 * 2**20
 
@@ -106,27 +104,30 @@ def driver_resources() -> dict[str, float]:
 def offer() -> Offer:
     """What the cluster has on offer: its machines, and what an autoscaler may start.
 
-    The node types are known on the head of a cluster of Ray's launcher, from the file that its autoscaler reads (or the
-    one that HELIX_CLUSTER_YAML names). Elsewhere, as on Kubernetes, the autoscaler's own word says what can never be.
+    On the head, which is where drivers run, the autoscaler's process names the file that it reads, and that the node
+    types. Where there is no such process, as on Kubernetes, only the autoscaler's own word says what can never be.
     """
-    path = Path(os.environ.get("HELIX_CLUSTER_YAML", "~/ray_bootstrap_config.yaml")).expanduser()
-    scaled, refused = _autoscaler()
-    types = None
-    if scaled and path.exists():
-        types = types_of(yaml.safe_load(path.read_text(encoding="utf-8")))
-    return Offer(pools=pools_of(ray.nodes(), types), complete=types is not None or not scaled, refused=refused)
+    known, path = (True, None) if not joins_cluster() else _autoscaler(ray.get_runtime_context().gcs_address)
+    types = None if path is None else types_of(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return Offer(pools=pools_of(ray.nodes(), types), complete=known, refused=() if known else _refused())
 
 
-def _autoscaler() -> tuple[bool, tuple[dict[str, float], ...]]:
-    """Whether there is an autoscaler, and the requests of which it says that nothing it could start would hold them."""
+def _autoscaler(gcs_address: str) -> tuple[bool, Path | None]:
+    """Whether the autoscaler of a cluster runs on this machine, and the file of its node types, None without one."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if any(word.endswith("monitor.py") for word in words) and f"--gcs-address={gcs_address}" in words:
+            path = next((word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")), "")
+            return True, Path(path).expanduser() if path else None
+    return False, None
+
+
+def _refused() -> tuple[dict[str, float], ...]:
+    """The requests of which the autoscaler says that nothing it could start would hold them."""
     client = GcsClient(address=ray.get_runtime_context().gcs_address)
     reply = autoscaler_pb2.GetClusterStatusReply()  # pyright: ignore[reportAttributeAccessIssue]
     reply.ParseFromString(client.get_cluster_status(timeout_s=10))
-    state = reply.autoscaling_state
-    refused = tuple(dict(request.resources_bundle) for request in state.infeasible_resource_requests)
-    if state.last_seen_cluster_resource_state_version:
-        return True, refused
-    return client.internal_kv_get(STATUS_KEY, None) is not None, refused
+    return tuple(dict(one.resources_bundle) for one in reply.autoscaling_state.infeasible_resource_requests)
 
 
 def this_machine(held: dict[str, float]) -> dict[str, Any]:

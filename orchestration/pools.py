@@ -8,6 +8,10 @@ from typing import Any
 SLACK = 1e-9
 
 
+#: Workers that are asked for at once where nobody knows how many machines there may be.
+UNKNOWN_SLOTS = 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pool:
     """Machines of one kind: how many run, and how many there may be at most (as many as run without an autoscaler)."""
@@ -38,10 +42,10 @@ class Offer:
     complete: bool = True
     refused: tuple[Mapping[str, float], ...] = ()
 
-    def slots(self, need: Mapping[str, float], *, wanted: int) -> int:
-        """How many workers there can be at once, started or not; `wanted` where that is not known."""
+    def slots(self, need: Mapping[str, float]) -> int:
+        """How many workers there can be at once, started or not; UNKNOWN_SLOTS where pools may not be known."""
         most = sum(pool.workers(need) * max(pool.most, pool.running) for pool in self.pools)
-        return most if self.complete and most else max(wanted, 1)
+        return max(most, 1) if self.complete else max(most, UNKNOWN_SLOTS)
 
     def impossible(self, need: Mapping[str, float]) -> str | None:
         """Why no worker can ever be started, naming the pools; None where one may be."""

@@ -263,7 +263,7 @@ def train(
     on_offer = offer()
     if problem := on_offer.impossible(sweep.need):
         raise ClusterError(problem)
-    slots = sweep.workers or min(on_offer.slots(sweep.need, wanted=len(missing)), len(missing))
+    slots = sweep.workers or min(on_offer.slots(sweep.need), len(missing))
     sweep_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     # Ray's folder holds nothing that a later sweep reads: results, rows and checkpoints are in our own storage. The
     # machines of a cluster have to share it; pyarrow, which reads it for Ray, takes its endpoint from the environment.
@@ -277,7 +277,6 @@ def train(
     packs = [
         {
             "sweep_id": sweep_id,
-            "storage": repr(sweep.storage),
             "data": sweep.recordings.prepared.prefix,
             "specs": [to_json(entry.trial.spec) for entry in entries],
             "placements": [_cut(sweep.placement(entry)) for entry in entries],
@@ -285,14 +284,19 @@ def train(
             "gpu": sweep.gpu,
             "gpus": sweep.gpus_per_trial,
             "scratch": scratch,
-            "trainer": trainer,
         }
         for entries in pack(missing, workers=slots)
     ]
+    packs_key = f"sweeps/{sweep_id}/packs"
+    found = []
+    for number, one in enumerate(packs):
+        key = f"{packs_key}/{number:05d}.json"
+        sweep.storage.put_json(key, one)
+        found.append({"storage": repr(sweep.storage), "key": key, "trainer": trainer})
     guard = Guard(sweep, sweep_id, workers=len(packs))
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(drive, driver_resources()),
-        param_space={"pack": ray.tune.grid_search(packs)},
+        param_space={"pack": ray.tune.grid_search(found)},
         run_config=ray.tune.RunConfig(
             name="tune",
             storage_path=scratch,
@@ -305,6 +309,8 @@ def train(
         with guard, contextlib.redirect_stdout(RayMessages()):
             results = tuner.fit()
     finally:
+        with contextlib.suppress(OSError):
+            sweep.storage.delete_folder(packs_key)
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
         else:

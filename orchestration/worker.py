@@ -1,5 +1,6 @@
 """A pack of trials on Ray: its driver inside Ray Tune, its Ray Train worker, and the attempts that the worker makes."""
 
+import json
 import os
 import socket
 import time
@@ -7,6 +8,7 @@ import traceback
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -41,14 +43,17 @@ HUNG = 75
 def drive(config: dict[str, Any]) -> None:
     """What Ray Tune runs for one pack: it starts the pack's Ray Train worker and waits for it.
 
+    A pack is read from the storage: Tune walks and copies what it is given again and again, for minutes where that is a
+    thousand specs.
+
     Ray's own state lives in `scratch` and is not needed again: the worker continues from our checkpoints, and how often
     a trial is tried is decided by orchestration/recovery.py, so Ray's count only has to be out of the way.
     """
-    pack = config["pack"]
+    pack = read_pack(config["pack"])
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = POLL_S
     TorchTrainer(
         run_pack,
-        train_loop_config=pack,
+        train_loop_config=config["pack"],
         scaling_config=ray.train.ScalingConfig(
             num_workers=1, use_gpu=pack["gpu"], resources_per_worker=worker_resources(pack)
         ),
@@ -61,18 +66,23 @@ def drive(config: dict[str, Any]) -> None:
     ).fit()
 
 
+def read_pack(where: dict[str, Any]) -> dict[str, Any]:
+    """The pack that `orchestration.sweep.train` put under `where["key"]`."""
+    return open_storage(where["storage"]).get_json(where["key"])
+
+
 def worker_resources(pack: dict[str, Any]) -> dict[str, float]:
     """What one worker asks Ray for."""
     return {"CPU": pack["threads"], **({"GPU": pack["gpus"]} if pack["gpu"] else {})}
 
 
-def run_pack(config: dict[str, Any]) -> None:
-    """What a Ray Train worker runs: the trials of `config["specs"]`.
+def run_pack(where: dict[str, Any]) -> None:
+    """What a Ray Train worker runs: the trials of a pack. `where`: its storage, its key, and what stands in for `fit`.
 
     Errors of the storage itself leave this function, since nothing could be recorded; Ray Train then restarts the
     worker.
     """
-    storage = open_storage(config["storage"])
+    storage, config = open_storage(where["storage"]), read_pack(where)
     torch.set_num_threads(config["threads"])
 
     def report(number: int, row: dict[str, Any]) -> None:
@@ -84,7 +94,7 @@ def run_pack(config: dict[str, Any]) -> None:
     if any(placement["compact"] for placement in placements):
         compact_large_blocks()
     work_through(
-        [from_json(value) for value in config["specs"]],
+        _specs(config["specs"]),
         open_prepared(storage, config["data"]),
         storage,
         sweep_id=config["sweep_id"],
@@ -93,8 +103,22 @@ def run_pack(config: dict[str, Any]) -> None:
         report=report,
         notices=Notices([ray_notice, sigterm_notice()]),
         machine=this_machine(worker_resources(config)),
-        trainer=config["trainer"],
+        trainer=where["trainer"],
     )
+
+
+def _specs(values: Sequence[dict[str, Any]]) -> list[TrialSpec]:
+    """`from_json` of each; checked once for those that differ in nothing but fold and seed."""
+    checked: dict[str, TrialSpec] = {}
+    specs = []
+    for value in values:
+        fold, seed = value["data"]["fold"], value["seed"]
+        key = json.dumps({**value, "data": {**value["data"], "fold": 0}, "seed": 0}, sort_keys=True)
+        if key not in checked:
+            checked[key] = from_json(value)
+        spec = checked[key]
+        specs.append(replace(spec, data=replace(spec.data, fold=fold), seed=seed))
+    return specs
 
 
 def work_through(
@@ -187,8 +211,9 @@ def run_trial(
         )
         if lease is None:
             return "held"
+        heartbeat = storage.get_json(f"{trial_folder(name)}/heartbeat.json") or {}  # before this attempt's first one
         with lease:
-            _close_lost(storage, name)
+            _close_lost(storage, name, heartbeat)
             records = _attempts(storage, name)
             own = [one for one in records if one["sweep_id"] == sweep_id and one["outcome"] != "stopped"]
             decision = decide([_ended(record) for record in own], budget or Budget())
@@ -292,12 +317,11 @@ def _attempts(storage: Storage, name: str) -> list[dict[str, Any]]:
     return [storage.get_json(key) for key in storage.keys(f"{trial_folder(name)}/attempts")]
 
 
-def _close_lost(storage: Storage, name: str) -> None:
+def _close_lost(storage: Storage, name: str, heartbeat: Mapping[str, Any]) -> None:
     """Write down the end of attempts that ended without a word: their last heartbeat is the last that is known.
 
     Only who holds the lease may: every other attempt is over then.
     """
-    heartbeat = storage.get_json(f"{trial_folder(name)}/heartbeat.json") or {}
     for key in storage.keys(f"{trial_folder(name)}/attempts"):
         record = storage.get_json(key)
         if "ended" not in record:

@@ -1,6 +1,6 @@
 """What a cluster can hold: told before anything waits, by the names of its pools."""
 
-from orchestration.pools import Offer, Pool, pools_of, types_of
+from orchestration.pools import UNKNOWN_SLOTS, Offer, Pool, pools_of, types_of
 
 GPU = {"CPU": 1, "GPU": 1.0}
 
@@ -39,7 +39,7 @@ def test_the_wait_is_for_as_many_nodes_as_are_missing_and_may_come():
 def test_shares_of_a_gpu_fit_side_by_side():
     third = {"CPU": 1, "GPU": 1 / 3}
     assert spot().workers(third) == 3
-    assert Offer(pools=(spot(),)).slots(third, wanted=100) == 6
+    assert Offer(pools=(spot(),)).slots(third) == 6
     assert Offer(pools=(spot(),)).waiting(third, workers=6) == "waiting for a GPU: 0 of 2 nodes started"
     assert Offer(pools=(spot(),)).waiting(third, workers=3) == "waiting for a GPU: 0 of 1 nodes started"
 
@@ -52,7 +52,7 @@ def test_without_an_autoscaler_the_pools_are_the_machines_that_run():
     ]
     offer = Offer(pools=pools_of(nodes, None))
     assert [(pool.running, pool.most) for pool in offer.pools] == [(1, 1), (1, 1)]
-    assert offer.slots(GPU, wanted=10) == 1
+    assert offer.slots(GPU) == 1
 
 
 def test_node_types_of_a_cluster_file_are_pools_whether_they_run_or_not():
@@ -68,3 +68,8 @@ def test_node_types_of_a_cluster_file_are_pools_whether_they_run_or_not():
     nodes = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}, "Labels": {"ray.io/node-group": "spot"}}]
     pools = {pool.name: (pool.running, pool.most) for pool in pools_of(nodes, types_of(config))}
     assert pools == {"head": (0, 1), "spot": (1, 3), "tail": (0, 5)}
+
+
+def test_an_unknown_number_of_machines_is_not_asked_for_all_at_once():
+    assert Offer(pools=(HEAD,), complete=False).slots(GPU) == UNKNOWN_SLOTS
+    assert Offer(pools=(HEAD,)).slots({"CPU": 3}) == 2
