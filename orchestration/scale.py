@@ -28,6 +28,7 @@ from helix.training.trainer import Fit, trial_folder
 from orchestration import sweep
 from orchestration.connection import connect, driver_resources
 from orchestration.grid import expand, load_grid
+from orchestration.ledger import read_all
 from orchestration.money import Limits
 from orchestration.plan import Snapshot, check_trials, make_plan
 
@@ -118,8 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors, _ = sweep.train(ours, missing, trainer=nothing)
         ours_s = (time.perf_counter() - began) / given.trials
         began = time.perf_counter()
-        left = ours.missing()
+        states = read_all(storage, [entry.trial_id for entry in ours.plan], now=time.time())
         reading_s = time.perf_counter() - began
+        left = [name for name, state in states.items() if state.status != "done"]
         if errors or left:
             out.print(f"{len(left)} trials are not done: {errors}", markup=False)
             return 1
