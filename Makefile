@@ -18,8 +18,14 @@ help:
 sweep: $(VENV)/.ready
 	@$(BIN)/python orchestration/sweep.py --grid $(GRID) $(ARGS)
 
+# Two at a time, a file each; what starts Ray or a browser takes the machine for itself.
 test: $(VENV)/.ready-dev
+ifeq ($(ARGS),)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not browser"
+	@$(BIN)/python -m pytest -m "ray or browser"
+else
 	@$(BIN)/python -m pytest $(ARGS)
+endif
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
