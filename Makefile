@@ -21,7 +21,7 @@ sweep: $(VENV)/.ready
 # Two at a time, a file each; what starts Ray or a browser takes the machine for itself.
 test: $(VENV)/.ready-dev
 ifeq ($(ARGS),)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not browser"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not browser"
 	@$(BIN)/python -m pytest -m "ray or browser"
 else
 	@$(BIN)/python -m pytest $(ARGS)
