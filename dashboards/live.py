@@ -79,7 +79,7 @@ def sweep_eta(view: SweepView) -> Eta:
 def render(view: SweepView, *, now: float, began: float, height: int = 50) -> RenderableType:
     """The table and its footer; at most `height` lines."""
     trials = view.trials()
-    room = max(height - FRAME_LINES, 3)
+    room = max(height - FRAME_LINES - bool(view.waiting), 3)
     shown = (
         trials if len(trials) <= min(ALL_TRIALS, room) else [one for one in trials if one[1].state.status == "running"]
     )
@@ -100,6 +100,8 @@ def render(view: SweepView, *, now: float, began: float, height: int = 50) -> Re
         notes.append(Text(f"and {hidden} more running", style="dim"))
     elif len(shown) < len(trials):
         notes.append(Text(f"{plural(len(trials) - len(shown), 'trial')} not running and not listed", style="dim"))
+    if view.waiting:
+        notes.append(Text(view.waiting, style="yellow"))
     title = Text.assemble((view.grid, "bold"), (f"  profile {view.profile}", "dim"))
     return Group(title, *([table] if shown else []), *notes, _footer(view, now, began))
 
@@ -126,6 +128,8 @@ def lines(
             line = _epoch(cell, trial)
         if line is not None:
             spoken.append(f"{label(cell, trial)}: {line}")
+    if current.waiting and current.waiting != previous.waiting:
+        spoken.append(f"{current.grid}: {current.waiting}")
     if progress(current).finished and not progress(previous).finished:
         spoken.append(f"{current.grid}: all {plural(progress(current).asked, 'trial')} done")
     return spoken, told

@@ -84,7 +84,7 @@ def render_report(view: SweepView) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for word in ("percent", "points", "mean_std", "count", "millions", "plural", "duration", "moment"):
+    for word in ("percent", "points", "mean_std", "count", "millions", "plural", "duration", "moment", "cost_line"):
         environment.filters[word] = getattr(text, word)
     summaries = summarise(view)
     kinds = list(dict.fromkeys(block for cell in view.cells for block in cell.pattern))

@@ -35,8 +35,11 @@ def summary_table(view: SweepView) -> Table:
     if compared:
         table.add_column("paper", justify="right", no_wrap=True)
         table.add_column("diff.", justify="right", no_wrap=True)
+    if view.spent.usd:
+        table.add_column("cost", justify="right", no_wrap=True)
     for summary in summaries:
-        table.add_row(*_row(summary, many, compared))
+        cost = [Text(f"${summary.cell.spent.usd:,.2f}")] if view.spent.usd else []
+        table.add_row(*_row(summary, many, compared), *cost)
     return table
 
 

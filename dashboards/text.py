@@ -2,6 +2,8 @@
 
 from datetime import UTC, datetime
 
+from dashboards.view import Spent
+
 #: What stands where there is nothing to say: no result yet, no spread of a single fold, no published number.
 GAP = "\N{EN DASH}"
 
@@ -77,6 +79,18 @@ def duration(seconds: float | None) -> str:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(whole / 3600)
     return f"{hours // 24} d {hours % 24:02d} h"
+
+
+def cost_line(spent: Spent) -> str:
+    """ "3.20 GPU-hours, $1.28, of which $0.10 for lost work; 0.50 h have no price (unknown instance type)"."""
+    work = f"{spent.gpu_hours:.2f} GPU-hours" if spent.gpu_hours else f"{spent.hours:.2f} worker-hours"
+    lost = f"{spent.lost_hours:.2f} h of it lost" if spent.lost_hours >= 0.005 else ""
+    if spent.unpriced_hours >= spent.hours:
+        said = [work, lost, f"not priced ({'; '.join(spent.unpriced)})"]
+        return ", ".join(filter(None, said))
+    dollars = f"${spent.usd:,.2f}" + (f", of which ${spent.lost_usd:,.2f} for lost work" if spent.lost_usd else "")
+    rest = f"; {spent.unpriced_hours:.2f} h have no price ({'; '.join(spent.unpriced)})" if spent.unpriced_hours else ""
+    return f"{work}, {dollars}{rest}"
 
 
 def moment(unix_seconds: float) -> str:

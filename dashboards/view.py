@@ -35,12 +35,35 @@ class DataFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What attempts cost (orchestration/money.py says by which rules), in hours of work and US dollars.
+
+    `usd` is of those hours that have a price; `unpriced_hours` are the others and `unpriced` what they ran on. The lost
+    ones are among them all: work that had to be done again.
+    """
+
+    hours: float = 0.0
+    gpu_hours: float = 0.0
+    usd: float = 0.0
+    lost_hours: float = 0.0
+    lost_usd: float = 0.0
+    unpriced_hours: float = 0.0
+    unpriced: tuple[str, ...] = ()
+
+    def __add__(self, other: "Spent") -> "Spent":
+        names = ("hours", "gpu_hours", "usd", "lost_hours", "lost_usd", "unpriced_hours")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return Spent(**sums, unpriced=tuple(dict.fromkeys((*self.unpriced, *other.unpriced))))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialView:
     """One trial: a fold and a seed of a cell, and what storage knows of it."""
 
     fold: int
     seed: int
     state: TrialState
+    spent: Spent = Spent()
 
     @property
     def trial_id(self) -> str:
@@ -65,6 +88,10 @@ class CellView:
     tokens: int | None = None
     trials: tuple[TrialView, ...] = ()
 
+    @property
+    def spent(self) -> Spent:
+        return sum((trial.spent for trial in self.trials), Spent())
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrialEntry:
@@ -79,6 +106,7 @@ class TrialEntry:
     state: TrialState
     parameters: int | None = None
     tokens: int | None = None
+    spent: Spent = Spent()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +114,8 @@ class SweepView:
     """One sweep of one grid at one moment. `question` is the docstring of the grid; its first line becomes the title.
 
     `switches` holds every protocol switch in force; `select` and `std` are the two that rule the summary.
-    `certificates` are all in the storage, as orchestration/certify.py put them.
+    `certificates` are all in the storage, as orchestration/certify.py put them. `waiting` says what trials that could
+    run are waiting for, empty where nothing is known to hold them up.
     """
 
     grid: str
@@ -101,6 +130,7 @@ class SweepView:
     data: tuple[DataFacts, ...] = ()
     cells: tuple[CellView, ...] = ()
     certificates: tuple[dict[str, Any], ...] = ()
+    waiting: str = ""
 
     @classmethod
     def build(
@@ -115,6 +145,7 @@ class SweepView:
         data: Iterable[DataFacts],
         trials: Iterable[TrialEntry],
         certificates: Iterable[dict[str, Any]] = (),
+        waiting: str = "",
     ) -> "SweepView":
         """The view of a flat list of trials, grouped into cells in the order in which the variants first appear."""
         groups: dict[tuple[str, str], list[TrialEntry]] = {}
@@ -133,7 +164,12 @@ class SweepView:
             data=tuple(data),
             cells=tuple(_cell(entries) for entries in groups.values()),
             certificates=tuple(certificates),
+            waiting=waiting,
         )
+
+    @property
+    def spent(self) -> Spent:
+        return sum((cell.spent for cell in self.cells), Spent())
 
     def facts(self, dataset: str) -> DataFacts | None:
         """What is known of a data set; None before it was prepared."""
@@ -146,7 +182,10 @@ class SweepView:
 
 def _cell(entries: list[TrialEntry]) -> CellView:
     first = entries[0]
-    trials = [TrialView(fold=entry.spec.data.fold, seed=entry.spec.seed, state=entry.state) for entry in entries]
+    trials = [
+        TrialView(fold=entry.spec.data.fold, seed=entry.spec.seed, state=entry.state, spent=entry.spent)
+        for entry in entries
+    ]
     return CellView(
         dataset=first.spec.data.dataset,
         variant=first.variant,

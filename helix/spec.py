@@ -3,6 +3,7 @@
 Where a trial runs (device, threads, number of workers, checkpoint interval) is not science and stands nowhere here.
 """
 
+import copy
 import dataclasses
 import hashlib
 import math
@@ -171,6 +172,26 @@ def resolve(spec: TrialSpec) -> TrialSpec:
     Options are kept for the members that this trial uses (its blocks, the reference block, its frontend, its data
     set); options of members that exist and are not used here drop out, since one grid sets them for all its variants.
     """
+    # Nothing below looks at fold or seed, and trials of one grid differ in little else.
+    if type(spec.data.fold) is not int or type(spec.seed) is not int:
+        return _resolve(spec)
+    alike = dataclasses.replace(spec, data=dataclasses.replace(spec.data, fold=0), seed=0)
+    key = repr(alike)
+    if key not in _RESOLVED:
+        if len(_RESOLVED) >= RESOLVED_KEPT:
+            _RESOLVED.clear()
+        _RESOLVED[key] = _resolve(alike)
+    resolved = copy.deepcopy(_RESOLVED[key])
+    return dataclasses.replace(resolved, data=dataclasses.replace(resolved.data, fold=spec.data.fold), seed=spec.seed)
+
+
+#: How many resolved specs are remembered, and by the `repr` of the spec (which tells 1 from 1.0) those that are.
+RESOLVED_KEPT = 256
+_RESOLVED: dict[str, TrialSpec] = {}
+
+
+def _resolve(spec: TrialSpec) -> TrialSpec:
+    """The slow twin of `resolve`: for one spec, with nothing remembered."""
     dataset = DATASETS.make(spec.data.dataset, spec.data.options)
     used = dict.fromkeys((*spec.model.pattern, spec.model.reference), BLOCKS) | {spec.model.frontend: FRONTENDS}
     for name in spec.model.options:

@@ -4,10 +4,12 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -19,14 +21,17 @@ from helix.data.shards import CorruptShardError
 from helix.protocol import PROFILES
 from helix.published import GPU_BYTES
 from helix.registry import DATASETS
-from helix.spec import TrialSpec, apply_overrides
-from helix.training.feasibility import TOKENS, Cell, measured, table
+from helix.spec import TrialSpec, apply_overrides, identity
+from helix.training import feasibility as feasible
+from helix.training.feasibility import TOKENS, Cell, table
 from helix.training.memory import GIB, gib
 from orchestration import sweep
 from orchestration.certify import BIT_EXACT, certificate_table, certify
-from orchestration.connection import ClusterError, rehearse
+from orchestration.connection import ClusterError, cpu_count, rehearse
+from orchestration.forecast import Forecast, calibrate, forecasts, measured, shape
 from orchestration.grid import BACKBONES, GRIDS, PRESETS, expand, load_grid
 from orchestration.ledger import CERTIFICATES
+from orchestration.money import MARKETS, machine_facts
 from orchestration.plan import check_trials, make_plan
 from orchestration.preprocessing import clip_facts, described, prepare_with_ray, prepared_data, refuse_needless, summary
 from orchestration.progress import ProgressDisplay
@@ -185,7 +190,7 @@ def feasibility(arguments: Sequence[str]) -> int:
         patterns = {name: BACKBONES[name] for name in given.backbones}
         cells = table(patterns, tokens=given.tokens, batch=given.batch, precision=given.precision)
         if given.measure:
-            cells = [_say(measured(cell), console) for cell in cells]
+            cells = [_say(feasible.measured(cell), console) for cell in cells]
         if given.json:
             figures = {"limit_bytes": limit_bytes, "cells": [cell.as_json(limit_bytes) for cell in cells]}
             given.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -318,6 +323,64 @@ def restart_trial(arguments: Sequence[str]) -> int:
     return 0
 
 
+def plan_grid(arguments: Sequence[str]) -> int:
+    """`helix plan --grid esc50 [the options of a sweep] [--calibrate]`."""
+    parser = sweep.parser("helix plan")
+    parser.description = "How long a grid will take and what it will cost, from steps that were measured."
+    parser.add_argument("--calibrate", action="store_true", help="time a few steps of each variant on this machine")
+    given = parser.parse_intermixed_args(arguments)
+    console = sweep.console()
+    try:
+        planned = sweep.plan_sweep(given, command=["helix", "plan", *arguments], console=console)
+        if planned is None:  # a dry run, which is printed
+            return 0
+        now, states, entries = time.time(), planned.snapshot.states(), planned.plan
+        shapes = {shape(identity(entry.trial.spec, "")["spec"]) for entry in entries}
+        found = measured(planned.storage, shapes, now=now)
+        if given.calibrate:
+            has = {"CPU": cpu_count(), "GPU": torch.cuda.device_count()}
+            here = {**machine_facts(held=planned.need, resources=has), "device": given.device, "threads": given.threads}
+            torch.set_num_threads(given.threads)
+            sizes = {entry.trial.label: planned.placement(entry) for entry in entries}
+            found |= calibrate(
+                entries,
+                planned.recordings,
+                here,
+                placement=lambda trial: sizes[trial.label],
+                say=lambda line: console.print(line, markup=False),
+            )
+        made = forecasts(entries, states, found, planned.snapshot.prices)
+    except (ValueError, OSError, ClusterError, CorruptShardError) as error:
+        return sweep.refuse(error)
+    if not made:
+        console.print("no step of these shapes was ever measured; --calibrate times some on this machine")
+        return 0
+    console.print(_forecast_table(given.grid, made))
+    console.print(
+        "hours: of work, by the median step of finished epochs (calibrated: training steps alone, without evaluation). "
+        "cost: of what is left, on machines that are never idle; n of m: trials whose shape was measured there."
+    )
+    return 0
+
+
+def _forecast_table(grid: str, made: Sequence[Forecast]) -> Table:
+    shown = Table(title=f"{grid}: {made[0].asked} trials", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
+    shown.add_column("measured on", no_wrap=True)
+    for heading in ("trials", "hours", "left", "hours left", *(f"{market} $" for market in MARKETS)):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for one in made:
+        more = "at least " if one.measured < one.asked else ""
+        shown.add_row(
+            str(one.machine),
+            f"{one.measured} of {one.asked}",
+            f"{more}{one.hours:.2f}",
+            f"{one.left_measured} of {one.left_asked}",
+            f"{more}{one.left_hours:.2f}",
+            *(f"{one.usd[market]:,.2f}" if market in one.usd else "no price" for market in MARKETS),
+        )
+    return shown
+
+
 def diagnose(arguments: Sequence[str]) -> int:
     """`helix doctor`, which leaves it to this package to start a Ray."""
     return doctor.main(arguments, rehearse_ray=rehearse)
@@ -336,6 +399,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "bench": ("time and weigh a part beside implementations by others", bench.main),
     "feasibility": ("the paper's Table 1: which backbone trains on how many tokens, in how much memory", feasibility),
     "certify": ("kill a trial again and again, and show what that changes in it", certify_grid),
+    "plan": ("how long a grid will take and what it will cost, from steps that were measured", plan_grid),
     "restart": ("give up the checkpoints of a trial, so that it is trained from step 0", restart_trial),
 }
 

@@ -4,8 +4,16 @@ import logging
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
+import psutil
 import ray
+import yaml
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+from ray.core.generated import autoscaler_pb2
+
+from orchestration.money import machine_facts
+from orchestration.pools import Offer, pools_of, types_of
 
 #: The folder that holds the packages helix, orchestration and dashboards.
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +99,42 @@ def driver_resources() -> dict[str, float]:
     if "trial_driver" in ray.cluster_resources():
         return {"trial_driver": 1.0}
     return {"node:__internal_head__": 0.0001}
+
+
+def offer() -> Offer:
+    """What the cluster has on offer: its machines, and what an autoscaler may start.
+
+    On the head, which is where drivers run, the autoscaler's process names the file that it reads, and that the node
+    types. Where there is no such process, as on Kubernetes, only the autoscaler's own word says what can never be.
+    """
+    known, path = (True, None) if not joins_cluster() else _autoscaler(ray.get_runtime_context().gcs_address)
+    types = None if path is None else types_of(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return Offer(pools=pools_of(ray.nodes(), types), complete=known, refused=() if known else _refused())
+
+
+def _autoscaler(gcs_address: str) -> tuple[bool, Path | None]:
+    """Whether the autoscaler of a cluster runs on this machine, and the file of its node types, None without one."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if any(word.endswith("monitor.py") for word in words) and f"--gcs-address={gcs_address}" in words:
+            path = next((word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")), "")
+            return True, Path(path).expanduser() if path else None
+    return False, None
+
+
+def _refused() -> tuple[dict[str, float], ...]:
+    """The requests of which the autoscaler says that nothing it could start would hold them."""
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    reply = autoscaler_pb2.GetClusterStatusReply()  # pyright: ignore[reportAttributeAccessIssue]
+    reply.ParseFromString(client.get_cluster_status(timeout_s=10))
+    return tuple(dict(one.resources_bundle) for one in reply.autoscaling_state.infeasible_resource_requests)
+
+
+def this_machine(held: dict[str, float]) -> dict[str, Any]:
+    """What the attempts of this worker record of the machine that it runs on, of whose resources it has `held`."""
+    here = ray.get_runtime_context().get_node_id()
+    node: dict[str, Any] = next((one for one in ray.nodes() if one["NodeID"] == here), {})
+    return machine_facts(held=held, resources=node.get("Resources", {}), labels=node.get("Labels"))
 
 
 def rehearse() -> str:

@@ -1,7 +1,7 @@
 """A grid is a written question: variants x folds x seeds of one data set. Expanding one needs neither ray nor torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from helix.protocol import profile
@@ -103,14 +103,18 @@ def expand(
     base = TrialSpec(protocol=profile(profile_name))
     base = apply_overrides(base, {**PRESETS[preset], **grid.overrides})
     base = apply_overrides(base, overrides)
-    trials = []
-    for fold in _distinct(folds or grid.folds, "fold"):
-        for seed in _distinct(seeds or grid.seeds, "seed"):
-            for variant in chosen:
-                data = {"data.dataset": grid.dataset, "data.fold": fold, "seed": seed}
-                model = {"model.frontend": variant.frontend, "model.pattern": variant.pattern}
-                trials.append(Trial(variant=variant, spec=apply_overrides(base, {**data, **model})))
-    return trials
+    # The strict way in once for each variant; folds and seeds, of which there may be thousands, are put in beside it.
+    specs = {}
+    for variant in chosen:
+        model = {"model.frontend": variant.frontend, "model.pattern": variant.pattern}
+        specs[variant.name] = apply_overrides(base, {"data.dataset": grid.dataset, **model})
+    return [
+        Trial(variant=variant, spec=replace(spec, data=replace(spec.data, fold=fold), seed=seed))
+        for fold in _distinct(folds or grid.folds, "fold")
+        for seed in _distinct(seeds or grid.seeds, "seed")
+        for variant in chosen
+        for spec in [specs[variant.name]]
+    ]
 
 
 #: Keys that tell the trials of a grid apart, and what sets them instead of an override.

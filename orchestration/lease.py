@@ -14,12 +14,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import psutil
 
 from helix.storage import Storage, json_bytes
 from helix.training.trainer import trial_folder
+from orchestration.stop import asked
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ class Watch:
 class Lease:
     """A trial held by this process. A thread says every `beat_s` that it lives, and watches whether it still moves.
 
+    `stop_asked`: whether the sweep that the process works for was asked to stop, as `stop` said at the last beat.
+
     `stalled` is called, in that thread, with the seconds since the last step once they are more than a step can take: a
     process that hangs in a driver or a collective says nothing by itself.
     """
@@ -82,10 +86,12 @@ class Lease:
         first_s: float = FIRST_STEP_S,
         stall_s: float = STALL_S,
         stalled: Callable[[float], None] = lambda _seconds: None,
+        stop: Callable[[], bool] = lambda: False,
     ):
         self.storage, self.trial_id, self.number, self.holder = storage, trial_id, number, holder
         self.beat_s, self.first_s, self.stall_s, self.stalled = beat_s, first_s, stall_s, stalled
-        self.step, self.lost_to = 0, 0
+        self.stop = stop
+        self.step, self.lost_to, self.stop_asked = 0, 0, False
         self._moved, self._slowest_s, self._moves = time.monotonic(), 0.0, 0
         self._stop, self._beats = threading.Event(), 0
         self._thread = threading.Thread(target=self._live, name=f"helix-lease-{trial_id}", daemon=True)
@@ -118,6 +124,7 @@ class Lease:
             try:
                 self._beat()
                 newest = _newest(self.storage, self.trial_id)
+                self.stop_asked = self.stop_asked or self.stop()
             except OSError as error:  # the storage is away; whether the lease is still held shows when it is back
                 logger.warning("trial %s: no heartbeat (%s)", self.trial_id, error)
                 continue
@@ -154,7 +161,12 @@ def acquire(
         return None
     if number > 1:  # the one that was taken over stays, for its holder to see that it is not the newest
         storage.delete(_key(trial_id, number - 1))
-    return Lease(storage, trial_id, number + 1, holder, stalled=stalled)
+    stop = partial(_stop_asked, storage, sweep_id)
+    return Lease(storage, trial_id, number + 1, holder, stalled=stalled, stop=stop)
+
+
+def _stop_asked(storage: Storage, sweep_id: str) -> bool:
+    return asked(storage, sweep_id) is not None
 
 
 def this_process() -> dict[str, Any]:

@@ -11,6 +11,8 @@ trials/<trial_id>/result.json                   put last and only once: the tria
 certificates/<certificate_id>.json              what killing a trial again and again changed in it: nothing, or what
 """
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +24,9 @@ CERTIFICATES = "certificates"
 #: An attempt that has not been heard of for this long is taken for dead when the state is shown.
 SILENCE_S = 120.0
 
+#: Trials that are read side by side: a bucket answers one request in some 20 ms, and many at once as fast.
+READERS = 16
+
 Status = Literal["done", "running", "failed", "partial", "missing"]
 
 
@@ -31,7 +36,7 @@ class TrialState:
 
     `status`: "done" (a result is stored), "running" (an attempt is under way and was heard of lately), "failed" (the
     last attempt ended with an error), "partial" (begun, and nobody works on it), "missing" (nothing yet).
-    `step` counts optimiser steps, finished epochs or not.
+    `step` counts optimiser steps, finished epochs or not. `heard` is when the last attempt was last heard of.
     """
 
     trial_id: str
@@ -42,6 +47,16 @@ class TrialState:
     attempts: tuple[dict[str, Any], ...] = ()
     result: dict[str, Any] | None = field(default=None, repr=False)
     error: str | None = None
+    heard: float | None = None
+
+
+def read_all(storage: Storage, trial_ids: Iterable[str], *, now: float) -> dict[str, TrialState]:
+    """The states of many trials. Of those that nobody began, nothing is asked but one listing of all that were."""
+    begun, wanted = set(storage.children("trials")), list(trial_ids)
+    some = [name for name in wanted if name in begun]
+    with ThreadPoolExecutor(READERS) as readers:
+        states = dict(zip(some, readers.map(lambda name: read(storage, name, now=now), some), strict=True))
+    return {name: states.get(name) or TrialState(trial_id=name, status="missing") for name in wanted}
 
 
 def read(storage: Storage, trial_id: str, *, now: float) -> TrialState:
@@ -52,12 +67,13 @@ def read(storage: Storage, trial_id: str, *, now: float) -> TrialState:
     if result is not None:
         rows = result["rows"]
         step = rows[-1]["step"]
-        status, error = "done", None
+        status, error, heard = "done", None, result.get("finished")
     else:
         rows = _all(storage, f"{folder}/metrics")
         heartbeat = storage.get_json(f"{folder}/heartbeat.json") or {}
         step = max(heartbeat.get("step", 0), rows[-1]["step"] if rows else 0)
         status, error = _status(attempts, heartbeat, begun=bool(rows or step), now=now)
+        heard = _heard(attempts[-1], heartbeat) if attempts else None
     return TrialState(
         trial_id=trial_id,
         status=status,
@@ -67,6 +83,7 @@ def read(storage: Storage, trial_id: str, *, now: float) -> TrialState:
         attempts=tuple(attempts),
         result=result,
         error=error,
+        heard=heard,
     )
 
 
@@ -90,10 +107,15 @@ def _status(
     last = attempts[-1]
     if last.get("outcome") == "failed":
         return "failed", last.get("error")
-    heard = max(last["started"], heartbeat.get("time", 0.0) if heartbeat.get("attempt_id") == last["attempt_id"] else 0)
-    if "ended" not in last and now - heard < SILENCE_S:
+    if "ended" not in last and now - _heard(last, heartbeat) < SILENCE_S:
         return "running", None
     return "partial", None
+
+
+def _heard(last: dict[str, Any], heartbeat: dict[str, Any]) -> float:
+    """When the last attempt was last heard of."""
+    beat = heartbeat.get("time", 0.0) if heartbeat.get("attempt_id") == last["attempt_id"] else 0.0
+    return max(last["started"], beat)
 
 
 def _all(storage: Storage, prefix: str) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """From a grid to a plan: each trial's id, size and price, whether they may be compared, how they stand. No ray."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,8 @@ from helix.spec import resolve, trial_id
 from helix.storage import Storage
 from helix.training.memory import Device, Placement, choose
 from orchestration.grid import Grid, Trial
-from orchestration.ledger import TrialState, certificates, read
+from orchestration.ledger import TrialState, certificates, read_all
+from orchestration.money import Prices, spent_on_trial
 
 #: Within one frontend, parameter counts may differ by this share of the larger one (the paper's section 3.2).
 BAND = 0.001
@@ -57,7 +58,8 @@ def check_trials(trials: Sequence[Trial]) -> None:
 def make_plan(trials: Sequence[Trial], recordings: Recordings) -> list[Planned]:
     """The plan of these trials on prepared data. Raises ValueError where a fold or a full batch is not there."""
     counted: dict[str, int] = {}
-    return [_plan(trial, recordings, counted) for trial in trials]
+    priced: dict[str, Cost] = {}
+    return [_plan(trial, recordings, counted, priced) for trial in trials]
 
 
 def price(trial: Trial, *, classes: int | None = None) -> Cost:
@@ -121,21 +123,24 @@ class Snapshot:
         recordings: Recordings,
         storage: Storage,
         command: str,
+        prices: Prices | None = None,
     ):
         self.grid_name, self.grid, self.plan, self.storage, self.command = grid_name, grid, plan, storage, command
+        self.prices = prices or Prices()
+        #: What trials that could run wait for; whoever runs the sweep may say so here.
+        self.waiting: Callable[[], str] = lambda: ""
         self.facts = data_facts(recordings, [entry.trial for entry in plan])
         self._done: dict[str, TrialState] = {}
 
-    def state(self, trial_id: str) -> TrialState:
-        """What storage knows of one trial."""
-        if trial_id in self._done:
-            return self._done[trial_id]
-        state = read(self.storage, trial_id, now=time.time())
-        if state.status == "done":
-            self._done[trial_id] = state
-        return state
+    def states(self) -> dict[str, TrialState]:
+        """What storage knows of each trial of the plan, by its id."""
+        unknown = [entry.trial_id for entry in self.plan if entry.trial_id not in self._done]
+        states = read_all(self.storage, unknown, now=time.time()) if unknown else {}
+        self._done |= {name: state for name, state in states.items() if state.status == "done"}
+        return {entry.trial_id: self._done.get(entry.trial_id) or states[entry.trial_id] for entry in self.plan}
 
     def __call__(self) -> SweepView:
+        states = self.states()
         return SweepView.build(
             grid=self.grid_name,
             question=self.grid.question,
@@ -149,13 +154,15 @@ class Snapshot:
                     variant=entry.trial.variant.name,
                     backbone=entry.trial.variant.backbone,
                     spec=entry.trial.spec,
-                    state=self.state(entry.trial_id),
+                    state=states[entry.trial_id],
                     parameters=entry.cost.parameters,
                     tokens=entry.cost.tokens,
+                    spent=spent_on_trial(states[entry.trial_id], self.prices),
                 )
                 for entry in self.plan
             ],
             certificates=certificates(self.storage),
+            waiting=self.waiting(),
         )
 
 
@@ -194,9 +201,12 @@ def data_facts(recordings: Recordings, trials: Sequence[Trial] = ()) -> DataFact
     )
 
 
-def _plan(trial: Trial, recordings: Recordings, counted: dict[str, int]) -> Planned:
-    """`counted` remembers the training clips of what several trials share."""
+def _plan(trial: Trial, recordings: Recordings, counted: dict[str, int], priced: dict[str, Cost]) -> Planned:
+    """`counted` remembers the training clips of what several trials share, and `priced` their models."""
     spec = trial.spec
+    model = repr((spec.model, spec.protocol, spec.data.options))
+    if model not in priced:
+        priced[model] = price(trial, classes=len(recordings.classes))
     dataset: Dataset = DATASETS.make(spec.data.dataset, spec.data.options)
     shared = repr((spec.data, spec.protocol))
     if shared not in counted:
@@ -212,6 +222,6 @@ def _plan(trial: Trial, recordings: Recordings, counted: dict[str, int]) -> Plan
     return Planned(
         trial=trial,
         trial_id=trial_id(spec, recordings.manifest_sha256),
-        cost=price(trial, classes=len(recordings.classes)),
+        cost=priced[model],
         steps_per_epoch=steps_per_epoch,
     )

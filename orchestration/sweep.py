@@ -3,7 +3,8 @@
     python orchestration/sweep.py --grid demo
     python orchestration/sweep.py --grid esc50 --source ESC-50-master training.epochs=20
 
-Exit code: 0 every trial is done, 1 some are not, 2 the request was refused before anything was spent, 130 interrupted.
+Exit code: 0 every trial is done, 1 some are not, 2 the request was refused before anything was spent, 3 the budget or
+the time ended first and the same command goes on, 130 interrupted.
 """
 
 import sys
@@ -22,14 +23,16 @@ import os
 import shlex
 import shutil
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.tune
+import ray.tune.stopper
 import torch
 from rich import box
 from rich.console import Console
@@ -38,26 +41,35 @@ from rich.table import Table
 from dashboards.live import LiveView
 from dashboards.report import write_report
 from dashboards.terminal import summary_table
+from dashboards.text import cost_line
+from dashboards.view import Spent
 from helix.data.shards import CorruptShardError, Recordings
 from helix.protocol import PROFILES
 from helix.spec import to_json
 from helix.storage import FolderStorage, Storage, open_storage
 from helix.training.memory import GIB, Device, Placement, available_bytes, gib
-from orchestration.connection import ClusterError, connect, cpu_count, driver_resources, joins_cluster
+from orchestration.connection import ClusterError, connect, cpu_count, driver_resources, joins_cluster, offer
 from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
 from orchestration.ledger import TrialState, read
+from orchestration.money import Limits, machine_facts, read_prices, spent_on_trial, until
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, pack, place, price
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
+from orchestration.stop import ask
 from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, local_folder, without_secrets
-from orchestration.worker import drive
+from orchestration.worker import drive, worker_resources
 
 logger = logging.getLogger(__name__)
 
 #: Columns of tables that go to a file or a pipe.
 PLAIN_WIDTH = 120
 
+#: Seconds between two looks at what a sweep waits for and has spent; and how long workers that were asked to stop have.
+LOOK_S = 2.0
+GRACE_S = 600.0
+
 SOME_FAILED = 1
 REFUSED = 2
+STOPPED = 3
 INTERRUPTED = 130
 
 
@@ -73,11 +85,19 @@ class Sweep:
     workers: int | None
     threads: int
     gpu: bool
+    gpus_per_trial: float
     limit_bytes: int | None
+    limits: Limits
 
     def missing(self) -> list[Planned]:
         """The trials that have no result yet."""
-        return [entry for entry in self.plan if self.snapshot.state(entry.trial_id).status != "done"]
+        states = self.snapshot.states()
+        return [entry for entry in self.plan if states[entry.trial_id].status != "done"]
+
+    @property
+    def need(self) -> dict[str, float]:
+        """What one worker asks the cluster for."""
+        return worker_resources({"threads": self.threads, "gpu": self.gpu, "gpus": self.gpus_per_trial})
 
     def placement(self, entry: Planned) -> Placement:
         """How a step of this trial fits into what a worker has."""
@@ -87,15 +107,13 @@ class Sweep:
 def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) -> int:
     """Run the command line, or without `train_missing` report on what is stored. Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_intermixed_args(arguments)
+    options = parser().parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s")
     if not options.verbose:  # Tune logs a pack's traceback at every attempt; finish() says what matters of it
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    # The stream is named so that the console keeps it while Ray's own printing is redirected.
-    width = None if sys.stdout.isatty() else PLAIN_WIDTH
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
+    out = console()
     try:
-        sweep = plan_sweep(options, command=["python", "orchestration/sweep.py", *arguments], console=console)
+        sweep = plan_sweep(options, command=["python", "orchestration/sweep.py", *arguments], console=out)
         if sweep is not None and train_missing:
             for entry in sweep.missing():
                 sweep.placement(entry)
@@ -103,19 +121,27 @@ def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) 
         return refuse(error)
     if sweep is None:
         return 0
+    stopped = None
     try:
         if train_missing:
-            run_sweep(sweep, console)
+            stopped = run_sweep(sweep, out)
     except (ConnectionError, ClusterError) as error:
         return refuse(error)
     except KeyboardInterrupt:
-        console.print("interrupted; the same command continues where this one stopped")
+        out.print("interrupted; the same command continues where this one stopped")
         return INTERRUPTED
     try:
-        return finish(sweep, console)
+        return finish(sweep, out, stopped=stopped)
     except OSError as error:
-        console.print(f"no report: {error}; what is stored is not lost, the same command goes on with it", markup=False)
+        out.print(f"no report: {error}; what is stored is not lost, the same command goes on with it", markup=False)
         return SOME_FAILED
+
+
+def console() -> Console:
+    """Where a command talks to people."""
+    # The stream is named so that the console keeps it while Ray's own printing is redirected.
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    return Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
 
 
 def refuse(error: Exception) -> int:
@@ -144,6 +170,22 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
         raise ValueError(f"--threads is {options.threads}, but this machine has {cpu_count()} cores")
     if options.workers is not None:
         _positive("--workers", options.workers)
+    if not 0 < options.gpus_per_trial <= 1:
+        raise ValueError(
+            f"--gpus-per-trial is {options.gpus_per_trial}; wanted a share of one GPU, above 0 and at most 1"
+        )
+    if options.gpus_per_trial != 1 and options.device != "cuda":
+        raise ValueError("--gpus-per-trial shares GPUs, and this sweep trains on CPU; add --device cuda")
+    ends = until(deadline=options.deadline, hours=options.hours, now=time.time())
+    limits = Limits(budget_usd=options.budget_usd, ends=ends)
+    prices = read_prices(options.prices) if options.prices else read_prices()
+    if limits.budget_usd is not None and not joins_cluster():
+        facts = machine_facts(held={}, resources={})
+        if prices.per_hour(facts["instance_type"], facts["market"]) is None:
+            raise ValueError(
+                "--budget-usd needs the price of this machine; set HELIX_INSTANCE_TYPE to one that the price table has "
+                f"({', '.join(prices.instance_types) or 'it is empty'}) and HELIX_MARKET to on-demand or spot"
+            )
     if options.device == "cuda" and not joins_cluster() and not torch.cuda.is_available():
         raise ValueError(
             "--device is cuda, but torch finds no CUDA device on this machine; leave it out to train on CPU"
@@ -181,36 +223,48 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
             recordings=recordings,
             storage=storage,
             command=shlex.join(command),
+            prices=prices,
         ),
         workers=options.workers,
         threads=options.threads,
         gpu=options.device == "cuda",
+        gpus_per_trial=options.gpus_per_trial,
         limit_bytes=limit_bytes,
+        limits=limits,
     )
 
 
-def run_sweep(sweep: Sweep, console: Console) -> None:
-    """Train what has no result yet, showing it live and tracking it as it goes."""
+def run_sweep(sweep: Sweep, console: Console) -> str | None:
+    """Train what has no result yet, showing it live and tracking it as it goes; why it stopped, if it had to."""
     missing = sweep.missing()
     console.print(f"{len(sweep.plan)} trials: {len(sweep.plan) - len(missing)} done, {len(missing)} to train")
     if not missing:
-        return
+        return None
     tracker = Tracker(sweep.storage)
     problem = attempt_replay(tracker, sweep.snapshot())
     if problem:
         console.print(_mlflow_trouble(tracker.uri, problem), markup=False)
     connect(storage_named=sweep.storage_named)
     with BackgroundTracker(tracker, sweep.snapshot), LiveView(sweep.snapshot, console=console):
-        errors = train(sweep, missing)
+        errors, stopped = train(sweep, missing)
     for error in errors:
         console.print(f"a worker gave up: {error}", markup=False)
+    return stopped
 
 
-def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
+def train(
+    sweep: Sweep, missing: Sequence[Planned], *, trainer: Callable[..., Any] | None = None
+) -> tuple[list[str], str | None]:
     """Hand the missing trials to Ray Tune in packs; each pack is one Tune trial that drives one Ray Train worker.
 
-    Returns what went wrong with whole packs, a line each; what went wrong with a trial is recorded with the trial.
+    Returns what went wrong with whole packs, a line each (what went wrong with a trial is recorded with the trial), and
+    why the sweep stopped before its end, if it did. `trainer`: what the workers call in place of `fit`. Raises
+    ClusterError where no machine could ever hold a worker.
     """
+    on_offer = offer()
+    if problem := on_offer.impossible(sweep.need):
+        raise ClusterError(problem)
+    slots = sweep.workers or min(on_offer.slots(sweep.need), len(missing))
     sweep_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     # Ray's folder holds nothing that a later sweep reads: results, rows and checkpoints are in our own storage. The
     # machines of a cluster have to share it; pyarrow, which reads it for Ray, takes its endpoint from the environment.
@@ -224,38 +278,117 @@ def train(sweep: Sweep, missing: Sequence[Planned]) -> list[str]:
     packs = [
         {
             "sweep_id": sweep_id,
-            "storage": repr(sweep.storage),
             "data": sweep.recordings.prepared.prefix,
             "trial_ids": [entry.trial_id for entry in entries],
             "specs": [to_json(entry.trial.spec) for entry in entries],
             "placements": [_cut(sweep.placement(entry)) for entry in entries],
             "threads": sweep.threads,
             "gpu": sweep.gpu,
+            "gpus": sweep.gpus_per_trial,
             "scratch": scratch,
         }
-        for entries in pack(missing, workers=sweep.workers or _slots(sweep, missing))
+        for entries in pack(missing, workers=slots)
     ]
+    packs_key = f"sweeps/{sweep_id}/packs"
+    found = []
+    for number, one in enumerate(packs):
+        key = f"{packs_key}/{number:05d}.json"
+        sweep.storage.put_json(key, one)
+        found.append({"storage": repr(sweep.storage), "key": key, "trainer": trainer})
+    guard = Guard(sweep, sweep_id, workers=len(packs))
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(drive, driver_resources()),
-        param_space={"pack": ray.tune.grid_search(packs)},
+        param_space={"pack": ray.tune.grid_search(found)},
         run_config=ray.tune.RunConfig(
             name="tune",
             storage_path=scratch,
             verbose=0,
             failure_config=ray.tune.FailureConfig(max_failures=8),
+            stop=guard,
         ),
     )
     try:
-        with contextlib.redirect_stdout(RayMessages()):
+        with guard, contextlib.redirect_stdout(RayMessages()):
             results = tuner.fit()
     finally:
+        with contextlib.suppress(OSError):
+            sweep.storage.delete_folder(packs_key)
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
                 sweep.storage.delete_folder(scratch_key)
+    if guard.impossible:
+        raise ClusterError(guard.impossible)
     errors = [result.error for result in results if result.error is not None]
-    return sorted({(str(error).strip().splitlines() or [repr(error)])[-1] for error in errors})
+    return sorted({(str(error).strip().splitlines() or [repr(error)])[-1] for error in errors}), guard.stopped
+
+
+class Guard(ray.tune.Stopper):
+    """Watches a sweep while Ray Tune runs it: what it waits for, whether that can ever come, and its limits.
+
+    When a limit is reached the workers are asked through the storage to save and leave; once no attempt is under way,
+    or after GRACE_S, what has not started by then is cancelled.
+    """
+
+    def __init__(self, sweep: Sweep, sweep_id: str, *, workers: int):
+        self.sweep, self.sweep_id, self.workers = sweep, sweep_id, workers
+        self.stopped: str | None = None
+        self.impossible: str | None = None
+        self._waiting, self._cancel, self._asked_at = "", False, 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="helix-guard", daemon=True)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002  (Tune's interface)
+        return False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
+        return self  # Tune copies what it is given; what it asks has to be what is told
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ray.tune.stopper.NoopStopper, ()  # Tune's snapshots of itself, which are never restored
+
+    def stop_all(self) -> bool:
+        return self._cancel
+
+    def __enter__(self) -> "Guard":
+        self.sweep.snapshot.waiting = lambda: self._waiting
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(timeout=10.0)
+        self._waiting = ""
+
+    def _watch(self) -> None:
+        while not self._over.wait(LOOK_S):
+            try:
+                self._look()
+            except (
+                Exception
+            ) as error:  # the storage or Ray is away for a moment; the sweep goes on and this looks again
+                logger.warning("the limits of the sweep could not be looked at just now (%s)", error)
+
+    def _look(self) -> None:
+        on_offer, now = offer(), time.time()
+        states = self.sweep.snapshot.states()
+        attempts = [one for state in states.values() for one in state.attempts if one["sweep_id"] == self.sweep_id]
+        under_way = any("ended" not in one for one in attempts)
+        self._waiting = "" if under_way or self.stopped else on_offer.waiting(self.sweep.need, workers=self.workers)
+        self.impossible = self.impossible or (None if attempts else on_offer.impossible(self.sweep.need))
+        if self.impossible:
+            self._cancel = True
+        if self.stopped is None:
+            prices = self.sweep.snapshot.prices
+            spent = (spent_on_trial(state, prices, sweep_id=self.sweep_id) for state in states.values())
+            reason = self.sweep.limits.reached(sum(spent, Spent()), now=now)
+            if reason is None:
+                return
+            ask(self.sweep.storage, self.sweep_id, reason)
+            self.stopped, self._asked_at = reason, time.monotonic()
+        elif not under_way or time.monotonic() - self._asked_at > GRACE_S:
+            self._cancel = True
 
 
 def _cut(placement: Placement) -> dict[str, Any]:
@@ -266,7 +399,7 @@ def _cut(placement: Placement) -> dict[str, Any]:
 def memory_limit(options: argparse.Namespace, *, trials: int) -> int | None:
     """What one worker may hold, in bytes; None where nobody knows, as on a cluster that this machine is no part of.
 
-    On a CPU the workers of this machine share what it has left; a GPU is one worker's.
+    On a CPU the workers of this machine share what it has left; of a GPU it has its share.
     """
     if options.memory_gib is not None:
         if not 0 < options.memory_gib < math.inf:
@@ -275,17 +408,11 @@ def memory_limit(options: argparse.Namespace, *, trials: int) -> int | None:
     if joins_cluster():
         return None
     if options.device == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+        if not torch.cuda.is_available():
+            return None
+        return int(torch.cuda.get_device_properties(0).total_memory * options.gpus_per_trial)
     workers = options.workers or max(1, cpu_count() // options.threads)
     return available_bytes() // min(workers, trials)
-
-
-def _slots(sweep: Sweep, missing: Sequence[Planned]) -> int:
-    """How many workers the cluster can run at once; as many as there are trials where it has yet to start its GPUs."""
-    resources = ray.cluster_resources()
-    if sweep.gpu:
-        return int(resources.get("GPU", 0)) or len(missing)
-    return max(1, int(resources.get("CPU", 0)) // sweep.threads)
 
 
 class RayMessages(io.TextIOBase):
@@ -297,7 +424,7 @@ class RayMessages(io.TextIOBase):
         return len(text)
 
 
-def finish(sweep: Sweep, console: Console) -> int:
+def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int:
     """Bring MLflow up to date, write the report, print the table and where to look. Returns the exit code."""
     view = sweep.snapshot()
     tracker = Tracker(sweep.storage)
@@ -314,7 +441,11 @@ def finish(sweep: Sweep, console: Console) -> int:
         if trial.state.error is not None:
             console.print(f"failed: {variant} fold {trial.fold} seed {trial.seed}: {trial.state.error}", markup=False)
     if undone:
+        if stopped is not None:
+            console.print(f"stopped: {stopped}; every trial under way was saved", markup=False)
         console.print(f"{len(undone)} of {len(states)} trials are not done; the same command goes on with them")
+    if view.spent.hours:
+        console.print(f"cost:    {cost_line(view.spent)}", markup=False)
     console.print(f"\nreport:  {shlex.join([sys.executable, '-m', 'webbrowser', report.as_uri()])}", markup=False)
     if problem:
         console.print(f"MLflow:  {_mlflow_trouble(tracker.uri, problem)}", markup=False)
@@ -326,7 +457,9 @@ def finish(sweep: Sweep, console: Console) -> int:
         console.print(f"MLflow:  {shlex.join(command)}    then open http://127.0.0.1:5000", markup=False)
     else:
         console.print(f"MLflow:  {without_secrets(tracker.uri)}", markup=False)
-    return SOME_FAILED if undone else 0
+    if not undone:
+        return 0
+    return STOPPED if stopped is not None else SOME_FAILED
 
 
 def _mlflow_trouble(uri: str, problem: str) -> str:
@@ -414,9 +547,10 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser(prog: str = "sweep.py") -> argparse.ArgumentParser:
+    """The options of a sweep."""
     parser = argparse.ArgumentParser(
-        prog="sweep.py",
+        prog=prog,
         description="Run a grid: train what is missing, track it, and compare. Running it again continues it.",
     )
     parser.add_argument("--grid", required=True, help=f"the question to ask; known: {', '.join(GRIDS.names())}")
@@ -442,6 +576,19 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="GIB",
         help="what one worker may hold; batches are cut to fit (default: this machine's share, or its GPU)",
+    )
+    parser.add_argument(
+        "--gpus-per-trial",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="the share of a GPU that a worker has, so that several run side by side on one (default: 1)",
+    )
+    parser.add_argument("--budget-usd", type=float, metavar="USD", help="stop once this run has cost so much")
+    parser.add_argument("--deadline", metavar="TIME", help="stop at this time, UTC, e.g. 2026-12-01T08:00")
+    parser.add_argument("--hours", type=float, help="stop after so many hours")
+    parser.add_argument(
+        "--prices", type=Path, metavar="PATH", help="what machines cost an hour (default: cluster/prices.yaml)"
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="what a trial trains on (default: cpu)"

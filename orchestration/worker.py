@@ -1,5 +1,6 @@
 """A pack of trials on Ray: its driver inside Ray Tune, its Ray Train worker, and the attempts that the worker makes."""
 
+import json
 import logging
 import os
 import socket
@@ -7,7 +8,8 @@ import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -21,12 +23,13 @@ from helix.spec import TrialSpec, from_json, trial_id
 from helix.storage import Storage, open_storage
 from helix.training.checkpoint import committed
 from helix.training.memory import compact_large_blocks
-from helix.training.trainer import Fit, fit, trial_folder
-from orchestration.connection import POLL_S
+from helix.training.trainer import Fit, StoppedError, fit, trial_folder
+from orchestration.connection import POLL_S, this_machine
 from orchestration.lease import LeaseLostError, Watch, acquire
 from orchestration.ledger import is_done
 from orchestration.notices import Notices, sigterm_notice
 from orchestration.recovery import Budget, Ended, decide, kind, mean_between_losses_s, smaller
+from orchestration.stop import asked
 
 logger = logging.getLogger(__name__)
 
@@ -46,19 +49,23 @@ HUNG = 75
 def drive(config: dict[str, Any]) -> None:
     """What Ray Tune runs for one pack: it starts the pack's Ray Train worker and waits for it.
 
+    A pack is read from the storage: Tune walks and copies what it is given again and again, for minutes where that is a
+    thousand specs.
+
     Ray's own state lives in `scratch` and is not needed again: the worker continues from our checkpoints, and how often
     a trial is tried is decided by orchestration/recovery.py, so Ray's count only has to be out of the way: it charges a
     machine that went without notice like a failure, and starts anew as long as a trial of the pack has moved forward.
     The death of Train's controller ends this process too, with whatever it held, and Tune starts another one.
     """
-    pack = config["pack"]
+    where = config["pack"]
+    pack = read_pack(where)
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = POLL_S
     os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"
-    storage = open_storage(pack["storage"])
+    storage = open_storage(where["storage"])
     while True:
         before = _progress(storage, pack["trial_ids"])
         try:
-            _trainer(pack).fit()
+            _trainer(where, pack).fit()
             return
         except ray.train.TrainingFailedError as error:
             if _progress(storage, pack["trial_ids"]) == before:
@@ -71,11 +78,11 @@ def _progress(storage: Storage, names: Sequence[str]) -> list[tuple[bool, int]]:
     return [(is_done(storage, name), _newest_step(storage, name)) for name in names]
 
 
-def _trainer(pack: dict[str, Any]) -> TorchTrainer:
-    """The Ray Train run of a pack."""
+def _trainer(where: dict[str, Any], pack: dict[str, Any]) -> TorchTrainer:
+    """The Ray Train run of a pack, which its worker reads again from `where` it is."""
     return TorchTrainer(
         run_pack,
-        train_loop_config=pack,
+        train_loop_config=where,
         scaling_config=ray.train.ScalingConfig(
             num_workers=1, use_gpu=pack["gpu"], resources_per_worker=worker_resources(pack)
         ),
@@ -88,28 +95,35 @@ def _trainer(pack: dict[str, Any]) -> TorchTrainer:
     )
 
 
+def read_pack(where: dict[str, Any]) -> dict[str, Any]:
+    """The pack that `orchestration.sweep.train` put under `where["key"]`."""
+    return open_storage(where["storage"]).get_json(where["key"])
+
+
 def worker_resources(pack: dict[str, Any]) -> dict[str, float]:
     """What one worker asks Ray for."""
-    return {"CPU": pack["threads"], **({"GPU": 1} if pack["gpu"] else {})}
+    return {"CPU": pack["threads"], **({"GPU": pack["gpus"]} if pack["gpu"] else {})}
 
 
-def run_pack(config: dict[str, Any]) -> None:
-    """What a Ray Train worker runs: the trials of `config["specs"]`.
+def run_pack(where: dict[str, Any]) -> None:
+    """What a Ray Train worker runs: the trials of a pack. `where`: its storage, its key, and what stands in for `fit`.
 
     Errors of the storage itself leave this function, since nothing could be recorded; Ray Train then restarts the
     worker.
     """
-    storage = open_storage(config["storage"])
+    storage, config = open_storage(where["storage"]), read_pack(where)
     torch.set_num_threads(config["threads"])
 
     def report(number: int, row: dict[str, Any]) -> None:
         ray.train.report({"trial": number, "epoch": row["epoch"], "test_accuracy": row["test_accuracy"]})
 
+    if config["gpu"] and config["gpus"] < 1:  # beside others on one GPU: none takes what is another's
+        torch.cuda.set_per_process_memory_fraction(config["gpus"])
     placements = config["placements"]
     if any(placement["compact"] for placement in placements):
         compact_large_blocks()
     work_through(
-        [from_json(value) for value in config["specs"]],
+        _specs(config["specs"]),
         open_prepared(storage, config["data"]),
         storage,
         sweep_id=config["sweep_id"],
@@ -117,7 +131,23 @@ def run_pack(config: dict[str, Any]) -> None:
         parts=[(placement["micro_batch"], placement["recompute"]) for placement in placements],
         report=report,
         notices=Notices([ray_notice, sigterm_notice()]),
+        machine=this_machine(worker_resources(config)),
+        trainer=where["trainer"],
     )
+
+
+def _specs(values: Sequence[dict[str, Any]]) -> list[TrialSpec]:
+    """`from_json` of each; checked once for those that differ in nothing but fold and seed."""
+    checked: dict[str, TrialSpec] = {}
+    specs = []
+    for value in values:
+        fold, seed = value["data"]["fold"], value["seed"]
+        key = json.dumps({**value, "data": {**value["data"], "fold": 0}, "seed": 0}, sort_keys=True)
+        if key not in checked:
+            checked[key] = from_json(value)
+        spec = checked[key]
+        specs.append(replace(spec, data=replace(spec.data, fold=fold), seed=seed))
+    return specs
 
 
 def work_through(
@@ -132,6 +162,8 @@ def work_through(
     notices: Callable[[], bool] = lambda: False,
     held_s: float = HELD_S,
     watch: Watch | None = None,
+    machine: Mapping[str, Any] | None = None,
+    trainer: Callable[..., Any] | None = None,
 ) -> None:
     """Run trials in turn until each is done or has failed, here or elsewhere; those that are done are passed over.
 
@@ -153,7 +185,11 @@ def work_through(
             on_epoch=partial(report, number),
             watch=watch,
             notices=notices,
+            machine=machine,
+            trainer=trainer,
         )
+        if outcome == "stopped":
+            return
         if outcome != "held":
             waiting = 0
             continue
@@ -189,11 +225,19 @@ def run_trial(
     budget: Budget | None = None,
     watch: Watch | None = None,
     notices: Callable[[], bool] = lambda: False,
-) -> Literal["done", "failed", "held"]:
-    """Attempt a trial until its result is stored or its budget is spent; "held" where another process works on it."""
+    machine: Mapping[str, Any] | None = None,
+    trainer: Callable[..., Any] | None = None,
+) -> Literal["done", "failed", "held", "stopped"]:
+    """Attempt a trial until its result is stored or its budget is spent.
+
+    "held" where another process works on it, "stopped" where the sweep was asked to stop. `machine`: what the attempts
+    record of what they run on. `trainer`: what stands in for `fit`.
+    """
     name = trial_id(spec, recordings.manifest_sha256)
     while not is_done(storage, name):
-        attempt = Attempt(name, sweep_id=sweep_id, device=device)
+        if asked(storage, sweep_id) is not None:
+            return "stopped"
+        attempt = Attempt(name, sweep_id=sweep_id, device=device, machine=machine or {})
         lease = acquire(
             storage,
             name,
@@ -204,10 +248,11 @@ def run_trial(
         )
         if lease is None:
             return "held"
+        heartbeat = storage.get_json(f"{trial_folder(name)}/heartbeat.json") or {}  # before this attempt's first one
         with lease:
-            _close_lost(storage, name)
+            _close_lost(storage, name, heartbeat)
             records = _attempts(storage, name)
-            own = [record for record in records if record["sweep_id"] == sweep_id]
+            own = [one for one in records if one["sweep_id"] == sweep_id and one["outcome"] != "stopped"]
             decision = decide([_ended(record) for record in own], budget or Budget())
             if decision.action == "stop":
                 _give_up(storage, name, own[-1], decision.reason)
@@ -225,16 +270,20 @@ def run_trial(
                 save_every_s=SAVE_EVERY_S,
                 between_losses_s=mean_between_losses_s(records, now=time.time()),
                 save_now=notices,
+                stop_now=lambda lease=lease: lease.stop_asked,
                 on_step=lease.moved,
                 on_epoch=on_epoch,
             )
             try:
-                fit(spec, recordings, how)
+                (trainer or fit)(spec, recordings, how)
             except LeaseLostError as error:
-                attempt.end(storage, "lost", error)
+                attempt.end(storage, "lost", error, step=lease.step)
                 return "held"
+            except StoppedError as stopped:
+                attempt.end(storage, "stopped", step=stopped.step)
+                return "stopped"
             except Exception as error:  # whatever it is, it is this trial's: recorded, judged by decide()
-                attempt.end(storage, "failed", error)
+                attempt.end(storage, "failed", error, step=lease.step)
             else:
                 attempt.end(storage, "done")
     return "done"
@@ -243,7 +292,7 @@ def run_trial(
 class Attempt:
     """The record of one process working on one trial."""
 
-    def __init__(self, name: str, *, sweep_id: str, device: str):
+    def __init__(self, name: str, *, sweep_id: str, device: str, machine: Mapping[str, Any] | None = None):
         now = time.time()
         self.id, self.folder = f"{int(now * 1000):014d}-{uuid.uuid4().hex[:8]}", trial_folder(name)
         self.name = name
@@ -255,6 +304,7 @@ class Attempt:
             "pid": os.getpid(),
             "device": device,
             "threads": torch.get_num_threads(),
+            **(machine or {}),
         }
 
     def begin(self, storage: Storage, *, micro_batch: int, recompute: bool) -> None:
@@ -266,9 +316,11 @@ class Attempt:
         }
         self._put(storage)
 
-    def end(self, storage: Storage, outcome: str, error: Exception | None = None) -> None:
-        """Record how the attempt ended."""
+    def end(self, storage: Storage, outcome: str, error: Exception | None = None, *, step: int | None = None) -> None:
+        """Record how the attempt ended; where its trial is not done, after which step and what is kept of its steps."""
         self.record |= {"ended": time.time(), "outcome": outcome}
+        if step is not None:
+            self.record |= {"step": step, "kept_step": _newest_step(storage, self.name)}
         if error is not None:
             self.record |= {
                 "error_kind": kind(error),
@@ -288,6 +340,8 @@ class Attempt:
             "error": f"hung: no step was finished for {seconds:.0f} s, so its process was ended",
         }
         try:
+            beat = storage.get_json(f"{self.folder}/heartbeat.json") or {}
+            self.record |= {"step": beat.get("step", 0), "kept_step": _newest_step(storage, self.name)}
             self._put(storage)
         finally:
             os._exit(HUNG)
@@ -301,17 +355,18 @@ def _attempts(storage: Storage, name: str) -> list[dict[str, Any]]:
     return [storage.get_json(key) for key in storage.keys(f"{trial_folder(name)}/attempts")]
 
 
-def _close_lost(storage: Storage, name: str) -> None:
+def _close_lost(storage: Storage, name: str, heartbeat: Mapping[str, Any]) -> None:
     """Write down the end of attempts that ended without a word: their last heartbeat is the last that is known.
 
     Only who holds the lease may: every other attempt is over then.
     """
-    heartbeat = storage.get_json(f"{trial_folder(name)}/heartbeat.json") or {}
     for key in storage.keys(f"{trial_folder(name)}/attempts"):
         record = storage.get_json(key)
         if "ended" not in record:
-            heard = heartbeat.get("time") if heartbeat.get("attempt_id") == record["attempt_id"] else None
-            storage.put_json(key, record | {"ended": heard or record["started"], "outcome": "lost"})
+            said = heartbeat if heartbeat.get("attempt_id") == record["attempt_id"] else {}
+            how = {"ended": said.get("time") or record["started"], "outcome": "lost"}
+            kept = {"step": said.get("step", 0), "kept_step": _newest_step(storage, name)}
+            storage.put_json(key, record | how | kept)
 
 
 def _ended(record: dict[str, Any]) -> Ended:

@@ -50,7 +50,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 
 #: Libraries that only these modules may import.
 ONLY_IN = {
-    "ray": {f"orchestration.{name}" for name in ("sweep", "worker", "preprocessing", "schedule", "connection", "bare")},
+    "ray": {
+        f"orchestration.{name}"
+        for name in ("sweep", "worker", "preprocessing", "schedule", "connection", "bare", "scale")
+    },
     "mlflow": {"orchestration.tracking"},
     "numba": {"helix.models.scan_numba"},
     "mamba_ssm": {"helix.models.scan_mamba_ssm"},

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -52,6 +52,17 @@ class DivergedError(Exception):
         return f"trial {self.trial_id} diverged: the {self.what} of step {self.step} is not finite"
 
 
+class StoppedError(Exception):
+    """The trial was asked to stop; everything up to `step` is in a checkpoint, and the next call goes on from there."""
+
+    def __init__(self, trial_id: str, step: int):
+        super().__init__(trial_id, step)
+        self.trial_id, self.step = trial_id, step
+
+    def __str__(self) -> str:
+        return f"trial {self.trial_id} was asked to stop; it is saved at step {self.step}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """What one call of `fit` needs beside the spec, none of which is science.
@@ -63,7 +74,7 @@ class Fit:
     `save_every_s`: the most seconds of training between checkpoints; how many it is follows from what a checkpoint
     costs and from `between_losses_s`, the mean time after which a machine is lost. The end of an epoch is saved as soon
     as the checkpoint before it is written. `save_now`: asked at every step; True (a preemption notice, say) saves at
-    this step and training goes on.
+    this step and training goes on. `stop_now`: asked at every step as well; True saves and raises StoppedError.
     `on_step`: told the optimiser steps so far after each step, and again after each batch that is evaluated, so that
     whoever listens knows that work goes on. `on_epoch`: told each row once it is stored.
     """
@@ -77,6 +88,7 @@ class Fit:
     save_every_s: float = 300.0
     between_losses_s: float = 4 * 3600.0
     save_now: Callable[[], bool] = lambda: False
+    stop_now: Callable[[], bool] = lambda: False
     on_step: Callable[[int], None] = lambda _total_step: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda _row: None
     clock: Callable[[], float] = time.time
@@ -95,8 +107,9 @@ def row_key(trial_id: str, epoch: int) -> str:
 def fit(spec: TrialSpec, recordings: Recordings, how: Fit) -> dict[str, Any]:
     """Train one trial to its end, from its newest checkpoint if it has one, and put its result. Returns the result.
 
-    Raises DivergedError when a loss is not finite, CheckpointError when no checkpoint can be trusted, OSError when the
-    storage fails; a call that was stopped by any of them, or killed, is continued by calling again.
+    Raises StoppedError when it is asked to stop, DivergedError when a loss is not finite, CheckpointError when no
+    checkpoint can be trusted, OSError when the storage fails; a call that was stopped by any of them, or killed, is
+    continued by calling again.
     """
     trial = _Trial(spec, recordings, how)
     try:
@@ -245,11 +258,15 @@ class _Trial:
                 hits += step_hits
             self.how.on_step(total_step)
             self._tell()
+            if self.how.stop_now():
+                self._leave(position(step + 1), total_step)
             if self._due():
                 self._save(position(step + 1))
 
         def on_batch() -> None:
             self.how.on_step(total_steps)
+            if self.how.stop_now():
+                self._leave(position(self.steps_per_epoch), total_steps)
             if self.how.save_now():  # what is saved waits for its evaluation
                 self._save(position(self.steps_per_epoch))
 
@@ -291,6 +308,13 @@ class _Trial:
             then=lambda: self._store(rows),
         )
         self.saved = self.how.clock()
+
+    def _leave(self, progress: Progress, total_step: int) -> NoReturn:
+        """Save, and be gone once that is committed. Raises StoppedError."""
+        self._save(progress)
+        self.saver.wait(final=True)
+        self._tell()
+        raise StoppedError(self.id, total_step)
 
     def _store(self, rows: Sequence[dict[str, Any]]) -> None:
         """Put rows whose checkpoint is committed."""

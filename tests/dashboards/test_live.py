@@ -239,3 +239,12 @@ def test_the_last_state_is_shown_before_the_view_stops(make_view: MakeView):
 def test_pace_is_unknown_before_the_first_epoch():
     cell = CellView(dataset="d", variant="v", frontend="raw", backbone="b", pattern=("mamba",), epochs=3)
     assert pace(cell) is None
+
+
+def test_what_a_sweep_waits_for_is_said_once_and_shown(make_view: MakeView):
+    idle = make_view(status=lambda *_: ("missing", 0))
+    waiting = replace(idle, waiting="waiting for a GPU: 0 of 2 nodes started")
+    spoken, said = lines(idle, waiting, {}, now=0.0, every_s=30.0)
+    assert spoken == ["esc50: waiting for a GPU: 0 of 2 nodes started"]
+    assert lines(waiting, waiting, said, now=1.0, every_s=30.0)[0] == []
+    assert "waiting for a GPU: 0 of 2 nodes started" in shown(waiting)

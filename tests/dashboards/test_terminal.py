@@ -1,6 +1,7 @@
 """The table at the end of a sweep: the numbers of the report, in 100 columns."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -9,7 +10,7 @@ from rich.console import Console
 from dashboards.summary import summarise
 from dashboards.terminal import summary_table
 from dashboards.text import GAP, mean_std, percent
-from dashboards.view import SweepView
+from dashboards.view import Spent, SweepView
 
 MakeView = Callable[..., SweepView]
 
@@ -36,6 +37,19 @@ def test_the_table_fits_100_columns_and_loses_nothing(make_view: MakeView, datas
     assert max(map(len, text.splitlines())) <= 100
     assert "…" not in text
     assert "30/30" in text
+
+
+@pytest.mark.parametrize("dataset", ["esc50", "tones"])
+def test_what_cells_cost_stands_beside_them_where_it_is_known(make_view: MakeView, dataset: str):
+    view = make_view(dataset=dataset)
+    assert "cost" not in printed(view)
+    dear = replace(view.cells[0].trials[0], spent=Spent(hours=2.0, usd=1.25))
+    cells = (replace(view.cells[0], trials=(dear, *view.cells[0].trials[1:])), *view.cells[1:])
+    text = printed(replace(view, cells=cells))
+    assert "$1.25" in text
+    assert "$0.00" in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
 
 
 def test_gaps_are_dashes(make_view: MakeView):

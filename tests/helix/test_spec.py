@@ -509,6 +509,25 @@ def test_what_is_no_spec_is_refused_in_words(value: dict[str, Any], complaint: s
     assert str(refused.value) == complaint
 
 
+@pytest.mark.parametrize("name", PROFILES)
+def test_what_is_remembered_of_a_resolved_spec_is_what_resolving_it_gives(name: str):
+    for trial in expand(load_grid("esc50"), profile_name=name, folds=[1, 4], seeds=[0, 7]):
+        for _ in range(2):
+            assert spec_module.resolve(trial.spec) == spec_module._resolve(trial.spec)
+
+
+def test_what_is_remembered_of_a_resolved_spec_cannot_be_changed_from_outside():
+    first = spec_module.resolve(TrialSpec())
+    first.model.options["mamba"]["d_state"] = 999
+    assert spec_module.resolve(TrialSpec()) == spec_module._resolve(TrialSpec())
+
+
+def test_a_float_in_place_of_a_whole_number_is_not_taken_for_it_because_it_was_remembered():
+    spec_module.resolve(TrialSpec(seed=1))
+    with pytest.raises(ValueError):
+        spec_module.resolve(TrialSpec(seed=1.5))  # pyright: ignore[reportArgumentType]
+
+
 # Seeds
 
 

@@ -1,13 +1,13 @@
 """The ledger says how a trial stands from nothing but what lies in storage."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helix.storage import FolderStorage, Storage
-from orchestration.ledger import SILENCE_S, is_done, read
+from orchestration.ledger import SILENCE_S, is_done, read, read_all
 
 TRIAL = "0123456789abcdef"
 NOW = 1_000_000.0
@@ -127,3 +127,35 @@ def test_reading_changes_nothing(tmp_path: Path):
     read(storage, TRIAL, now=NOW)
     read(storage, "f" * 16, now=NOW)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+class Counting(FolderStorage):
+    """A storage that counts what it is asked, by many threads."""
+
+    def __init__(self, root: Path):
+        super().__init__(root)
+        self.asked: list[str] = []
+
+    def get(self, key: str) -> bytes:
+        self.asked.append(key)
+        return super().get(key)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        self.asked.append(prefix)
+        return super().keys(prefix)
+
+    def children(self, prefix: str) -> list[str]:
+        self.asked.append(prefix)
+        return super().children(prefix)
+
+
+def test_of_two_thousand_trials_only_those_that_were_begun_are_read(tmp_path: Path):
+    write(tmp_path, attempt() | beat(time=LATELY) | rows(2))
+    storage = Counting(tmp_path)
+    names = [f"{number:016x}" for number in range(2000)]
+    states = read_all(storage, [*names, TRIAL], now=NOW)
+    assert len(states) == 2001
+    assert states[TRIAL] == read(FolderStorage(tmp_path), TRIAL, now=NOW)
+    assert {states[name].status for name in names} == {"missing"}
+    assert all(states[name] == read(FolderStorage(tmp_path), name, now=NOW) for name in names[:3])
+    assert len(storage.asked) < 12

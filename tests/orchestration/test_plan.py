@@ -254,12 +254,15 @@ def test_a_finished_trial_is_read_once_and_one_under_way_each_time(tmp_path: Pat
     storage = Counting(tmp_path)
     snap = snapshot(storage, [TRIAL], prepared())
     (entry,) = snap.plan
+    assert snap.states()[entry.trial_id].status == "missing"
+    assert storage.results_read == 0  # one listing tells that nobody began it
+    storage.put_json(f"trials/{entry.trial_id}/spec.json", {})
     for expected in (1, 2):
-        assert snap.state(entry.trial_id).status == "missing"
+        assert snap.states()[entry.trial_id].status == "missing"
         assert storage.results_read == expected
     storage.put_json(f"trials/{entry.trial_id}/result.json", {"rows": [{"epoch": 1, "step": 13}]})
     for _ in range(3):
-        assert snap.state(entry.trial_id).status == "done"
+        assert snap.states()[entry.trial_id].status == "done"
         assert storage.results_read == 3
 
 

@@ -73,6 +73,14 @@ def science(result: dict) -> tuple[str, str]:
         (["--grid", "demo", "--storage", "ftp://host/x"], "is not supported"),
         (["--grid", "demo", "--storage", "s3://b"], "wanted s3://bucket/prefix"),
         (["--grid", "demo", "--workers", "0"], "--workers is 0; wanted 1 or more"),
+        (["--grid", "demo", "--budget-usd", "0"], "--budget-usd is 0.0; wanted a positive number of US dollars"),
+        (["--grid", "demo", "--budget-usd", "5"], "--budget-usd needs the price of this machine"),
+        (["--grid", "demo", "--hours", "-1"], "--hours is -1.0; wanted a positive number"),
+        (["--grid", "demo", "--deadline", "tomorrow"], "--deadline is 'tomorrow'; wanted a time such as"),
+        (["--grid", "demo", "--deadline", "2020-01-01T08:00"], "--deadline 2020-01-01T08:00 is over"),
+        (["--grid", "demo", "--gpus-per-trial", "2"], "wanted a share of one GPU, above 0 and at most 1"),
+        (["--grid", "demo", "--gpus-per-trial", "0.5"], "add --device cuda"),
+        (["--grid", "demo", "--prices", "nowhere.yaml"], "the price table nowhere.yaml cannot be read"),
     ],
 )
 def test_bad_input_is_refused_with_what_was_wanted(arguments, said, tmp_path, monkeypatch, capsys):
@@ -174,6 +182,34 @@ def test_one_trial_that_fails_does_not_stop_the_others_and_mlflow_may_be_away(tm
     assert name not in done
     assert "1 of 2 trials are not done" in second.stdout
     assert "failed: mamba-mel fold 1 seed 0: CheckpointError" in second.stdout
+
+
+@pytest.mark.ray
+def test_a_budget_that_is_spent_saves_what_is_under_way_and_the_same_command_goes_on(tmp_path: Path):
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("prices: {test.large: {spot_usd_per_hour: 720}}")
+    machine = {"HELIX_INSTANCE_TYPE": "test.large", "HELIX_MARKET": "spot"}
+    arguments = [*SMALL, "--variants", "mamba-mel", "training.epochs=400", "--prices", str(prices)]
+    stopped = run([*arguments, "--budget-usd", "0.1"], cwd=tmp_path, **machine)
+    assert stopped.returncode == sweep.STOPPED, stopped.stdout + stopped.stderr
+    assert "stopped: the budget is spent ($" in stopped.stdout
+    storage = FolderStorage(tmp_path / "runs")
+    (name,) = storage.children("trials")
+    (first,) = [storage.get_json(key) for key in storage.keys(f"trials/{name}/attempts")]
+    assert first["outcome"] == "stopped"
+    assert (first["instance_type"], first["market"]) == ("test.large", "spot")
+    assert 0 < first["share"] <= 1
+    assert first["step"] == first["kept_step"] > 0
+    assert not results(storage.root)
+
+    again = run([*arguments, "--hours", "0.0005"], cwd=tmp_path, **machine)  # over before a worker can start
+    assert again.returncode == sweep.STOPPED, again.stdout + again.stderr
+    assert "stopped: the time is over" in again.stdout
+    more = run([*arguments, "--budget-usd", "0.1"], cwd=tmp_path, **machine)
+    assert more.returncode in (0, sweep.STOPPED), more.stdout + more.stderr
+    attempts = [storage.get_json(key) for key in storage.keys(f"trials/{name}/attempts")]
+    assert attempts[-1]["from_step"] == first["step"]
+    assert "cost:    " in more.stdout
 
 
 @pytest.mark.ray

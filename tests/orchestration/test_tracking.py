@@ -112,7 +112,7 @@ def test_what_mlflow_holds_of_a_trial_shows_gaps_and_duplicates(sweep, tiny_data
     uri, name = tracking.tracking_uri(storage), plan[0].trial_id
     assert logged(uri, name, "test_accuracy") == []
     Tracker(storage).replay(snapshot())
-    rows = [(row["epoch"], 100 * row["test_accuracy"]) for row in snapshot.state(name).rows]
+    rows = [(row["epoch"], 100 * row["test_accuracy"]) for row in snapshot.states()[name].rows]
     assert logged(uri, name, "test_accuracy") == rows
     run = next(run for run in runs(storage)["trial"] if run.data.tags["helix.trial_id"] == name)
     MlflowClient(uri).log_metric(run.info.run_id, "test_accuracy", 1.0, step=2)

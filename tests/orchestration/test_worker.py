@@ -15,13 +15,14 @@ import ray.train
 import torch
 
 from helix.data.shards import Recordings
-from helix.spec import to_json, trial_id
+from helix.spec import from_json, to_json, trial_id
 from helix.storage import Storage, open_storage
-from orchestration import worker
+from orchestration import lease, stop, worker
 from orchestration.certify import BIT_EXACT, compare
+from orchestration.grid import expand, load_grid
 from orchestration.ledger import read
 from orchestration.recovery import Budget
-from orchestration.worker import run_trial
+from orchestration.worker import run_trial, work_through
 from tests.conftest import with_training
 from tests.fault_proxy import Fault, FaultProxy
 
@@ -276,10 +277,11 @@ class Trainer:
 def test_ray_s_count_of_lost_machines_starts_anew_while_a_trial_moves_forward(moves, storage, monkeypatch):
     spent = [ray.train.TrainingFailedError("8 workers were lost") for _ in range(2)]
     trainer = Trainer(storage, "0123456789abcdef", *spent, moves=moves)
-    monkeypatch.setattr(worker, "_trainer", lambda _pack: trainer)
+    monkeypatch.setattr(worker, "_trainer", lambda _where, _pack: trainer)
     for name in ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"):
         monkeypatch.setenv(name, "1")  # set by drive, put back here
-    pack = {"storage": repr(storage), "trial_ids": ["0123456789abcdef"]}
+    storage.put_json("pack.json", {"trial_ids": ["0123456789abcdef"]})
+    pack = {"storage": repr(storage), "key": "pack.json"}
     if moves:
         worker.drive({"pack": pack})
         assert trainer.fits == 3
@@ -334,3 +336,39 @@ def test_storage_that_fails_in_every_way_for_a_while_of_training_costs_nothing(
     assert sum(outage[0] < step < outage[1] for step in steps) > 20, "training did not go on"
     assert all(seen.values()), seen
     assert len(read(bucket, name, now=time.time()).attempts) == 1
+
+
+def test_the_specs_of_a_pack_are_those_that_were_put_into_it():
+    trials = expand(load_grid("demo"), folds=[1, 2], seeds=[0, 3])
+    values = [json.loads(json.dumps(to_json(trial.spec))) for trial in trials]
+    assert worker._specs(values) == [from_json(value) for value in values] == [trial.spec for trial in trials]
+
+
+def test_a_sweep_that_is_asked_to_stop_saves_its_trial_and_begins_no_other(tiny_spec, tiny_data, storage, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_S", 0.01)
+    monkeypatch.setattr(lease.Lease.__init__, "__kwdefaults__", lease.Lease.__init__.__kwdefaults__ | {"beat_s": 0.01})
+    spec = replace(tiny_spec, training=replace(tiny_spec.training, epochs=400))
+    stopping = threading.Timer(1.0, lambda: stop.ask(storage, "s1", "the time is over"))
+    stopping.start()
+    work_through([spec, replace(spec, seed=1)], tiny_data, storage, sweep_id="s1")
+    stopping.join()
+    (name,) = storage.children("trials")
+    state = read(storage, name, now=1e12)
+    (record,) = state.attempts
+    assert (state.status, record["outcome"]) == ("partial", "stopped")
+    assert 0 < record["step"] == record["kept_step"] < 1200
+    assert run_trial(spec, tiny_data, storage, sweep_id="s1") == "stopped"  # and nothing more is begun for it
+    assert len(read(storage, name, now=1e12).attempts) == 1
+
+
+def test_a_lost_attempt_is_closed_with_what_was_kept_of_its_steps(attempt, storage):
+    with pytest.raises(SystemExit):
+        attempt(SystemExit(9))
+    (name,) = storage.children("trials")
+    (record,) = read(storage, name, now=1e12).attempts
+    beat = {"attempt_id": record["attempt_id"], "step": 7, "time": record["started"] + 5, "beat": 3}
+    storage.put_json(f"trials/{name}/heartbeat.json", beat)
+    assert attempt()[0] == "done"
+    lost = read(storage, name, now=1e12).attempts[0]
+    assert (lost["outcome"], lost["step"], lost["kept_step"]) == ("lost", 7, 0)
+    assert lost["ended"] == record["started"] + 5

@@ -19,7 +19,7 @@ from helix.spec import TrialSpec, trial_id
 from helix.storage import FolderStorage
 from helix.training import trainer
 from helix.training.checkpoint import committed, load_best
-from helix.training.trainer import DivergedError, Fit, fit, row_key
+from helix.training.trainer import DivergedError, Fit, StoppedError, fit, row_key
 from orchestration.grid import VARIANTS
 
 STEPS = 9  # three epochs of three
@@ -79,6 +79,25 @@ def test_a_trial_killed_again_and_again_ends_bit_identical(tiny_spec, tiny_data,
     for step in (2, 3, 5, 6, 8):
         with pytest.raises(Killed):
             fit(tiny_spec, tiny_data, Fit(storage=storage, on_step=kill_at(step), save_now=lambda: True))
+    assert science(fit(tiny_spec, tiny_data, Fit(storage=storage))) == undisturbed(tiny_spec)
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, STEPS])
+def test_a_trial_that_is_asked_to_stop_saves_leaves_and_ends_bit_identical(
+    step, tiny_spec, tiny_data, storage, undisturbed
+):
+    seen = [0]
+
+    def on_step(total_step: int) -> None:
+        seen[0] = total_step
+
+    how = Fit(storage=storage, save_every_s=1e9, on_step=on_step, stop_now=lambda: seen[0] >= step)
+    with pytest.raises(StoppedError) as stopped:
+        fit(tiny_spec, tiny_data, how)
+    assert stopped.value.step == step
+    assert pickle.loads(pickle.dumps(stopped.value)).step == step
+    name = trial_id(tiny_spec, tiny_data.manifest_sha256)
+    assert committed(storage, f"trials/{name}/checkpoints")[-1] == f"step-{step:08d}"
     assert science(fit(tiny_spec, tiny_data, Fit(storage=storage))) == undisturbed(tiny_spec)
 
 
