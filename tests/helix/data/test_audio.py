@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from helix.data.audio import AudioError, decode, fit_length, to_int16
+from helix.data.audio import PIECE_SAMPLES, AudioError, decode, fit_length, to_int16
 
 RATE_HZ = 16_000
 
@@ -60,6 +62,32 @@ def test_decoding_fast_gives_the_same_samples_as_decoding_plainly(tmp_path, suff
     wave = np.clip(random.normal(0, 0.4, (rate_hz, channels)), -1, 0.999)  # loud enough to overshoot full scale
     path = write(tmp_path / f"clip.{suffix}", wave, rate_hz, subtype)
     assert np.array_equal(decode(path, rate_hz=RATE_HZ), decode_plainly(path, RATE_HZ))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rate_hz=st.one_of(st.sampled_from([8_000, 11_025, 22_050, 32_000, 44_100, 48_000]), st.integers(1_000, 200_000)),
+    samples=st.one_of(
+        st.integers(-2, 2).map(lambda more: PIECE_SAMPLES + more),
+        st.sampled_from([2 * PIECE_SAMPLES, 2 * PIECE_SAMPLES + 1]),
+        st.integers(200, 5 * PIECE_SAMPLES),
+    ),
+    seed=st.integers(0, 99),
+)
+def test_a_wave_resampled_in_pieces_is_the_wave_resampled_at_once(tmp_path, rate_hz, samples, seed):
+    wave = np.random.default_rng(seed).integers(-32768, 32767, samples, endpoint=True).astype(np.int16)
+    path = write(tmp_path / "clip.wav", wave, rate_hz, "PCM_16")
+    assert np.array_equal(decode(path, rate_hz=RATE_HZ), decode_plainly(path, RATE_HZ))
+
+
+def test_what_was_resampled_before_leaves_no_trace(tmp_path):
+    waves = np.random.default_rng(0).integers(-32768, 32767, (3, 50_000), endpoint=True).astype(np.int16)
+    paths = [write(tmp_path / f"{number}.wav", wave, 44_100, "PCM_16") for number, wave in enumerate(waves)]
+    tiny = write(tmp_path / "tiny.wav", waves[0][:1], 44_100, "PCM_16")
+    for path in (paths[0], paths[1], paths[0], paths[2]):
+        with pytest.raises(AudioError, match="no sample is left at 16000 Hz"):
+            decode(tiny, rate_hz=RATE_HZ)
+        assert np.array_equal(decode(path, rate_hz=RATE_HZ), decode_plainly(path, RATE_HZ))
 
 
 def test_real_recordings_at_44_khz_decode_alike_fast_and_plainly(real_esc50, tmp_path):
