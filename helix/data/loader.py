@@ -8,10 +8,11 @@ B batch, T samples, P pieces, S samples of a whole data set.
 
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,17 +59,49 @@ class Placement(Protocol):
         ...
 
 
+class Reused:
+    """Memory for waves: that of the last ones which nobody holds any more, or fresh one.
+
+    Fresh memory costs: the system clears it, and a virtual machine may have to get it back from its host first, which
+    can take several times as long as filling it with samples.
+    """
+
+    def __init__(self) -> None:
+        self._free: deque[np.ndarray] = deque(maxlen=1)
+
+    def take(self, clips: int, samples: int) -> Tensor:
+        """float32 [clips, samples] with whatever the memory held before."""
+        try:
+            memory_S = self._free.pop()
+        except IndexError:
+            memory_S = np.empty(0, np.float32)
+        if len(memory_S) < clips * samples:
+            # numpy asks the system for huge pages; the small ones of a fresh batch would take longer than its samples.
+            memory_S = np.empty(clips * samples, np.float32)
+        wave_BT = memory_S[: clips * samples].reshape(clips, samples)
+        # The tensor holds this view, and whatever is made of the tensor without a copy holds its storage.
+        weakref.finalize(wave_BT, self._free.append, memory_S).atexit = False
+        return torch.from_numpy(wave_BT)
+
+    def __reduce__(self) -> tuple[type["Reused"], tuple[()]]:
+        return Reused, ()
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Host:
-    """Copies pieces out of the memory maps of the shards. `pinned` memory is what a CUDA device copies from best."""
+    """Copies pieces out of the memory maps of the shards. `pinned` memory is what a CUDA device copies from best.
+
+    A batch lies in memory of its own for as long as anything holds it.
+    """
 
     recordings: Recordings
     pinned: bool = False
+    _memory: Reused = field(default_factory=Reused, init=False, repr=False)
 
     def gather(self, clips: Clips) -> Batch:
         shape = (len(clips), clips.clip_samples)
-        # numpy asks the system for huge pages; the small ones of a fresh batch would take longer than its samples.
-        wave_BT = torch.empty(shape, pin_memory=True) if self.pinned else torch.from_numpy(np.empty(shape, np.float32))
+        # torch itself uses pinned memory again.
+        wave_BT = torch.empty(shape, pin_memory=True) if self.pinned else self._memory.take(*shape)
         flat_S = wave_BT.numpy().reshape(-1)
         pieces = np.diff(clips.first_piece)
         sounding = np.bincount(np.repeat(np.arange(len(clips)), pieces), clips.samples, len(clips))

@@ -134,6 +134,28 @@ def test_every_placement_gives_what_the_definition_gives(tones, kind):
         assert np.array_equal(batch.wave_BT[number].numpy(), wave_by_definition(tones, chosen, number))
 
 
+def test_a_batch_stands_for_as_long_as_anything_holds_a_part_of_it(tones):
+    host, clips = Host(recordings=tones), kinds(tones)
+    held = [host.gather(clips[2]).wave_BT[5, 100:200], host.gather(clips[5]).wave_BT.numpy()[3]]
+    before = [torch.as_tensor(part).clone().numpy() for part in held]
+    for kind in (*clips, *clips):
+        host.gather(kind)
+    assert all(np.array_equal(part, was) for part, was in zip(held, before, strict=True))
+
+
+def test_a_batch_lies_where_one_lay_that_nobody_holds_and_is_the_same(tones):
+    host, (whole, cut, padded, *_) = Host(recordings=tones), kinds(tones)
+    lay = host.gather(padded).wave_BT.data_ptr()
+    for clips in (cut, whole, padded, cut):
+        batch = host.gather(clips)
+        assert batch.wave_BT.data_ptr() == lay
+        assert same(batch, Host(recordings=tones).gather(clips))
+        del batch
+    held = host.gather(cut)
+    assert host.gather(cut).wave_BT.data_ptr() != held.wave_BT.data_ptr() == lay
+    assert same(pickle.loads(pickle.dumps(host)).gather(cut), held)
+
+
 def test_a_gather_on_the_device_in_portions_gives_the_same_bits(tones, monkeypatch):
     clips, device = kinds(tones)[5], Device(tones, "cpu")
     whole = device.gather(clips)
