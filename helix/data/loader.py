@@ -143,8 +143,9 @@ def part_of(total: int, rank: int, ranks: int) -> tuple[int, int]:
 class Batches:
     """The training batches of `rows`: every epoch a new order, each clip once, what fills no batch dropped.
 
-    `pairs`: of an epoch and a step, the place in the batch of the clip that each clip is mixed with; the part of one of
-    several ranks then brings along those of them that are other ranks' own.
+    `pairs`: of an epoch and a step, the place in the batch of the clip that each clip is mixed with (what else it gives,
+    as helix.data.augment.pairing does, is not for here); the part of one of several ranks then brings along those that
+    are other ranks' own.
     `ahead`: how many batches a thread makes before they are asked for. The thread changes no bit; what fails in it is
     raised where its batch is asked for, and it ends with `close`, with the object or with the process.
     """
@@ -160,7 +161,7 @@ class Batches:
         protocol: helix.protocol.Protocol,
         placement: Placement | None = None,
         ahead: int = 0,
-        pairs: Callable[[int, int], np.ndarray] | None = None,
+        pairs: Callable[[int, int], tuple[np.ndarray, float]] | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; wanted 1 or more")
@@ -228,7 +229,7 @@ class Batches:
         own_B = np.arange(*part_of(self.batch_size, rank, ranks))
         if ranks == 1 or self.pairs is None:
             return self.placement.gather(self._ordered(epoch).take(step * self.batch_size + own_B))
-        with_B = self.pairs(epoch, step)[own_B]
+        with_B = self.pairs(epoch, step)[0][own_B]
         taken_B = np.concatenate([own_B, np.setdiff1d(with_B, own_B)])
         place_B = np.zeros(self.batch_size, np.int64)
         place_B[taken_B] = np.arange(len(taken_B))
