@@ -143,9 +143,8 @@ def part_of(total: int, rank: int, ranks: int) -> tuple[int, int]:
 class Batches:
     """The training batches of `rows`: every epoch a new order, each clip once, what fills no batch dropped.
 
-    `pairs`: of an epoch and a step, the place in the batch of the clip that each clip is mixed with (what else it gives,
-    as helix.data.augment.pairing does, is not for here); the part of one of several ranks then brings along those that
-    are other ranks' own.
+    `pairs`: of an epoch and a step, first the place in the batch of the clip that each clip is mixed with, as from
+    helix.data.augment.pairing. The part of one of several ranks then brings along those that are other ranks' own.
     `ahead`: how many batches a thread makes before they are asked for. The thread changes no bit; what fails in it is
     raised where its batch is asked for, and it ends with `close`, with the object or with the process.
     """

@@ -320,9 +320,7 @@ def replica(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[st
     return _copied(model.state_dict()), _copied(_optimizer_state(model, optimizer))
 
 
-def become(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: tuple[dict[str, torch.Tensor], ...]
-) -> None:
+def become(model: nn.Module, optimizer: torch.optim.Optimizer, state: tuple[dict[str, torch.Tensor], ...]) -> None:
     """Take on what `replica` gave."""
     weights, moments = state
     model.load_state_dict(weights)

@@ -108,8 +108,8 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """How a step is cut to fit: `micro_batch` clips at a time, None for all that a rank has, whether blocks are computed
-    again in the backward, and whether the process has to be made compact (`compact_large_blocks`).
+    """How a step is cut to fit: `micro_batch` clips at a time, None for all that a rank has, whether blocks are
+    computed again in the backward, and whether the process has to be made compact (`compact_large_blocks`).
 
     `needed_bytes`: what to make room for, with the error bound and the process itself.
     """
@@ -131,7 +131,9 @@ def predict(
     device_type: Device = "cpu",
     ranks: int = 1,
 ) -> Prediction:
-    """What one step of `spec` on clips of `samples` takes, of several ranks on each of them. Raises ValueError where the model cannot be built for them.
+    """What one step of `spec` on clips of `samples` takes, on each of so many ranks.
+
+    Raises ValueError where the model cannot be built for such clips.
 
     Equal models, batches and lengths are simulated once per process, which takes a fraction of a second. What scans on
     a GPU keeps what the CPU's kernels keep, so those stand in for it, whatever HELIX_SCAN asks of the GPU.
@@ -445,9 +447,7 @@ def _largest(whole: int, needed: Callable[[int], int], limit_bytes: int) -> int:
     return next((size for size in reversed(by_chord) if needed(size) <= limit_bytes), 0)
 
 
-def _refusal(
-    spec: TrialSpec, *, samples: int, classes: int, limit_bytes: int, device: Device, ranks: int = 1
-) -> str:
+def _refusal(spec: TrialSpec, *, samples: int, classes: int, limit_bytes: int, device: Device, ranks: int = 1) -> str:
     def needed(spec: TrialSpec, samples: int) -> int:
         smallest = predict(spec, samples=samples, classes=classes, micro_batch=1, recompute=True, ranks=ranks)
         return needed_bytes(smallest, device, compact=True)

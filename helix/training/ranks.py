@@ -67,7 +67,7 @@ class Ranks:
         return -(-total // self.count)
 
     def agree(self, *values: float) -> tuple[float, ...]:
-        """A roll call: the sum over the ranks of each value. Raises what another rank failed with since the last one."""
+        """A roll call: the sum over the ranks of each value. Raises what another rank failed with since the last."""
         return values if self.count == 1 else self._call(values)
 
     def add(self, *groups: Sequence[Tensor]) -> None:

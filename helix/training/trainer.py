@@ -503,7 +503,7 @@ class _Trial:
             "skipped_steps": [step for row in rows for step in row["skipped_steps"]],
             "train_seconds": sum(row["seconds"] for row in rows),
             "finished": self.how.clock(),
-            "device": self.how.device,
+            "device": torch.device(self.how.device).type,
             "threads": torch.get_num_threads(),
             "micro_batch": self.micro_batch,
             "recompute": self.how.recompute,
@@ -540,7 +540,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One optimiser step on a batch that is on the model's device, or on the part of it that this rank has.
 
-    `spec` is resolved. Returns the loss, the norm of the gradient before it is clipped, and the number of correct predictions.
+    `spec` is resolved. Returns the loss, the norm of the gradient before it is clipped, and the number of correct
+    predictions, all of the whole batch.
     helix.training.memory runs this same function on shapes alone, so what it predicts follows every change of it.
     """
     training, protocol, seed = spec.training, spec.protocol, spec.seed

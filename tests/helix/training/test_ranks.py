@@ -59,7 +59,8 @@ def read_order():
 
 order, rank = read_order()
 distributed.init_process_group(
-    "gloo", init_method=f"file://{order['meeting']}", rank=rank, world_size=order["ranks"], timeout=timedelta(seconds=60)
+    "gloo", init_method=f"file://{order['meeting']}", rank=rank, world_size=order["ranks"],
+    timeout=timedelta(seconds=60),
 )
 happens, told, seen = order["happens"].get(str(rank), {}), [], []
 
@@ -114,7 +115,11 @@ def template() -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     process = subprocess.Popen(
         [sys.executable, "-c", TEMPLATE],
-        **{"cwd": ROOT, "env": environment, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True},
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     yield process
     process.kill()
@@ -138,9 +143,15 @@ def train(template, tiny_data: Recordings, storage: Storage, tmp_path: Path) -> 
     ) -> list[dict[str, Any]]:
         meeting = tmp_path / f"meeting-{next(numbers)}"
         order = {
-            **{"spec": to_json(spec), "source": str(source.root), "data": tiny_data.prepared.prefix},
-            **{"storage": str(into or storage.root), "meeting": str(meeting)},
-            **{"ranks": ranks, "micro_batch": micro_batch, "save": save, "happens": happens or {}},
+            "spec": to_json(spec),
+            "source": str(source.root),
+            "data": tiny_data.prepared.prefix,
+            "storage": str(into or storage.root),
+            "meeting": str(meeting),
+            "ranks": ranks,
+            "micro_batch": micro_batch,
+            "save": save,
+            "happens": happens or {},
         }
         template.stdin.write(json.dumps(order) + "\n")
         template.stdin.flush()
@@ -210,7 +221,8 @@ def test_a_stop_that_the_first_rank_hears_of_stops_all_and_saves_once(tiny_spec,
     said = train(tiny_spec, happens={0: {"stop": 5}})
     assert [one["error"].split(":")[0] for one in said] == ["StoppedError"] * 2
     name = trial_id(tiny_spec, tiny_data.manifest_sha256)
-    assert committed(storage, f"trials/{name}/checkpoints")[-1].startswith("step-0000000")
+    (step,) = {int(one["error"].rpartition(" ")[2]) for one in said}
+    assert committed(storage, f"trials/{name}/checkpoints")[-1] == f"step-{step:08d}"
     whole = train(tiny_spec, into=tmp_path / "whole")[0]["result"]
     assert science(train(tiny_spec)[0]["result"]) == science(whole)
 
