@@ -69,7 +69,8 @@ def mean_between_losses_s(attempts: Sequence[Mapping[str, Any]], *, now: float) 
 
     One loss in BETWEEN_LOSSES_S is taken for granted, so that few attempts say little.
     """
-    worked_s = sum(attempt.get("ended", now) - attempt["started"] for attempt in attempts)
+    # A clock that was set back meanwhile gives no time, and not a negative one.
+    worked_s = sum(max(0.0, attempt.get("ended", now) - attempt["started"]) for attempt in attempts)
     losses = sum(attempt.get("outcome") == "lost" for attempt in attempts)
     return (BETWEEN_LOSSES_S + worked_s) / (1 + losses)
 

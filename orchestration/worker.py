@@ -26,7 +26,7 @@ from helix.training.memory import compact_large_blocks
 from helix.training.trainer import Fit, StoppedError, fit, trial_folder
 from orchestration.connection import POLL_S, this_machine
 from orchestration.lease import LeaseLostError, Watch, acquire
-from orchestration.ledger import is_done
+from orchestration.ledger import attempts_at, is_done
 from orchestration.notices import Notices, sigterm_notice
 from orchestration.recovery import Budget, Ended, decide, kind, mean_between_losses_s, smaller
 from orchestration.stop import asked
@@ -251,7 +251,7 @@ def run_trial(
         heartbeat = storage.get_json(f"{trial_folder(name)}/heartbeat.json") or {}  # before this attempt's first one
         with lease:
             _close_lost(storage, name, heartbeat)
-            records = _attempts(storage, name)
+            records = attempts_at(storage, name)
             own = [one for one in records if one["sweep_id"] == sweep_id and one["outcome"] != "stopped"]
             decision = decide([_ended(record) for record in own], budget or Budget())
             if decision.action == "stop":
@@ -260,7 +260,7 @@ def run_trial(
             micro_batch, recompute = _parts(
                 own, parts[0] or spec.training.batch_size, parts[1], shrink=decision.action == "shrink"
             )
-            attempt.begin(storage, micro_batch=micro_batch, recompute=recompute)
+            attempt.begin(storage, lease=lease.number, micro_batch=micro_batch, recompute=recompute)
             how = Fit(
                 storage=storage,
                 device=device,
@@ -307,9 +307,10 @@ class Attempt:
             **(machine or {}),
         }
 
-    def begin(self, storage: Storage, *, micro_batch: int, recompute: bool) -> None:
-        """Record that the attempt starts, from which step, and in what parts."""
+    def begin(self, storage: Storage, *, lease: int, micro_batch: int, recompute: bool) -> None:
+        """Record that the attempt starts, under which lease, from which step, and in what parts."""
         self.record |= {
+            "lease": lease,
             "from_step": _newest_step(storage, self.name),
             "micro_batch": micro_batch,
             "recompute": recompute,
@@ -348,11 +349,6 @@ class Attempt:
 
     def _put(self, storage: Storage) -> None:
         storage.put_json(f"{self.folder}/attempts/{self.id}.json", self.record)
-
-
-def _attempts(storage: Storage, name: str) -> list[dict[str, Any]]:
-    """All attempts at one trial, oldest first."""
-    return [storage.get_json(key) for key in storage.keys(f"{trial_folder(name)}/attempts")]
 
 
 def _close_lost(storage: Storage, name: str, heartbeat: Mapping[str, Any]) -> None:

@@ -9,13 +9,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from helix import storage_s3
+from helix.loopback import FaultProxy
 from helix.registry import GRIDS
+from helix.spec import to_json
 from helix.storage import FolderStorage, Storage, open_storage
 from orchestration import sweep
-from tests.fault_proxy import FaultProxy
+from orchestration.certify import BIT_EXACT, compare
+from orchestration.grid import expand, load_grid
+from orchestration.lease import EXPIRY_S
+from orchestration.ledger import TrialState, attempts_at
+from orchestration.twin import Order, Twins
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ROOT / "orchestration" / "sweep.py"
@@ -159,6 +166,87 @@ def test_a_sweep_that_is_killed_and_run_again_ends_as_if_nothing_had_happened(tm
     assert "2 trials: 2 done, 0 to train" in third.stdout
     assert {name: storage.path(f"trials/{name}/result.json").stat().st_mtime_ns for name in after} == weights
     assert (storage.root / "reports" / "demo.html").stat().st_size > 10_000
+
+
+FEW_CORES = (
+    "import os, sys; os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="takes cores away from a process")
+def test_processes_of_ray_that_are_killed_on_a_machine_that_is_full_do_not_keep_the_sweep_from_its_end(tmp_path):
+    """The one worker takes every core; what a dead controller or driver reserved for it has to be given back."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    trial = ["data.options.clips_per_class=80", "training.epochs=4", "training.batch_size=2"]
+    arguments = ["--grid", "demo", "--variants", "mamba-mel", "--folds", "1", "--threads", str(len(cores)), *trial]
+    output = (tmp_path / "output").open("w")
+    driver = subprocess.Popen(
+        [sys.executable, "-c", FEW_CORES, ",".join(map(str, cores)), sys.executable, str(SWEEP), *arguments],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=output,
+        stderr=output,
+    )
+    storage = FolderStorage(tmp_path / "runs")
+
+    def working(other_than: str = "") -> str:
+        """The attempt under way, other than this one, once it has finished some steps."""
+        deadline = time.monotonic() + 150
+        while time.monotonic() < deadline:
+            for name in storage.children("trials"):
+                beat = storage.get_json(f"trials/{name}/heartbeat.json") or {}
+                if beat.get("step", 0) > 20 and beat["attempt_id"] != other_than:
+                    return beat["attempt_id"]
+            assert driver.poll() is None, (tmp_path / "output").read_text()
+            time.sleep(0.05)
+        pytest.fail(f"no attempt is under way: {(tmp_path / 'output').read_text()}")
+
+    try:
+        first = working()
+        _named(driver.pid, "ray::TrainController").kill()
+        second = working(other_than=first)
+        _named(driver.pid, "ray::ImplicitFunc").kill()
+        third = working(other_than=second)
+        assert driver.wait(timeout=150) == 0, (tmp_path / "output").read_text()
+    finally:
+        driver.kill()
+        driver.wait()
+    (name,) = results(storage.root)
+    assert [one["attempt_id"] for one in attempts_at(storage, name)] == [first, second, third]
+
+    (entry,) = expand(load_grid("demo"), overrides=trial, folds=[1], variants=["mamba-mel"])
+    (data,) = storage.children("data")
+    whole = Order(
+        spec=to_json(entry.spec),
+        source=repr(storage),
+        data=f"data/{data}",
+        storage=str(tmp_path / "whole"),
+        threads=len(cores),
+    )
+    with Twins() as twins:
+        assert twins.run(whole).status == 0
+    assert compare(open_storage(whole.storage), storage, name)["verdict"] == BIT_EXACT
+
+
+def _named(pid: int, title: str) -> psutil.Process:
+    """The process below `pid` that Ray calls so."""
+    (found,) = [one for one in psutil.Process(pid).children(recursive=True) if _title(one).startswith(title)]
+    return found
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return process.cmdline()[0]
+    except (psutil.Error, IndexError):  # it has just ended
+        return ""
+
+
+def test_a_sweep_whose_trials_are_all_in_other_hands_says_what_it_waits_for():
+    running, partial = (TrialState(trial_id="a" * 16, status=status) for status in ("running", "partial"))
+    assert sweep.held_elsewhere([partial]) == ""
+    said = sweep.held_elsewhere([running, partial])
+    assert said.startswith("1 of the trials is worked on by another sweep") and f"after {EXPIRY_S:.0f} s" in said
 
 
 @pytest.mark.ray
