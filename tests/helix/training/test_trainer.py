@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from helix.training import trainer
 from helix.training.checkpoint import committed, load_best
 from helix.training.trainer import DivergedError, Fit, StoppedError, fit, row_key
 from orchestration.grid import VARIANTS
+from tests.conftest import with_training
 
 STEPS = 9  # three epochs of three
 
@@ -103,6 +105,34 @@ def test_a_trial_that_is_asked_to_stop_saves_leaves_and_ends_bit_identical(
 
 def test_how_often_it_saves_is_not_science(tiny_spec, tiny_data, storage, undisturbed):
     assert science(fit(tiny_spec, tiny_data, Fit(storage=storage, save_every_s=0.0))) == undisturbed(tiny_spec)
+
+
+class Distant(FolderStorage):
+    """A storage whose every put takes a tenth of a second."""
+
+    def put(self, key: str, data: bytes) -> None:
+        time.sleep(0.1)
+        super().put(key, data)
+
+
+def test_saving_holds_up_the_training_by_a_hundredth_at_most(tiny_spec, tiny_data, tmp_path, monkeypatch):
+    """Measured around every save but the last one, which waits for the end of its writing as the trial ends with it."""
+    held: list[float] = []
+    real = trainer._Trial._save
+
+    def timed(trial, progress) -> None:
+        began = time.perf_counter()
+        real(trial, progress)
+        held.append(time.perf_counter() - began)
+
+    monkeypatch.setattr(trainer._Trial, "_save", timed)
+    began = time.perf_counter()
+    fit(with_training(tiny_spec, epochs=60), tiny_data, Fit(storage=Distant(tmp_path)))
+    took = time.perf_counter() - began
+    *while_training, _ = held
+    assert len(while_training) >= 4
+    # A busy machine may hold up a single one, for which there is no time left to make up.
+    assert sum(while_training) - max(while_training) <= 0.01 * took, held
 
 
 def test_a_row_lost_between_checkpoint_and_row_comes_back(tiny_spec, tiny_data, storage, undisturbed):
