@@ -1,8 +1,9 @@
 """What to do after an attempt ended: error and history in, decision out. Knows no Ray and touches nothing.
 
 Two budgets. A failure is an error that the attempt itself raised; few are allowed. A loss is an attempt that ended
-without a word (its process was killed, its machine is gone, or it hung); losses cost nothing while the trial moves
-forward. Running out of memory is neither: the trial is tried again in smaller parts, as long as there are any.
+without a word (its process was killed, its machine is gone, or it hung) or because Ray around it was gone; losses cost
+nothing while the trial moves forward. Running out of memory is neither: the trial is tried again in smaller parts, as
+long as there are any.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,14 @@ def kind(error: BaseException) -> str:
     if {"OutOfMemoryError", "MemoryError"} & set(names) or "can't allocate memory" in str(error):
         return OUT_OF_MEMORY
     return next((name for name in names if name in PERMANENT), names[0])
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error says that what runs the attempt is gone (Ray's own: a dead controller, head or store).
+
+    The trial did nothing wrong then, and its process can do nothing more for it: asked again, Ray says the same.
+    """
+    return "RayError" in (cls.__name__ for cls in type(error).__mro__)
 
 
 def smaller(micro_batch: int, *, recompute: bool) -> tuple[int, bool] | None:

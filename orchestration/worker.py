@@ -28,7 +28,7 @@ from orchestration.connection import POLL_S, this_machine
 from orchestration.lease import LeaseLostError, Watch, acquire
 from orchestration.ledger import attempts_at, is_done
 from orchestration.notices import Notices, sigterm_notice
-from orchestration.recovery import Budget, Ended, decide, kind, mean_between_losses_s, smaller
+from orchestration.recovery import Budget, Ended, decide, is_loss, kind, mean_between_losses_s, smaller
 from orchestration.stop import asked
 
 logger = logging.getLogger(__name__)
@@ -231,7 +231,8 @@ def run_trial(
     """Attempt a trial until its result is stored or its budget is spent.
 
     "held" where another process works on it, "stopped" where the sweep was asked to stop. `machine`: what the attempts
-    record of what they run on. `trainer`: what stands in for `fit`.
+    record of what they run on. `trainer`: what stands in for `fit`. Raises what `fit` raises where that says that this
+    process is cut off; the trial is free for another one then.
     """
     name = trial_id(spec, recordings.manifest_sha256)
     while not is_done(storage, name):
@@ -282,7 +283,10 @@ def run_trial(
             except StoppedError as stopped:
                 attempt.end(storage, "stopped", step=stopped.step)
                 return "stopped"
-            except Exception as error:  # whatever it is, it is this trial's: recorded, judged by decide()
+            except Exception as error:  # whatever it is, it is recorded, and judged by decide() if it is this trial's
+                if is_loss(error):
+                    attempt.end(storage, "lost", error, step=lease.step)
+                    raise
                 attempt.end(storage, "failed", error, step=lease.step)
             else:
                 attempt.end(storage, "done")

@@ -31,7 +31,15 @@ from helix.models.scan import scan_backend
 from helix.registry import DATASETS
 from helix.spec import TrialSpec, derive_seed, identity, resolve, to_json, trial_id
 from helix.storage import Storage, json_bytes, sealed
-from helix.training.checkpoint import Progress, Saver, load_checkpoint, prune, save_interval_s, weights_sha256
+from helix.training.checkpoint import (
+    CheckpointError,
+    Progress,
+    Saver,
+    load_checkpoint,
+    prune,
+    save_interval_s,
+    weights_sha256,
+)
 from helix.training.metrics import Evaluation, select
 from helix.training.optim import build_optimizer, learning_rate
 
@@ -207,10 +215,13 @@ class _Trial:
         return scan_backend(torch.device(self.how.device), torch.float32)
 
     def _restored(self) -> Progress | None:
-        """The newest checkpoint, loaded; None where there is none."""
-        return load_checkpoint(
-            self.how.storage, f"{self.folder}/checkpoints", model=self.model, optimizer=self.optimizer, trial_id=self.id
-        )
+        """The newest checkpoint, loaded; None where there never was one. Raises CheckpointError."""
+        storage, prefix = self.how.storage, f"{self.folder}/checkpoints"
+        progress = load_checkpoint(storage, prefix, model=self.model, optimizer=self.optimizer, trial_id=self.id)
+        rows = len(storage.children(f"{self.folder}/metrics"))
+        if progress is None and rows:  # a row is put after a checkpoint that holds it, so there was one
+            raise CheckpointError(prefix, [f"none has a manifest, though the rows of {rows} epochs are stored"])
+        return progress
 
     def _rolled_back(self, error: DivergedError, progress: Progress) -> Progress:
         """Where to train on from after a divergence, under `protocol.divergence = rollback` and once in a trial.

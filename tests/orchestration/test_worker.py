@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray.exceptions
 import ray.train
 import torch
 
@@ -85,6 +86,26 @@ def test_failures_have_a_budget(attempt):
     done, state, calls = attempt(*errors, budget=Budget(failures=2))
     assert (done, state.status, calls) == ("failed", "failed", 3)
     assert "3 failures; 2 are allowed" in state.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ray.exceptions.ActorUnavailableError("the controller's machine does not answer", None),
+        ray.exceptions.ActorDiedError(),
+        ray.exceptions.RaySystemError("the head is gone"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_worker_that_is_cut_off_from_ray_leaves_and_the_trial_has_not_failed(attempt, error):
+    """A worker whose controller or head is gone hears it when it reports or asks for notices."""
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            attempt(error, budget=Budget(failures=0))
+    done, state, calls = attempt(budget=Budget(failures=0))
+    assert (done, state.status, calls) == ("done", "done", 1)
+    assert [record["outcome"] for record in state.attempts] == ["lost", "lost", "done"]
+    assert type(error).__name__ in state.attempts[0]["error"]
 
 
 def test_a_new_sweep_tries_a_failed_trial_again(attempt):

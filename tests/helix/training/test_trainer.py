@@ -19,7 +19,7 @@ from helix.protocol import profile
 from helix.spec import TrialSpec, trial_id
 from helix.storage import FolderStorage
 from helix.training import trainer
-from helix.training.checkpoint import committed, load_best
+from helix.training.checkpoint import CheckpointError, committed, load_best
 from helix.training.trainer import DivergedError, Fit, StoppedError, fit, row_key
 from orchestration.grid import VARIANTS
 from tests.conftest import with_training
@@ -144,6 +144,22 @@ def test_a_row_lost_between_checkpoint_and_row_comes_back(tiny_spec, tiny_data, 
     result = fit(tiny_spec, tiny_data, Fit(storage=storage))
     assert storage.get(row_key(name, 1)) == before
     assert [row["epoch"] for row in result["rows"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("lost", ["manifests", "folder"])
+def test_a_trial_whose_checkpoints_are_gone_does_not_silently_start_again(lost, tiny_spec, tiny_data, storage):
+    """Rows are put after the checkpoint that holds them: where there are some, there was one."""
+    with pytest.raises(Killed):
+        fit(tiny_spec, tiny_data, Fit(storage=storage, save_every_s=0.0, on_step=kill_at(8)))
+    folder = f"trials/{trial_id(tiny_spec, tiny_data.manifest_sha256)}"
+    kept = committed(storage, f"{folder}/checkpoints")
+    assert kept
+    for name in kept:
+        storage.delete(f"{folder}/checkpoints/{name}/manifest.json")
+    if lost == "folder":
+        storage.delete_folder(f"{folder}/checkpoints")
+    with pytest.raises(CheckpointError, match=r"none has a manifest, though the rows of \d epochs.*helix restart"):
+        fit(tiny_spec, tiny_data, Fit(storage=storage))
 
 
 def test_a_finished_trial_is_not_trained_again(tiny_spec, tiny_data, storage):
