@@ -9,8 +9,10 @@ from typing import Any
 import psutil
 import ray
 import yaml
+from ray._private.state import state as gcs_state
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
-from ray.core.generated import autoscaler_pb2
+from ray.core.generated import autoscaler_pb2, gcs_pb2
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from orchestration.money import machine_facts
 from orchestration.pools import Offer, pools_of, types_of
@@ -128,6 +130,27 @@ def _refused() -> tuple[dict[str, float], ...]:
     reply = autoscaler_pb2.GetClusterStatusReply()  # pyright: ignore[reportAttributeAccessIssue]
     reply.ParseFromString(client.get_cluster_status(timeout_s=10))
     return tuple(dict(one.resources_bundle) for one in reply.autoscaling_state.infeasible_resource_requests)
+
+
+def free_what_the_dead_hold() -> int:
+    """Give back what the actors of this job reserved that are dead by now; how many reservations that were.
+
+    A Train controller reserves the place of its worker, and Ray keeps that while the job lives. Train has a process
+    that asks the dashboard whether the controller lives and gives the place back if not: a local Ray has no dashboard,
+    so after a controller was killed the next one would wait for that place for ever.
+    """
+    table = gcs_state._connect_and_get_accessor().get_placement_group_table()
+    job, nobody = ray.get_runtime_context().get_job_id(), ray.ActorID.nil().binary()
+    reservation = gcs_pb2.PlacementGroupTableData  # pyright: ignore[reportAttributeAccessIssue]
+    freed = 0
+    for serialised in table or ():
+        group = reservation.FromString(serialised)
+        held = group.state != reservation.REMOVED and not group.is_detached
+        orphaned = group.creator_actor_dead and group.creator_actor_id != nobody
+        if held and orphaned and group.creator_job_id.hex() == job:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+            freed += 1
+    return freed
 
 
 def this_machine(held: dict[str, float]) -> dict[str, Any]:

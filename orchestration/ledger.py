@@ -63,7 +63,7 @@ def read(storage: Storage, trial_id: str, *, now: float) -> TrialState:
     """The state of one trial at the time `now`."""
     folder = f"trials/{trial_id}"
     result = storage.get_json(f"{folder}/result.json")
-    attempts = sorted(_all(storage, f"{folder}/attempts"), key=lambda attempt: attempt["started"])
+    attempts = attempts_at(storage, trial_id)
     if result is not None:
         rows = result["rows"]
         step = rows[-1]["step"]
@@ -85,6 +85,15 @@ def read(storage: Storage, trial_id: str, *, now: float) -> TrialState:
         error=error,
         heard=heard,
     )
+
+
+def attempts_at(storage: Storage, trial_id: str) -> list[dict[str, Any]]:
+    """All attempts at a trial, oldest first.
+
+    By the numbers of their leases, which only grow: the clocks of the machines that they ran on may disagree.
+    """
+    found = _all(storage, f"trials/{trial_id}/attempts")
+    return sorted(found, key=lambda attempt: (attempt.get("lease", 0), attempt["started"]))
 
 
 def certificates(storage: Storage) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +48,17 @@ from helix.protocol import PROFILES
 from helix.spec import to_json
 from helix.storage import FolderStorage, Storage, open_storage
 from helix.training.memory import GIB, Device, Placement, available_bytes, gib
-from orchestration.connection import ClusterError, connect, cpu_count, driver_resources, joins_cluster, offer
+from orchestration.connection import (
+    ClusterError,
+    connect,
+    cpu_count,
+    driver_resources,
+    free_what_the_dead_hold,
+    joins_cluster,
+    offer,
+)
 from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
+from orchestration.lease import EXPIRY_S
 from orchestration.ledger import TrialState, read
 from orchestration.money import Limits, machine_facts, read_prices, spent_on_trial, until
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, pack, place, price
@@ -342,7 +351,8 @@ def train(
 
 
 class Guard(ray.tune.Stopper):
-    """Watches a sweep while Ray Tune runs it: what it waits for, whether that can ever come, and its limits.
+    """Watches a sweep while Ray Tune runs it: what it waits for, whether that can ever come, and its limits. What a
+    killed process of it still holds, it gives back.
 
     When a limit is reached the workers are asked through the storage to save and leave; once no attempt is under way,
     or after GRACE_S, what has not started by then is cancelled.
@@ -388,11 +398,13 @@ class Guard(ray.tune.Stopper):
                 logger.warning("the limits of the sweep could not be looked at just now (%s)", error)
 
     def _look(self) -> None:
+        free_what_the_dead_hold()
         on_offer, now = offer(), time.time()
         states = self.sweep.snapshot.states()
         attempts = [one for state in states.values() for one in state.attempts if one["sweep_id"] == self.sweep_id]
         under_way = any("ended" not in one for one in attempts)
-        self._waiting = "" if under_way or self.stopped else on_offer.waiting(self.sweep.need, workers=self.workers)
+        waiting = on_offer.waiting(self.sweep.need, workers=self.workers) or held_elsewhere(states.values())
+        self._waiting = "" if under_way or self.stopped else waiting
         self.impossible = self.impossible or (None if attempts else on_offer.impossible(self.sweep.need))
         if self.impossible:
             self._cancel = True
@@ -406,6 +418,17 @@ class Guard(ray.tune.Stopper):
             self.stopped, self._asked_at = reason, time.monotonic()
         elif not under_way or time.monotonic() - self._asked_at > GRACE_S:
             self._cancel = True
+
+
+def held_elsewhere(states: Iterable[TrialState]) -> str:
+    """What to say of trials that others work on, to a sweep that works on none: "" where there are none."""
+    others = sum(state.status == "running" for state in states)
+    return (
+        f"{others} of the trials {'are' if others > 1 else 'is'} worked on by another sweep; where that was killed on "
+        f"another machine, this one takes over after {EXPIRY_S:.0f} s of silence"
+        if others
+        else ""
+    )
 
 
 def _cut(placement: Placement) -> dict[str, Any]:

@@ -31,9 +31,9 @@ from helix.training.ranks import BACKENDS, RankLostError, Ranks
 from helix.training.trainer import Fit, StoppedError, fit, trial_folder
 from orchestration.connection import POLL_S, this_machine
 from orchestration.lease import FIRST_STEP_S, LeaseLostError, Watch, acquire
-from orchestration.ledger import is_done
+from orchestration.ledger import attempts_at, is_done
 from orchestration.notices import Notices, sigterm_notice
-from orchestration.recovery import Budget, Ended, decide, kind, mean_between_losses_s, smaller
+from orchestration.recovery import Budget, Ended, decide, is_loss, kind, mean_between_losses_s, smaller
 from orchestration.stop import asked
 
 logger = logging.getLogger(__name__)
@@ -314,8 +314,9 @@ def run_trial(
     """Attempt a trial until its result is stored or its budget is spent.
 
     "held" where another process works on it, "stopped" where the sweep was asked to stop. `machine`: what the attempts
-    record of what they run on. `trainer`: what stands in for `fit`. `ranks` as in `work_through`; RankLostError, which
-    leaves this function, means that all of them have to start anew.
+    record of what they run on. `trainer`: what stands in for `fit`. `ranks` as in `work_through`. Raises what `fit`
+    raises where that says that this process is cut off, from Ray or (RankLostError: all of them start anew) from the
+    other ranks; the trial is free for another one then.
     """
     ranks = ranks or Ranks()
     name = trial_id(spec, recordings.manifest_sha256)
@@ -337,7 +338,7 @@ def run_trial(
         heartbeat = storage.get_json(f"{trial_folder(name)}/heartbeat.json") or {}  # before this attempt's first one
         with lease:
             _close_lost(storage, name, heartbeat)
-            records = _attempts(storage, name)
+            records = attempts_at(storage, name)
             own = [one for one in records if one["sweep_id"] == sweep_id and one["outcome"] != "stopped"]
             decision = decide([_ended(record) for record in own], budget or Budget())
             if decision.action == "stop":
@@ -345,7 +346,7 @@ def run_trial(
                 return "failed"
             most = ranks.largest_part(spec.training.batch_size)
             micro_batch, recompute = _parts(own, parts[0] or most, parts[1], shrink=decision.action == "shrink")
-            attempt.begin(storage, micro_batch=micro_batch, recompute=recompute)
+            attempt.begin(storage, lease=lease.number, micro_batch=micro_batch, recompute=recompute)
             how = Fit(
                 storage=storage,
                 device=device,
@@ -367,13 +368,13 @@ def run_trial(
             except LeaseLostError as error:
                 attempt.end(storage, "lost", error, step=lease.step)
                 return "held"
-            except RankLostError as error:
-                attempt.end(storage, "lost", error, step=lease.step)
-                raise
             except StoppedError as stopped:
                 attempt.end(storage, "stopped", step=stopped.step)
                 return "stopped"
-            except Exception as error:  # whatever it is, it is this trial's: recorded, judged by decide()
+            except Exception as error:  # whatever it is, it is recorded, and judged by decide() if it is this trial's
+                if is_loss(error):
+                    attempt.end(storage, "lost", error, step=lease.step)
+                    raise
                 attempt.end(storage, "failed", error, step=lease.step)
             else:
                 attempt.end(storage, "done")
@@ -398,9 +399,10 @@ class Attempt:
             **(machine or {}),
         }
 
-    def begin(self, storage: Storage, *, micro_batch: int, recompute: bool) -> None:
-        """Record that the attempt starts, from which step, and in what parts."""
+    def begin(self, storage: Storage, *, lease: int, micro_batch: int, recompute: bool) -> None:
+        """Record that the attempt starts, under which lease, from which step, and in what parts."""
         self.record |= {
+            "lease": lease,
             "from_step": _newest_step(storage, self.name),
             "micro_batch": micro_batch,
             "recompute": recompute,
@@ -439,11 +441,6 @@ class Attempt:
 
     def _put(self, storage: Storage) -> None:
         storage.put_json(f"{self.folder}/attempts/{self.id}.json", self.record)
-
-
-def _attempts(storage: Storage, name: str) -> list[dict[str, Any]]:
-    """All attempts at one trial, oldest first."""
-    return [storage.get_json(key) for key in storage.keys(f"{trial_folder(name)}/attempts")]
 
 
 def _close_lost(storage: Storage, name: str, heartbeat: Mapping[str, Any]) -> None:

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from helix.data.shards import Recordings, open_prepared, prepare
+from helix.loopback import FaultProxy
 from helix.protocol import profile
 from helix.spec import AugmentSpec, DataSpec, ModelSpec, TrainingSpec, TrialSpec
 from helix.storage import FolderStorage, Storage
-from tests.fault_proxy import FaultProxy
 
 TINY_TONES = {"clips_per_class": 16}
 
@@ -117,7 +117,6 @@ def s3_address(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def fault_proxy(s3_server: str, s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """A proxy in front of the S3 server; storage that is opened from here on goes through it."""
-    proxy = FaultProxy(s3_server)
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.address)
-    yield proxy
-    proxy.close()
+    with FaultProxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.address)
+        yield proxy

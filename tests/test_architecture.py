@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.checks": ("helix.doctor", "helix.models", "helix.registry", "helix.storage"),
     "helix.process": (),
     "helix.bench": ("helix.registry",),
+    "helix.loopback": (),
     "helix.peers": (),
     "helix.loader_peers": ("helix.peers",),
     "helix.benches": (
@@ -39,7 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "helix.registry",
             "helix.spec",
         ),
-        *("helix.training", "helix.data", "helix.loader_peers", "helix.storage"),
+        *("helix.training", "helix.data", "helix.loader_peers", "helix.loopback", "helix.storage"),
     ),
     "dashboards": ("dashboards", "helix", "orchestration.ledger"),
     "orchestration": ("orchestration", "dashboards", "helix"),

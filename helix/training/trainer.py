@@ -34,6 +34,7 @@ from helix.registry import DATASETS
 from helix.spec import TrialSpec, derive_seed, identity, resolve, to_json, trial_id
 from helix.storage import Storage, json_bytes, sealed
 from helix.training.checkpoint import (
+    CheckpointError,
     Progress,
     Saver,
     become,
@@ -233,16 +234,17 @@ class _Trial:
         return scan_backend(torch.device(self.how.device), torch.float32)
 
     def _restored(self) -> Progress | None:
-        """The newest checkpoint, loaded; None where there is none. All ranks take on what the first one has then."""
+        """The newest checkpoint, loaded; None where there never was one. All ranks take on what the first one has then.
+
+        Raises CheckpointError.
+        """
+        storage, prefix = self.how.storage, f"{self.folder}/checkpoints"
 
         def loaded() -> tuple[Progress | None, Any]:
-            progress = load_checkpoint(
-                self.how.storage,
-                f"{self.folder}/checkpoints",
-                model=self.model,
-                optimizer=self.optimizer,
-                trial_id=self.id,
-            )
+            progress = load_checkpoint(storage, prefix, model=self.model, optimizer=self.optimizer, trial_id=self.id)
+            rows = len(storage.children(f"{self.folder}/metrics"))
+            if progress is None and rows:  # a row is put after a checkpoint that holds it, so there was one
+                raise CheckpointError(prefix, [f"none has a manifest, though the rows of {rows} epochs are stored"])
             return progress, replica(self.model, self.optimizer) if self.ranks.count > 1 else None
 
         progress, state = self.ranks.share(loaded)

@@ -14,13 +14,18 @@ import pytest
 
 from helix import storage_s3
 from helix.data.shards import open_prepared
+from helix.loopback import FaultProxy
 from helix.registry import GRIDS
-from helix.spec import from_json
+from helix.spec import from_json, to_json
 from helix.storage import FolderStorage, Storage, open_storage
 from helix.training.trainer import Fit, fit
 from orchestration import sweep
+from orchestration.certify import BIT_EXACT, compare
 from orchestration.connection import cpu_count
-from tests.fault_proxy import FaultProxy
+from orchestration.grid import expand, load_grid
+from orchestration.lease import EXPIRY_S
+from orchestration.ledger import TrialState, attempts_at
+from orchestration.twin import Order, Twins
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ROOT / "orchestration" / "sweep.py"
@@ -146,7 +151,7 @@ def test_a_sweep_that_is_killed_and_run_again_ends_as_if_nothing_had_happened(tm
     command = [sys.executable, str(SWEEP), *arguments]
     driver = subprocess.Popen(command, cwd=tmp_path / "killed", env=environment(), stdout=output, stderr=output)
     storage, deadline = FolderStorage(tmp_path / "killed" / "runs"), time.monotonic() + 200
-    while len(list(_rows(storage))) < 5:
+    while len(list(_under(storage, "metrics"))) < 5:
         assert driver.poll() is None, (tmp_path / "killed" / "output").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -194,7 +199,7 @@ def test_two_ranks_of_which_one_is_killed_end_as_two_that_are_not_and_near_to_on
         storages[name] = FolderStorage(tmp_path / name / "runs")
     try:
         deadline = time.monotonic() + 500
-        while len(list(_rows(storages["killed"]))) < 3:
+        while len(list(_under(storages["killed"], "metrics"))) < 3:
             assert drivers["killed"].poll() is None, (tmp_path / "killed" / "output").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -220,6 +225,87 @@ def test_two_ranks_of_which_one_is_killed_end_as_two_that_are_not_and_near_to_on
     assert one["trial_id"] == name
     for a, b in zip(one["rows"][:3], whole["rows"][:3], strict=True):
         assert b["train_losses"] == pytest.approx(a["train_losses"], rel=1e-3)
+
+
+#: Runs a command on one core of this machine.
+ONE_CORE = """
+import os, sys
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="takes cores away from a process")
+def test_processes_of_ray_that_are_killed_on_a_machine_that_is_full_do_not_keep_the_sweep_from_its_end(tmp_path):
+    """The one worker takes the only core; what a dead controller or driver reserved for it has to be given back."""
+    trial = [*SMALL[-4:], "training.epochs=100"]
+    arguments = ["--grid", "demo", "--variants", "mamba-mel", "--folds", "1", *trial]
+    output = (tmp_path / "output").open("w")
+    driver = subprocess.Popen(
+        [sys.executable, "-c", ONE_CORE, sys.executable, str(SWEEP), *arguments],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=output,
+        stderr=output,
+    )
+    storage = FolderStorage(tmp_path / "runs")
+
+    def working(attempts: int) -> None:
+        """Wait until so many attempts were begun, and the last of them has finished an epoch."""
+        deadline, before = time.monotonic() + 150, 0
+        while time.monotonic() < deadline:
+            assert driver.poll() is None, (tmp_path / "output").read_text()
+            begun, rows = len(list(_under(storage, "attempts"))), len(list(_under(storage, "metrics")))
+            before = before if begun == attempts else rows
+            if begun == attempts and rows > before:
+                return
+            time.sleep(0.02)
+        pytest.fail(f"attempt {attempts} did not get on: {(tmp_path / 'output').read_text()}")
+
+    try:
+        working(1)
+        _named(driver.pid, "ray::TrainController").kill()
+        working(2)
+        _named(driver.pid, "ray::ImplicitFunc").kill()
+        assert driver.wait(timeout=150) == 0, (tmp_path / "output").read_text()
+    finally:
+        driver.kill()
+        driver.wait()
+    (name,) = results(storage.root)
+    assert [one["outcome"] for one in attempts_at(storage, name)] == ["lost", "lost", "done"]
+
+    (entry,) = expand(load_grid("demo"), overrides=trial, folds=[1], variants=["mamba-mel"])
+    (data,) = storage.children("data")
+    whole = Order(
+        spec=to_json(entry.spec),
+        source=repr(storage),
+        data=f"data/{data}",
+        storage=str(tmp_path / "whole"),
+    )
+    with Twins() as twins:
+        assert twins.run(whole).status == 0
+    assert compare(open_storage(whole.storage), storage, name)["verdict"] == BIT_EXACT
+
+
+def _named(pid: int, title: str) -> psutil.Process:
+    """The process below `pid` that Ray calls so."""
+    (found,) = [one for one in psutil.Process(pid).children(recursive=True) if _title(one).startswith(title)]
+    return found
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return process.cmdline()[0]
+    except (psutil.Error, IndexError):  # it has just ended
+        return ""
+
+
+def test_a_sweep_whose_trials_are_all_in_other_hands_says_what_it_waits_for():
+    running, partial = (TrialState(trial_id="a" * 16, status=status) for status in ("running", "partial"))
+    assert sweep.held_elsewhere([partial]) == ""
+    said = sweep.held_elsewhere([running, partial])
+    assert said.startswith("1 of the trials is worked on by another sweep") and f"after {EXPIRY_S:.0f} s" in said
 
 
 @pytest.mark.ray
@@ -324,6 +410,7 @@ def test_storage_that_does_not_answer_or_is_not_allowed_is_a_refusal(tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def _rows(storage: Storage):
+def _under(storage: Storage, folder: str):
+    """What the trials have in this folder of theirs."""
     for name in storage.children("trials"):
-        yield from storage.children(f"trials/{name}/metrics")
+        yield from storage.children(f"trials/{name}/{folder}")

@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from helix.protocol import profile
 from helix.spec import TrialSpec, trial_id
 from helix.storage import FolderStorage
 from helix.training import trainer
-from helix.training.checkpoint import committed, load_best
+from helix.training.checkpoint import CheckpointError, committed, load_best
 from helix.training.trainer import DivergedError, Fit, StoppedError, fit, row_key
 from orchestration.grid import VARIANTS
+from tests.conftest import with_training
 
 STEPS = 9  # three epochs of three
 
@@ -105,6 +107,34 @@ def test_how_often_it_saves_is_not_science(tiny_spec, tiny_data, storage, undist
     assert science(fit(tiny_spec, tiny_data, Fit(storage=storage, save_every_s=0.0))) == undisturbed(tiny_spec)
 
 
+class Distant(FolderStorage):
+    """A storage whose every put takes a tenth of a second."""
+
+    def put(self, key: str, data: bytes) -> None:
+        time.sleep(0.1)
+        super().put(key, data)
+
+
+def test_saving_holds_up_the_training_by_a_hundredth_at_most(tiny_spec, tiny_data, tmp_path, monkeypatch):
+    """Measured around every save but the last one, which waits for the end of its writing as the trial ends with it."""
+    held: list[float] = []
+    real = trainer._Trial._save
+
+    def timed(trial, progress) -> None:
+        began = time.perf_counter()
+        real(trial, progress)
+        held.append(time.perf_counter() - began)
+
+    monkeypatch.setattr(trainer._Trial, "_save", timed)
+    began = time.perf_counter()
+    fit(with_training(tiny_spec, epochs=60), tiny_data, Fit(storage=Distant(tmp_path)))
+    took = time.perf_counter() - began
+    *while_training, _ = held
+    assert len(while_training) >= 4
+    # A busy machine may hold up a single one, for which there is no time left to make up.
+    assert sum(while_training) - max(while_training) <= 0.01 * took, held
+
+
 def test_a_row_lost_between_checkpoint_and_row_comes_back(tiny_spec, tiny_data, storage, undisturbed):
     with pytest.raises(Killed):
         fit(tiny_spec, tiny_data, Fit(storage=storage, on_step=kill_at(4)))
@@ -114,6 +144,22 @@ def test_a_row_lost_between_checkpoint_and_row_comes_back(tiny_spec, tiny_data, 
     result = fit(tiny_spec, tiny_data, Fit(storage=storage))
     assert storage.get(row_key(name, 1)) == before
     assert [row["epoch"] for row in result["rows"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("lost", ["manifests", "folder"])
+def test_a_trial_whose_checkpoints_are_gone_does_not_silently_start_again(lost, tiny_spec, tiny_data, storage):
+    """Rows are put after the checkpoint that holds them: where there are some, there was one."""
+    with pytest.raises(Killed):
+        fit(tiny_spec, tiny_data, Fit(storage=storage, save_every_s=0.0, on_step=kill_at(8)))
+    folder = f"trials/{trial_id(tiny_spec, tiny_data.manifest_sha256)}"
+    kept = committed(storage, f"{folder}/checkpoints")
+    assert kept
+    for name in kept:
+        storage.delete(f"{folder}/checkpoints/{name}/manifest.json")
+    if lost == "folder":
+        storage.delete_folder(f"{folder}/checkpoints")
+    with pytest.raises(CheckpointError, match=r"none has a manifest, though the rows of \d epochs.*helix restart"):
+        fit(tiny_spec, tiny_data, Fit(storage=storage))
 
 
 def test_a_finished_trial_is_not_trained_again(tiny_spec, tiny_data, storage):
