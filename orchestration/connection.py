@@ -116,7 +116,8 @@ def _autoscaler(gcs_address: str) -> tuple[bool, Path | None]:
     """Whether the autoscaler of a cluster runs on this machine, and the file of its node types, None without one."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if any(word.endswith("monitor.py") for word in words) and f"--gcs-address={gcs_address}" in words:
+        # By the whole name: log_monitor.py runs on every machine, with the same address.
+        if any(Path(word).name == "monitor.py" for word in words) and f"--gcs-address={gcs_address}" in words:
             path = next((word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")), "")
             return True, Path(path).expanduser() if path else None
     return False, None

@@ -33,8 +33,8 @@ INSTANCE_TYPE_VARIABLES = ("HELIX_INSTANCE_TYPE", "RAY_CLOUD_INSTANCE_TYPE_NAME"
 MARKET_VARIABLES = ("HELIX_MARKET", "RAY_NODE_MARKET_TYPE")
 
 #: The labels of a Ray node that say the same.
-INSTANCE_TYPE_LABELS = ("helix.io/instance-type", "node.kubernetes.io/instance-type", "ray.io/instance-type")
-MARKET_LABELS = ("helix.io/market", "ray.io/market-type")
+INSTANCE_TYPE_LABELS = ("helix/instance-type", "node.kubernetes.io/instance-type", "ray.io/instance-type")
+MARKET_LABELS = ("helix/market", "ray.io/market-type")
 
 
 @dataclass(frozen=True, kw_only=True)
