@@ -12,7 +12,7 @@ import yaml
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 from ray.core.generated import autoscaler_pb2
 
-from orchestration.money import machine_facts
+from orchestration.money import Prices, machine_facts
 from orchestration.pools import Offer, pools_of, types_of
 
 #: The folder that holds the packages helix, orchestration and dashboards.
@@ -101,15 +101,16 @@ def driver_resources() -> dict[str, float]:
     return {"node:__internal_head__": 0.0001}
 
 
-def offer() -> Offer:
-    """What the cluster has on offer: its machines, and what an autoscaler may start.
+def offer(prices: Prices) -> Offer:
+    """What the cluster has on offer: its machines, and what an autoscaler may start. `prices` knows their GPUs.
 
     On the head, which is where drivers run, the autoscaler's process names the file that it reads, and that the node
     types. Where there is no such process, as on Kubernetes, only the autoscaler's own word says what can never be.
     """
     known, path = (True, None) if not joins_cluster() else _autoscaler(ray.get_runtime_context().gcs_address)
     types = None if path is None else types_of(yaml.safe_load(path.read_text(encoding="utf-8")))
-    return Offer(pools=pools_of(ray.nodes(), types), complete=known, refused=() if known else _refused())
+    pools = pools_of(ray.nodes(), types, gpu_bytes=prices.memory_of_a_gpu)
+    return Offer(pools=pools, complete=known, refused=() if known else _refused())
 
 
 def _autoscaler(gcs_address: str) -> tuple[bool, Path | None]:

@@ -41,10 +41,10 @@ FAKE_HEAD, FAKE_HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
 
 #: Parts of a file for Ray's cluster launcher that must be there, and that nothing here has a use for.
 UNUSED = {
-    **dict.fromkeys(("auth", "docker", "file_mounts"), {}),
+    **{key: {} for key in ("auth", "docker", "file_mounts")},
     **{f"{which}start_ray_commands": [] for which in ("head_", "worker_")},
     **{f"{which}setup_commands": [] for which in ("", "head_", "worker_")},
-    **dict.fromkeys(("initialization_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter"), []),
+    **{key: [] for key in ("initialization_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter")},
     "file_mounts_sync_continuously": False,
 }
 
@@ -274,8 +274,8 @@ class Autoscaled(Machines):
         found = {}
         for process in self.head.tree():
             node_id = _node_id(process)
-            if node_id not in (None, FAKE_HEAD):
-                found[node_id] = Grown(process, node_id)
+            if node_id not in (None, FAKE_HEAD):  # a raylet comes before what it has forked and not yet made a worker
+                found.setdefault(node_id, Grown(process, node_id))
         return found
 
 

@@ -24,7 +24,7 @@ OVERRIDES = ("data.options.clips_per_class=60", "training.epochs=6", "training.b
 GPU_SPOT = {
     "resources": {"CPU": 1, "GPU": 1},
     "labels": {"helix/market": "spot", "helix/instance-type": "g6.xlarge"},
-    "max_workers": 3,
+    "max_workers": 2,
 }
 IDLE_S = 5.0
 
@@ -64,7 +64,11 @@ def test_the_demo_grid_grows_to_two_machines_outlives_a_drained_one_and_ends_wit
     command = [str(ROOT / "orchestration" / "sweep.py"), "--grid", "demo", "--folds", "1", "--storage", repr(storage)]
     command += ["--variants", ",".join(VARIANTS), *OVERRIDES]
 
-    with Twins() as twins, ThreadPoolExecutor(1) as aside, Autoscaled({"gpu_spot": GPU_SPOT}, idle_s=IDLE_S) as machines:
+    with (
+        Twins() as twins,
+        ThreadPoolExecutor(1) as aside,
+        Autoscaled({"gpu_spot": GPU_SPOT}, idle_s=IDLE_S) as machines,
+    ):
         undisturbed = aside.submit(lambda: [finished(twins.run(order)) for order in orders])
         counts = [len(machines.grown())]
         sweep = machines.run(command)
@@ -85,7 +89,9 @@ def test_the_demo_grid_grows_to_two_machines_outlives_a_drained_one_and_ends_wit
         (attempt,) = attempts(storage, names[0])
         doomed, deadline = machine_of(machines, attempt["pid"]), time.monotonic() + DEADLINE_S
         machines.drain(doomed, DEADLINE_S)
-        until(lambda: counted(saved(storage, names[0]) >= told["step"]), "a checkpoint on the notice", limit_s=DEADLINE_S)
+        until(
+            lambda: counted(saved(storage, names[0]) >= told["step"]), "a checkpoint on the notice", limit_s=DEADLINE_S
+        )
         time.sleep(max(0.0, deadline + LATER_S - time.monotonic()))
         assert beats()[0]["attempt_id"] == told["attempt_id"]  # it has trained on, where it will end
         doomed.kill()
