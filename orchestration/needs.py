@@ -148,7 +148,7 @@ def deal(
     while workers is not None and len(groups) > workers:
         little, more = sorted(groups)[:2]
         groups[more] += groups.pop(little)
-    most = {gpus: min(workers or slots(gpus), len(entries)) for gpus, entries in groups.items()}
+    most = {gpus: workers or slots(gpus) for gpus in groups}
     times = {gpus: sum(entry.work for entry in entries) / most[gpus] for gpus, entries in groups.items()}
     whole = sum(times.values()) or 1.0
     given = {
