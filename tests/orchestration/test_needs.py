@@ -25,6 +25,7 @@ from orchestration.plan import Planned, place, price
 from orchestration.pools import Offer, Pool
 
 RAW, MEL = expand(load_grid("esc50"), folds=[1], variants=["mamba-raw", "mamba-mel"])
+(SMALL,) = expand(load_grid("demo"), folds=[1], variants=["mamba-mel"])
 GPU_22 = Room(device="cuda", gpu_bytes=22 * GIB)
 
 
@@ -64,7 +65,7 @@ def test_what_does_not_fit_into_a_whole_gpu_is_cut_and_gets_it_whole_and_what_ne
     asked = need(MEL, Room(device="cuda", gpu_bytes=int(0.9 * alone(MEL))))
     assert asked.gpus == 1.0 and is_cut(asked)
     with pytest.raises(ValueError, match=r"mamba-mel fold 1 seed 0: .*1\.00 GiB"):
-        need(MEL, Room(device="cuda", gpu_bytes=GIB))
+        need(SMALL, Room(device="cuda", gpu_bytes=GIB))
 
 
 def test_what_somebody_asked_for_by_hand_is_what_every_trial_asks_for():
