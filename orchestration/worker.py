@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 #: The most seconds between checkpoints.
 SAVE_EVERY_S = 600.0
 
-#: The part of a GPU's memory that a data set may take: little enough for the prediction of a step to leave it out.
+#: The part of its GPU's memory, or of its share of that, that a data set may take: little enough for the prediction of
+#: a step to leave it out.
 DEVICE_SHARE = 0.05
 
 #: Seconds between two looks at trials that other sweeps work on.
@@ -286,7 +287,8 @@ def data_placement(recordings: Recordings, device: str) -> Literal["host", "devi
     if torch.device(device).type != "cuda":
         return "host"
     size = sum(shard["bytes"] for shard in recordings.manifest["shards"])
-    return "device" if size <= DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory else "host"
+    ours = torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.get_device_properties(device).total_memory
+    return "device" if size <= DEVICE_SHARE * ours else "host"
 
 
 def ray_notice(ranks: Ranks) -> Any:

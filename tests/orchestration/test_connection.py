@@ -1,17 +1,37 @@
-"""What a local Ray gives back of processes that were killed."""
+"""How a cluster is found, and what a local Ray gives back of processes that were killed."""
 
 import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
 from ray.util.placement_group import placement_group, placement_group_table
 
+from orchestration import connection
 from orchestration.connection import free_what_the_dead_hold
 
-pytestmark = pytest.mark.ray
+GCS = "10.0.0.1:6379"
+
+
+def processes(*lines: str) -> list[SimpleNamespace]:
+    return [SimpleNamespace(info={"cmdline": line.split() or None}) for line in lines]
+
+
+@pytest.mark.parametrize("version", ["autoscaler/_private", "autoscaler/v2"])
+def test_the_autoscaler_is_told_from_what_else_watches(version: str, monkeypatch: pytest.MonkeyPatch):
+    """Ray's log monitor has a like name and the same address; which of the two comes first is up to their ids."""
+    others = [f"python ray/_private/log_monitor.py --gcs-address={GCS}", "", "python train.py"]
+    monitor = f"python ray/{version}/monitor.py --gcs-address={GCS} --autoscaling-config=/etc/cluster.yaml"
+    for lines in ([*others, monitor], [monitor, *others]):
+        monkeypatch.setattr(connection.psutil, "process_iter", lambda _names, lines=lines: processes(*lines))
+        assert connection._autoscaler(GCS) == (True, Path("/etc/cluster.yaml"))
+        assert connection._autoscaler("10.0.0.2:6379") == (False, None)
+    monkeypatch.setattr(connection.psutil, "process_iter", lambda _names: processes(*others))
+    assert connection._autoscaler(GCS) == (False, None)
 
 
 @pytest.fixture
@@ -31,6 +51,7 @@ class Reserving:
         return os.getpid()
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("three_cpus")
 def test_what_a_killed_actor_reserved_is_free_again_and_what_the_living_hold_is_not():
     own = placement_group([{"CPU": 1}])

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from helix import storage_s3
 from helix.data.shards import open_prepared
@@ -18,13 +21,16 @@ from helix.loopback import FaultProxy
 from helix.registry import GRIDS
 from helix.spec import from_json, to_json
 from helix.storage import FolderStorage, Storage, open_storage
+from helix.training.memory import GIB
 from helix.training.trainer import Fit, fit
-from orchestration import sweep
+from orchestration import scale, sweep
 from orchestration.certify import BIT_EXACT, compare
-from orchestration.connection import cpu_count
+from orchestration.connection import ClusterError, cpu_count
 from orchestration.grid import expand, load_grid
 from orchestration.lease import EXPIRY_S
 from orchestration.ledger import TrialState, attempts_at
+from orchestration.needs import Room, need_of
+from orchestration.pools import Offer, Pool
 from orchestration.twin import Order, Twins
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +100,7 @@ def science(result: dict) -> tuple[str, str]:
         (["--grid", "demo", "--ranks", "9", "training.batch_size=8"], "a batch has 8 clips; each rank needs one"),
         (["--grid", "demo", "--ranks", "2", "--gpus-per-trial", "0.5", "--device", "cuda"], "leave one out"),
         (["--grid", "demo", "--ranks", "4", "--threads", "999", "training.batch_size=8"], "is 999 on 4 ranks, but"),
+        (["--grid", "demo", "--gpus-per-trial", "0", "--device", "cuda"], "above 0 and at most 1, or auto"),
         (["--grid", "demo", "--prices", "nowhere.yaml"], "the price table nowhere.yaml cannot be read"),
     ],
 )
@@ -135,6 +142,51 @@ def test_a_dry_run_prints_the_plan_and_leaves_no_trace(tmp_path):
         assert float(row[6]) > 0 and row[7] == "GiB"  # memory of a step
         assert row[8:] == ["6", "missing"]  # 72 clips in batches of 24 for two epochs
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch finds one GPU of 22 GiB, beside four cores."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=22 * GIB))
+    monkeypatch.setattr(sweep, "cpu_count", lambda: 4)
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_a_dry_run_says_what_each_trial_will_ask_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def asked(*options: str) -> list[str]:
+        arguments = [*SMALL, "--device", "cuda", "--dry-run", *options]
+        assert sweep.main(arguments) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        return [" ".join(row[8:10]) for row in rows if row[:1] in (["mamba-mel"], ["attention-raw"])]
+
+    assert asked() == ["1/4 GPU", "1/4 GPU"]
+    assert asked("--threads", "2") == ["1/2 GPU", "1/2 GPU"]  # a worker has to have its cores as well
+    assert asked("--gpus-per-trial", "auto", "training.batch_size=72") == ["1/4 GPU", "1 GPU"]
+    assert asked("--gpus-per-trial", "0.2") == ["1/5 GPU", "1/5 GPU"]
+    assert asked("--gpus-per-trial", "1") == ["1 GPU", "1 GPU"]
+
+
+def test_a_need_that_no_pool_holds_is_named_with_the_pools_before_anything_is_spent(tmp_path, monkeypatch):
+    """Of two kinds of needs one can be met: that is not enough."""
+    monkeypatch.setattr(sweep.ray.tune, "Tuner", lambda *_given, **_named: pytest.fail("something was started"))
+    pool = Pool(name="spot", resources={"CPU": 4, "GPU": 0.5}, most=3, gpu_bytes=22 * GIB)
+    monkeypatch.setattr(sweep, "offer", lambda _prices: Offer(pools=(pool,)))
+    planned = scale.planned(FolderStorage(tmp_path), 2)
+    shares = iter([0.25, 1.0])
+    monkeypatch.setattr(sweep, "need_of", lambda trial, room, *, tokens: replace(whole, gpus=next(shares)))
+    whole = need_of(planned.plan[0].trial, Room(device="cuda"), tokens=1)
+    with pytest.raises(ClusterError, match=r"needs 1 CPU, 1 GPU; its pools: spot \(4 CPU, 0.5 GPU; 0 running"):
+        sweep.train(replace(planned, room=Room(device="cuda")), planned.missing())
+    monkeypatch.setattr(sweep, "need_of", need_of)
+    tiny = replace(pool, resources={"CPU": 4, "GPU": 1}, gpu_bytes=GIB // 2)
+    monkeypatch.setattr(sweep, "offer", lambda _prices: Offer(pools=(tiny,)))
+    with pytest.raises(ClusterError, match=r"does not fit into 0\.50 GiB"):
+        sweep.train(replace(planned, room=Room(device="cuda")), planned.missing())
+    assert planned.storage.children("sweeps") == []
 
 
 @pytest.mark.ray

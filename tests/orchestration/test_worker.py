@@ -300,9 +300,10 @@ def test_the_order_of_attempts_is_that_of_their_leases_whatever_clocks_say(attem
 def test_a_small_set_lives_on_the_gpu_and_a_large_one_does_not(tiny_data, monkeypatch):
     size = sum(shard["bytes"] for shard in tiny_data.manifest["shards"])
     assert worker.data_placement(tiny_data, "cpu") == "host"
-    for times, wanted in ((30, "device"), (10, "host")):
+    for times, share, wanted in ((30, 1.0, "device"), (10, 1.0, "host"), (30, 0.25, "host"), (100, 0.25, "device")):
         gpu = SimpleNamespace(total_memory=times * size)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, gpu=gpu: gpu)
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _, share=share: share)
         assert worker.data_placement(tiny_data, "cuda") == wanted
 
 
