@@ -428,10 +428,10 @@ def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int
     """Bring MLflow up to date, write the report, print the table and where to look. Returns the exit code."""
     view = sweep.snapshot()
     tracker = Tracker(sweep.storage)
-    problem = attempt_replay(tracker, view)
     key = f"reports/{view.grid}.html"
     report = local_folder(sweep.storage) / key
     write_report(view, report)
+    problem = attempt_replay(tracker, view, report)
     if not isinstance(sweep.storage, FolderStorage):
         sweep.storage.upload(key, report)
     console.print(summary_table(view))
@@ -457,6 +457,11 @@ def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int
         console.print(f"MLflow:  {shlex.join(command)}    then open http://127.0.0.1:5000", markup=False)
     else:
         console.print(f"MLflow:  {without_secrets(tracker.uri)}", markup=False)
+    if not problem:
+        at = "http://127.0.0.1:5000" if tracker.uri.startswith("sqlite:") else without_secrets(tracker.uri)
+        for links in tracker.compare_links(view).values():
+            for what, link in links.items():
+                console.print(f"{what + ':':9}{at.rstrip('/')}/{link}", markup=False)
     if not undone:
         return 0
     return STOPPED if stopped is not None else SOME_FAILED

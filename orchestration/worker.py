@@ -27,6 +27,8 @@ from helix.training.trainer import Fit, StoppedError, fit, trial_folder
 from orchestration.connection import POLL_S, this_machine
 from orchestration.lease import LeaseLostError, Watch, acquire
 from orchestration.ledger import is_done
+from orchestration.lineage import code_facts
+from orchestration.meter import Meter
 from orchestration.notices import Notices, sigterm_notice
 from orchestration.recovery import Budget, Ended, decide, kind, mean_between_losses_s, smaller
 from orchestration.stop import asked
@@ -208,6 +210,11 @@ def data_placement(recordings: Recordings, device: str) -> Literal["host", "devi
     return "device" if size <= DEVICE_SHARE * torch.cuda.get_device_properties(0).total_memory else "host"
 
 
+def gpu_uuids(device: str) -> tuple[str, ...]:
+    """The NVIDIA driver's name of the GPU that this process trains on; none where it trains on a CPU."""
+    return (f"GPU-{torch.cuda.get_device_properties(0).uuid}",) if device == "cuda" else ()
+
+
 def ray_notice() -> Any:
     """What Ray knows of the end of this node, None while it knows of none."""
     return ray.train.get_preemption_info()
@@ -261,6 +268,7 @@ def run_trial(
                 own, parts[0] or spec.training.batch_size, parts[1], shrink=decision.action == "shrink"
             )
             attempt.begin(storage, micro_batch=micro_batch, recompute=recompute)
+            meter = Meter(gpus=gpu_uuids(device))
             how = Fit(
                 storage=storage,
                 device=device,
@@ -273,9 +281,11 @@ def run_trial(
                 stop_now=lambda lease=lease: lease.stop_asked,
                 on_step=lease.moved,
                 on_epoch=on_epoch,
+                measured=meter.take,
             )
             try:
-                (trainer or fit)(spec, recordings, how)
+                with meter:
+                    (trainer or fit)(spec, recordings, how)
             except LeaseLostError as error:
                 attempt.end(storage, "lost", error, step=lease.step)
                 return "held"
@@ -304,6 +314,7 @@ class Attempt:
             "pid": os.getpid(),
             "device": device,
             "threads": torch.get_num_threads(),
+            "code": code_facts(),
             **(machine or {}),
         }
 

@@ -31,7 +31,15 @@ from helix.models.scan import scan_backend
 from helix.registry import DATASETS
 from helix.spec import TrialSpec, derive_seed, identity, resolve, to_json, trial_id
 from helix.storage import Storage, json_bytes, sealed
-from helix.training.checkpoint import Progress, Saver, load_checkpoint, prune, save_interval_s, weights_sha256
+from helix.training.checkpoint import (
+    Progress,
+    Saver,
+    best_manifest,
+    load_checkpoint,
+    prune,
+    save_interval_s,
+    weights_sha256,
+)
 from helix.training.metrics import Evaluation, select
 from helix.training.optim import build_optimizer, learning_rate
 
@@ -76,7 +84,9 @@ class Fit:
     as the checkpoint before it is written. `save_now`: asked at every step; True (a preemption notice, say) saves at
     this step and training goes on. `stop_now`: asked at every step as well; True saves and raises StoppedError.
     `on_step`: told the optimiser steps so far after each step, and again after each batch that is evaluated, so that
-    whoever listens knows that work goes on. `on_epoch`: told each row once it is stored.
+    whoever listens knows that work goes on. `on_epoch`: told each row once it is stored. `measured`: what the machine
+    did since it was last asked, asked at the end of each epoch; it stands in the row as "system", as no part of what
+    was found.
     """
 
     storage: Storage
@@ -91,6 +101,7 @@ class Fit:
     stop_now: Callable[[], bool] = lambda: False
     on_step: Callable[[int], None] = lambda _total_step: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda _row: None
+    measured: Callable[[], dict[str, float]] = dict
     clock: Callable[[], float] = time.time
 
 
@@ -341,7 +352,9 @@ class _Trial:
             better = best is None or row[metric] > best[1]
         if not better:
             return best
-        self.saver.best(self.model, epoch=row["epoch"], metric=metric, value=row[metric])
+        assert self.tested is not None
+        found = {"epoch": row["epoch"], "metric": metric, "value": row[metric]}
+        self.saver.best(self.model, **found, confusion=self.tested.confusion())
         return row["epoch"], row[metric]
 
     def _number(self, value: float) -> Tensor:
@@ -404,8 +417,8 @@ class _Trial:
         }
         if validation is not None:
             row |= {"validation_accuracy": validation.accuracy, "validation_loss": validation.loss}
-        now = self.how.clock()
-        return row | {"seconds": now - began, "time": now}
+        now, system = self.how.clock(), self.how.measured()
+        return row | {"seconds": now - began, "time": now} | ({"system": system} if system else {})
 
     @torch.no_grad()
     def _evaluate(self, clips: Clips, on_batch: Callable[[], None]) -> Evaluation:
@@ -431,6 +444,7 @@ class _Trial:
         # The last epoch's predictions are at hand, unless this process only came to finish what another one trained.
         tested = self.tested or self._evaluate(self.test_clips, lambda: self.how.on_step(rows[-1]["step"]))
         price = cost(self.spec.model, self.spec.protocol, classes=self.classes, samples=self.dataset.clip_samples)
+        best = best_manifest(storage, self.folder) or {}
         result = {
             "trial_id": self.id,
             **identity(self.spec, self.recordings.manifest_sha256),
@@ -443,6 +457,12 @@ class _Trial:
             "accuracy": {"best_test": chosen.best_test, "last": chosen.last, "validation": chosen.validation},
             "best_epoch": {"best_test": chosen.best_test_epoch, "validation": list(chosen.validation_epochs)},
             "confusion": tested.confusion(),
+            # Of the epoch that the protocol selects; a trial that began under an earlier version has none.
+            **(
+                {"selected_epoch": best["epoch"], "selected_confusion": best["confusion"]}
+                if "confusion" in best
+                else {}
+            ),
             "weights_sha256": weights_sha256(self.model),
             "skipped_steps": [step for row in rows for step in row["skipped_steps"]],
             "train_seconds": sum(row["seconds"] for row in rows),

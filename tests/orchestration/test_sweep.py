@@ -47,7 +47,9 @@ def results(root: Path) -> dict[str, dict]:
 
 def science(result: dict) -> tuple[str, str]:
     """Weights and metrics of a result, without the clock."""
-    rows = [{key: value for key, value in row.items() if key not in ("seconds", "time")} for row in result["rows"]]
+    rows = [
+        {key: value for key, value in row.items() if key not in ("seconds", "time", "system")} for row in result["rows"]
+    ]
     return result["weights_sha256"], json.dumps(rows, sort_keys=True)
 
 
