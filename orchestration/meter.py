@@ -1,7 +1,7 @@
 """What a worker's machine does while it trains: cores, memory, GPU, sampled by a thread, one summary for each epoch.
 
-The names are those under which MLflow shows system metrics, without their "system/" before it. Memory is in
-megabytes (10^6 bytes), as MLflow has it. A machine says what it can: without an NVIDIA driver there is nothing of a GPU.
+The names are those under which MLflow shows system metrics, without the "system/" before them. Memory is in megabytes
+(10^6 bytes), as MLflow has it. A machine says what it can: without an NVIDIA driver there is nothing of a GPU.
 """
 
 import contextlib

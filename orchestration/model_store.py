@@ -1,8 +1,8 @@
 """The best trial of a cell as a registered model: weights as safetensors, code as text, inputs and outputs described.
 
-Its folder is what MLflow calls a model: orchestration/pyfunc_model.py, the package helix, weights.safetensors, model.json and the
-versions that it needs. Nothing in it is a pickle. To load it is to run its code: who may write to the registry is
-trusted by all who load from it.
+What MLflow calls a model is a folder: orchestration/pyfunc_model.py, the package helix, weights.safetensors, model.json
+and the versions that they need. Nothing in it is a pickle. To load it is to run its code: who may write to the registry
+is trusted by all who load from it.
 """
 
 import hashlib

@@ -2,9 +2,9 @@
 
     tracking/<database>/<key>/000001.json    {"made": the name that the service gave it}
 
-Whoever needs the thing makes it and then puts its name, if nobody has: the first put counts, and who comes second removes
-what it made. A process that dies between the two leaves a thing without a record, which the next one finds and records.
-What was removed by hand since is made again under the next number.
+Whoever needs the thing makes it and then puts its name, if nobody has: the first put counts, and who comes second
+removes what it made. A process that dies between the two leaves a thing without a record, which the next one finds and
+records. What was removed by hand since is made again under the next number.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,8 @@
 MLflow keeps this file as text beside the weights and runs it when the model is loaded (models from code), so nothing is
 unpickled. It stands on the package helix alone, which travels with the model.
 
-A row of input has the bytes of a file in `wav`, or a path on the machine that predicts in `path`. A row of output has `class`, its `probability`, and the `probabilities` of all classes by name.
+A row of input has the bytes of a file in `wav`, or a path on the machine that predicts in `path`. A row of output has
+`class`, its `probability`, and the `probabilities` of all classes by name.
 """
 
 from pathlib import Path
@@ -23,7 +24,12 @@ class AudioClassifier(PythonModel):
         """Read the weights, whose sha256 is checked."""
         self.predictor = Predictor.read(Path(context.artifacts["weights"]), Path(context.artifacts["described"]))
 
-    def predict(self, context: PythonModelContext, model_input, params: dict[str, Any] | None = None) -> pd.DataFrame:  # noqa: ARG002
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride]  (the base says that it returns nothing)
+        self,
+        context: PythonModelContext,  # noqa: ARG002
+        model_input,
+        params: dict[str, Any] | None = None,  # noqa: ARG002
+    ) -> pd.DataFrame:
         """What stands in each sound. Raises AudioError where one cannot be used, ValueError where there is none."""
         given_BC = self.predictor.probabilities(_sounds(model_input))
         names = self.predictor.classes

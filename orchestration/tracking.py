@@ -5,9 +5,10 @@ and a row's points carry the time at which the row was made, so that points whic
 run is a trial's is agreed on in the storage (orchestration/once.py), so that two replays at once make one.
 
     experiment helix-<data set>
-      <variant>                      a cell: mean, std, interval and n over its trials; confusion.csv; model/ of the best
-        <variant> fold 1 seed 0      a trial: params, a point per epoch, system metrics, data set, spec.json, confusion.csv
-      report of <grid>               what a grid found: report.html, certificates/
+      <variant>                    a cell: mean, std, interval and n over its trials; confusion.csv
+        <variant> fold 1 seed 0    a trial: params, a point per epoch, system metrics, data set, spec.json,
+                                   confusion.csv; model/ where it is the best of its cell
+      report of <grid>             what a grid found: the report, certificates/
 """
 
 import csv
