@@ -44,10 +44,8 @@ class AudioClassifier(PythonModel):
 
 def _sounds(given: Any) -> list[Path | bytes]:
     rows = given.to_dict("records") if isinstance(given, pd.DataFrame) else list(given)
-    # MLflow drops columns that it does not know, and a plain list has none: no rows would be the answer.
-    if len(rows) != len(given):
-        rows = [{}]
-    return [_sound(row) for row in rows]
+    # MLflow leaves out the columns that it does not know, a plain list has none: no rows at all would be the answer.
+    return [_sound(row) for row in rows or [{}]]
 
 
 def _sound(row: dict[str, Any]) -> Path | bytes:

@@ -82,5 +82,5 @@ def test_what_was_removed_by_hand_is_made_again_once(storage: Storage):
 
 def test_two_databases_do_not_share_what_they_made(storage: Storage):
     one, other = Service(), Service()
-    hands = [dict(find=s.find, make=s.make, remove=s.remove, lives=s.lives) for s in (one, other)]
+    hands = [{"find": s.find, "make": s.make, "remove": s.remove, "lives": s.lives} for s in (one, other)]
     assert made_once(storage, "a/thing", **hands[0]) != made_once(storage, "b/thing", **hands[1])
