@@ -27,7 +27,7 @@ class AudioClassifier(PythonModel):
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride]  (the base says that it returns nothing)
         self,
         context: PythonModelContext,  # noqa: ARG002
-        model_input,
+        model_input: pd.DataFrame,
         params: dict[str, Any] | None = None,  # noqa: ARG002
     ) -> pd.DataFrame:
         """What stands in each sound. Raises AudioError where one cannot be used, ValueError where there is none."""
@@ -42,10 +42,9 @@ class AudioClassifier(PythonModel):
         )
 
 
-def _sounds(given: Any) -> list[Path | bytes]:
-    rows = given.to_dict("records") if isinstance(given, pd.DataFrame) else list(given)
+def _sounds(given: pd.DataFrame) -> list[Path | bytes]:
     # MLflow leaves out the columns that it does not know, a plain list has none: no rows at all would be the answer.
-    return [_sound(row) for row in rows or [{}]]
+    return [_sound(row) for row in given.to_dict("records") or [{}]]
 
 
 def _sound(row: dict[str, Any]) -> Path | bytes:

@@ -56,18 +56,20 @@ INTERVAL = "ci95"
 
 #: The columns that the printed address of the run list opens with, and the tag by which MLflow's UI finds them.
 COLUMNS = (
-    *("attributes.`Dataset`", "attributes.`Models`"),
+    "attributes.`Dataset`",
     *(f"metrics.`{name}`" for name in ("best_test_accuracy", "best_test_accuracy_std", "validation_accuracy", "n")),
     *(f"params.`{name}`" for name in ("frontend", "pattern", "fold", "seed", "parameters", "tokens", "profile")),
 )
 SHARED_VIEW = "mlflow.sharedViewState."
 VIEW_KEY = "helix"
+#: The menu of MLflow's UI for training; it opens with the one for language models.
+MENU = "workflowType=machine_learning"
 
 #: What is remembered of a result.
 KEPT = ("accuracy", "finished", "classes", "confusion", "selected_confusion", "selected_epoch")
 
-#: MLflow keeps so many characters of a data set's digest.
-DIGEST = 36
+#: So many characters of the manifest's sha256 are a data set's digest, of which MLflow keeps 36 at most.
+DIGEST = 16
 
 #: The state of a trial -> what MLflow calls it.
 STATUS = {"done": "FINISHED", "running": "RUNNING", "failed": "FAILED", "partial": "KILLED"}
@@ -98,10 +100,10 @@ class Tracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         # The terminal belongs to the live view.
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         for name in ("alembic", "mlflow"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        for message in (".*Add type hints to the `predict` method", ".*An input example was not provided"):
-            warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", message=".*An input example was not provided")
         self.storage, self.uri = storage, tracking_uri(storage)
         self._client: MlflowClient | None = None
         self._cells: dict[str, str] = {}
@@ -156,11 +158,11 @@ class Tracker:
             cells = [self._parents.get((dataset, cell.variant), "") for cell in view.cells if cell.dataset == dataset]
             runs = [run for run in cells if run]
             if experiment and runs:
-                links = {"runs": f"#/experiments/{experiment}/runs?viewStateShareKey={VIEW_KEY}"}
+                links = {"runs": f"#/experiments/{experiment}/runs?viewStateShareKey={VIEW_KEY}&{MENU}"}
                 if len(runs) > 1:
                     asked = {"runs": runs, "experiments": [experiment]}
                     query = "&".join(f"{key}={quote(json.dumps(value), safe='')}" for key, value in asked.items())
-                    links = {"compare": f"#/compare-runs?{query}", **links}
+                    links = {"compare": f"#/compare-runs?{query}&{MENU}", **links}
                 found[dataset] = links
         return found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from helix.data.shards import Recordings
 from helix.storage import Storage
@@ -40,6 +41,14 @@ def pictures(tmp_path: Path) -> Path:
     folder = Path(os.environ.get("HELIX_ARTIFACTS") or tmp_path / "pictures")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def view_of(tracker: Tracker, trial_id: str) -> tuple[str, str]:
+    """The experiment and the run of a trial."""
+    client = MlflowClient(tracker.uri)
+    experiment = client.get_experiment_by_name("helix-tones")
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`helix.trial_id` = '{trial_id}'")
+    return experiment.experiment_id, run.info.run_id
 
 
 def test_the_printed_links_open_the_comparison_and_the_list_of_runs(
@@ -77,7 +86,7 @@ def test_the_printed_links_open_the_comparison_and_the_list_of_runs(
     tracker.publish(view, tmp_path / "test.html")
     links = tracker.compare_links(view)["tones"]
 
-    page = browser.new_page(viewport={"width": 1500, "height": 950})
+    page = browser.new_page(viewport={"width": 2000, "height": 900})
     page.set_default_timeout(WAIT_MS)
     page.goto(f"{mlflow_server}/{links['compare']}")
     page.get_by_text("Comparing 6 Runs").first.wait_for()
@@ -89,11 +98,19 @@ def test_the_printed_links_open_the_comparison_and_the_list_of_runs(
 
     page.goto(f"{mlflow_server}/{links['runs']}")
     page.get_by_text("report of test").first.wait_for()
-    for heading in ("best_test_accuracy", "best_test_accuracy_std", "pattern"):
+    for heading in ("best_test_accuracy", "best_test_accuracy_std", "validation_accuracy", "n"):
         page.get_by_text(heading, exact=True).first.wait_for()
     page.get_by_text("tones (").first.wait_for()  # the column of data sets is filled
     page.wait_for_timeout(2000)
     page.screenshot(path=pictures / "mlflow-runs.png")
+
+    # A trial's page: the code, the data, and what its machine did.
+    experiment, trial = view_of(tracker, tiny_sweep.plan[0].trial_id)
+    page.goto(f"{mlflow_server}/#/experiments/{experiment}/runs/{trial}/system-metrics")
+    page.get_by_text("cpu_utilization_percentage").first.wait_for()
+    page.get_by_text("process_memory_peak_megabytes").first.wait_for()
+    page.wait_for_timeout(2000)
+    page.screenshot(path=pictures / "mlflow-system-metrics.png")
     page.close()
-    for name in ("mlflow-compare.png", "mlflow-runs.png"):
+    for name in ("mlflow-compare.png", "mlflow-runs.png", "mlflow-system-metrics.png"):
         assert (pictures / name).stat().st_size > 20_000
