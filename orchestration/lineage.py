@@ -1,7 +1,8 @@
 """Which code runs here: its git commit, whether it was changed since, a hash of its files, and of the pinned versions.
 
-A worker records this with each attempt. In a Ray job or an image there is no .git; whoever starts it may then say the
-commit in HELIX_COMMIT. Nobody saying it is "unknown" and no guess: the hash of the files tells two codes apart anyway.
+A worker records this with each attempt. Where its code came through Ray or in an image there is no .git: then it is the
+commit that HELIX_COMMIT says, or that of the driver if the two have the same files. Nobody knowing it is "unknown" and
+no guess: the hash of the files tells two codes apart anyway.
 """
 
 import functools
@@ -9,13 +10,19 @@ import hashlib
 import os
 import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: The folder that holds the packages, whose files are what runs.
+import dashboards
+import helix
+import orchestration
+
+#: The packages whose files are what runs. Ray may have unpacked each into a folder of its own.
+PACKAGES = {module.__name__: Path(str(module.__file__)).parent for module in (dashboards, helix, orchestration)}
+#: The folder that holds all of them in a checkout and in a job.
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("helix", "orchestration", "dashboards")
 CONSTRAINTS = ROOT / "constraints.txt"
 
 #: A commit as 7 to 64 hex digits, with "+" where files were changed since.
@@ -43,7 +50,7 @@ def checkout(root: Path = ROOT) -> Checkout | None:
         return done.stdout.strip()
 
     # A package that is installed inside somebody else's checkout is not part of it.
-    tracked, head = git("ls-files", "--error-unmatch", f"{PACKAGES[0]}/__init__.py"), git("rev-parse", "HEAD")
+    tracked, head = git("ls-files", "--error-unmatch", "orchestration/__init__.py"), git("rev-parse", "HEAD")
     if not tracked or not head:
         return None
     changed = git("status", "--porcelain", "--untracked-files=no")
@@ -56,13 +63,13 @@ def told(text: str | None) -> Checkout | None:
     return None if found is None else Checkout(commit=found[1], dirty=bool(found[2]))
 
 
-def source_sha256(root: Path = ROOT) -> str:
-    """The sha256 over names and bytes of the Python files of the packages in `root`."""
+def source_sha256(packages: Mapping[str, Path] = PACKAGES) -> str:
+    """The sha256 over names and bytes of the Python files of some packages, wherever they lie."""
     digest = hashlib.sha256()
-    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
-        digest.update(
-            f"{path.relative_to(root).as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
-        )
+    for package, folder in sorted(packages.items()):
+        for path in sorted(folder.rglob("*.py")):
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{package}/{path.relative_to(folder).as_posix()}\0{sha256}\n".encode())
     return digest.hexdigest()
 
 
@@ -82,3 +89,11 @@ def code_facts() -> dict[str, Any]:
         "source_sha256": source_sha256(),
         "constraints_sha256": constraints_sha256() or UNKNOWN,
     }
+
+
+def code_like(driver: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What an attempt records; `driver` has the facts of the process that sent the work: equal files, equal commit."""
+    facts = code_facts()
+    if driver is None or driver["source_sha256"] != facts["source_sha256"]:
+        return facts
+    return {key: driver[key] if value == UNKNOWN else value for key, value in facts.items()}

@@ -51,6 +51,7 @@ from helix.training.memory import GIB, Device, Placement, available_bytes, gib
 from orchestration.connection import ClusterError, connect, cpu_count, driver_resources, joins_cluster, offer
 from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
 from orchestration.ledger import TrialState, read
+from orchestration.lineage import code_facts
 from orchestration.money import Limits, machine_facts, read_prices, spent_on_trial, until
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, pack, place, price
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
@@ -286,6 +287,7 @@ def train(
             "gpu": sweep.gpu,
             "gpus": sweep.gpus_per_trial,
             "scratch": scratch,
+            "code": code_facts(),
         }
         for entries in pack(missing, workers=slots)
     ]

@@ -27,7 +27,7 @@ from helix.training.trainer import Fit, StoppedError, fit, trial_folder
 from orchestration.connection import POLL_S, this_machine
 from orchestration.lease import LeaseLostError, Watch, acquire
 from orchestration.ledger import is_done
-from orchestration.lineage import code_facts
+from orchestration.lineage import code_like
 from orchestration.meter import Meter
 from orchestration.notices import Notices, sigterm_notice
 from orchestration.recovery import Budget, Ended, decide, kind, mean_between_losses_s, smaller
@@ -134,6 +134,7 @@ def run_pack(where: dict[str, Any]) -> None:
         report=report,
         notices=Notices([ray_notice, sigterm_notice()]),
         machine=this_machine(worker_resources(config)),
+        driver_code=config.get("code"),
         trainer=where["trainer"],
     )
 
@@ -165,6 +166,7 @@ def work_through(
     held_s: float = HELD_S,
     watch: Watch | None = None,
     machine: Mapping[str, Any] | None = None,
+    driver_code: Mapping[str, Any] | None = None,
     trainer: Callable[..., Any] | None = None,
 ) -> None:
     """Run trials in turn until each is done or has failed, here or elsewhere; those that are done are passed over.
@@ -188,6 +190,7 @@ def work_through(
             watch=watch,
             notices=notices,
             machine=machine,
+            driver_code=driver_code,
             trainer=trainer,
         )
         if outcome == "stopped":
@@ -233,18 +236,20 @@ def run_trial(
     watch: Watch | None = None,
     notices: Callable[[], bool] = lambda: False,
     machine: Mapping[str, Any] | None = None,
+    driver_code: Mapping[str, Any] | None = None,
     trainer: Callable[..., Any] | None = None,
 ) -> Literal["done", "failed", "held", "stopped"]:
     """Attempt a trial until its result is stored or its budget is spent.
 
     "held" where another process works on it, "stopped" where the sweep was asked to stop. `machine`: what the attempts
-    record of what they run on. `trainer`: what stands in for `fit`.
+    record of what they run on, `driver_code` the facts of the code that sent the work. `trainer`: what stands in for
+    `fit`.
     """
     name = trial_id(spec, recordings.manifest_sha256)
     while not is_done(storage, name):
         if asked(storage, sweep_id) is not None:
             return "stopped"
-        attempt = Attempt(name, sweep_id=sweep_id, device=device, machine=machine or {})
+        attempt = Attempt(name, sweep_id=sweep_id, device=device, machine=machine or {}, driver_code=driver_code)
         lease = acquire(
             storage,
             name,
@@ -302,7 +307,15 @@ def run_trial(
 class Attempt:
     """The record of one process working on one trial."""
 
-    def __init__(self, name: str, *, sweep_id: str, device: str, machine: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        name: str,
+        *,
+        sweep_id: str,
+        device: str,
+        machine: Mapping[str, Any] | None = None,
+        driver_code: Mapping[str, Any] | None = None,
+    ):
         now = time.time()
         self.id, self.folder = f"{int(now * 1000):014d}-{uuid.uuid4().hex[:8]}", trial_folder(name)
         self.name = name
@@ -314,7 +327,7 @@ class Attempt:
             "pid": os.getpid(),
             "device": device,
             "threads": torch.get_num_threads(),
-            "code": code_facts(),
+            "code": code_like(driver_code),
             **(machine or {}),
         }
 

@@ -444,7 +444,7 @@ class _Trial:
         # The last epoch's predictions are at hand, unless this process only came to finish what another one trained.
         tested = self.tested or self._evaluate(self.test_clips, lambda: self.how.on_step(rows[-1]["step"]))
         price = cost(self.spec.model, self.spec.protocol, classes=self.classes, samples=self.dataset.clip_samples)
-        best = best_manifest(storage, self.folder) or {}
+        best = self._best_of(rows)
         result = {
             "trial_id": self.id,
             **identity(self.spec, self.recordings.manifest_sha256),
@@ -457,12 +457,7 @@ class _Trial:
             "accuracy": {"best_test": chosen.best_test, "last": chosen.last, "validation": chosen.validation},
             "best_epoch": {"best_test": chosen.best_test_epoch, "validation": list(chosen.validation_epochs)},
             "confusion": tested.confusion(),
-            # Of the epoch that the protocol selects; a trial that began under an earlier version has none.
-            **(
-                {"selected_epoch": best["epoch"], "selected_confusion": best["confusion"]}
-                if "confusion" in best
-                else {}
-            ),
+            **({"selected_epoch": best["epoch"], "selected_confusion": best["confusion"]} if best else {}),
             "weights_sha256": weights_sha256(self.model),
             "skipped_steps": [step for row in rows for step in row["skipped_steps"]],
             "train_seconds": sum(row["seconds"] for row in rows),
@@ -479,6 +474,21 @@ class _Trial:
         storage.put_if_absent(f"{self.folder}/result.json", json_bytes(sealed(result)))
         prune(storage, f"{self.folder}/checkpoints", keep=1)
         return storage.get_json(f"{self.folder}/result.json")
+
+    def _best_of(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """What stands beside the best weights, if it is of these rows and holds a confusion.
+
+        It holds none where an earlier version wrote it. It is of other rows where a backend that is not deterministic
+        trained its epoch again.
+        """
+        try:
+            best = best_manifest(self.how.storage, self.folder)
+        except ValueError as error:
+            logger.warning("trial %s: what is stored of its best epoch cannot be used (%s)", self.id, error)
+            return None
+        if best is None or "confusion" not in best or best["value"] != rows[best["epoch"] - 1][best["metric"]]:
+            return None
+        return best
 
 
 @dataclass(frozen=True, kw_only=True)

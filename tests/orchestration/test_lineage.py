@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from orchestration import lineage
-from orchestration.lineage import PACKAGES, UNKNOWN, checkout, code_facts, constraints_sha256, source_sha256, told
+from orchestration.lineage import (
+    PACKAGES,
+    UNKNOWN,
+    checkout,
+    code_facts,
+    code_like,
+    constraints_sha256,
+    source_sha256,
+    told,
+)
 
 
 @pytest.fixture
@@ -48,7 +57,7 @@ def test_a_checkout_is_its_commit_and_clean_until_a_tracked_file_changes(committ
 
 def test_code_that_lies_inside_a_checkout_of_something_else_has_no_commit(committed: Path):
     inner = committed / "lib" / "python"
-    shutil.copytree(committed / "helix", inner / "helix")
+    shutil.copytree(committed / "orchestration", inner / "orchestration")
     assert checkout(inner) is None
 
 
@@ -56,17 +65,23 @@ def test_no_checkout_is_no_commit(house: Path):
     assert checkout(house) is None
 
 
+def packages(folder: Path) -> dict[str, Path]:
+    return {name: folder / name for name in PACKAGES}
+
+
 def test_the_hash_follows_every_byte_and_name_of_the_code_and_nothing_else(house: Path, tmp_path: Path):
-    before = source_sha256(house)
+    before = source_sha256(packages(house))
     shutil.copytree(house, tmp_path / "elsewhere")
+    shutil.move(tmp_path / "elsewhere" / "dashboards", tmp_path / "unpacked")
+    apart = packages(tmp_path / "elsewhere") | {"dashboards": tmp_path / "unpacked"}
     (tmp_path / "elsewhere" / "README.md").write_text("words")
     (tmp_path / "elsewhere" / "helix" / "__pycache__").mkdir()
     (tmp_path / "elsewhere" / "helix" / "__pycache__" / "x.pyc").write_bytes(b"x")
-    assert source_sha256(tmp_path / "elsewhere") == before
+    assert source_sha256(apart) == before
     (house / "helix" / "__init__.py").rename(house / "helix" / "other.py")
-    renamed = source_sha256(house)
+    renamed = source_sha256(packages(house))
     (house / "helix" / "other.py").write_text("1\n")
-    assert len({before, renamed, source_sha256(house)}) == 3
+    assert len({before, renamed, source_sha256(packages(house))}) == 3
 
 
 def test_the_pinned_versions_have_a_hash_or_are_not_there(house: Path):
@@ -94,3 +109,16 @@ def test_a_job_without_a_checkout_says_what_it_was_told_or_that_it_does_not_know
     assert (unknown["commit"], unknown["dirty"]) == (UNKNOWN, UNKNOWN)
     assert unknown["source_sha256"] == said["source_sha256"] == source_sha256()
     code_facts.cache_clear()
+
+
+def test_a_worker_without_a_checkout_has_the_commit_of_a_driver_with_the_same_files(monkeypatch: pytest.MonkeyPatch):
+    driver = {"commit": "a" * 40, "dirty": False, "source_sha256": source_sha256(), "constraints_sha256": "c" * 64}
+    here = code_facts()
+    assert code_like(None) == here
+    bare = here | {"commit": UNKNOWN, "dirty": UNKNOWN, "constraints_sha256": UNKNOWN}
+    monkeypatch.setattr(lineage, "code_facts", lambda: bare)
+    assert code_like(driver) == driver
+    assert code_like(driver | {"source_sha256": "0" * 64}) == bare
+    known = bare | {"commit": "b" * 40, "dirty": True}
+    monkeypatch.setattr(lineage, "code_facts", lambda: known)
+    assert code_like(driver) == driver | {"commit": "b" * 40, "dirty": True}
