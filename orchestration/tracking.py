@@ -161,7 +161,7 @@ class Tracker:
                 links = {"runs": f"#/experiments/{experiment}/runs?viewStateShareKey={VIEW_KEY}&{MENU}"}
                 if len(runs) > 1:
                     asked = {"runs": runs, "experiments": [experiment]}
-                    query = "&".join(f"{key}={quote(json.dumps(value), safe='')}" for key, value in asked.items())
+                    query = "&".join(f"{key}={quote(json_bytes(value), safe='')}" for key, value in asked.items())
                     links = {"compare": f"#/compare-runs?{query}&{MENU}", **links}
                 found[dataset] = links
         return found
