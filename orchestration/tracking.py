@@ -106,6 +106,7 @@ class Tracker:
         warnings.filterwarnings("ignore", message=".*An input example was not provided")
         self.storage, self.uri = storage, tracking_uri(storage)
         self._client: MlflowClient | None = None
+        self._specs: dict[str, dict[str, Any]] = {}
         self._cells: dict[str, str] = {}
         self._finished: dict[str, dict[str, Any]] = {}
         self._prepared: dict[str, Prepared | None] = {}
@@ -116,6 +117,8 @@ class Tracker:
         self._runs: dict[str, dict[str, Run]] = {}
         self._databases: dict[str, str] = {}
         self._settled: set[str] = set()
+        #: Of how many trials the best one of each cell is registered, by the run of the cell.
+        self._registered: dict[str, int] = {}
         #: The runs of the cells that were replayed, by data set and variant.
         self._parents: dict[tuple[str, str], str] = {}
 
@@ -171,7 +174,7 @@ class Tracker:
         experiment = self._experiment(client, summary.cell.dataset)
         parent, described = None, None
         for trial in begun:
-            described = self.storage.get_json(f"trials/{trial.trial_id}/spec.json")
+            described = self._described(trial.trial_id)
             if described is None:
                 continue
             parent = parent or self._cell(client, experiment, view, summary, described)
@@ -343,15 +346,21 @@ class Tracker:
             metrics = [Metric(name, value, when, len(found)) for name, value in values.items() if value is not None]
             client.log_batch(parent.info.run_id, metrics=metrics)
             triples, of = _pooled_confusion(list(found.values()))
-            described = self.storage.get_json(f"trials/{next(iter(found))}/spec.json")
-            names = self._classes(described, next(iter(found.values())))
+            first = next(iter(found))
+            names = self._classes(self._specs[first], found[first])
             client.log_text(parent.info.run_id, confusion_csv(triples, names), "confusion.csv")
             self._tag(client, parent, "helix.confusion", of)
             self._tag(client, parent, "helix.interval", f"Student's t over {len(found)} trials, {CONFIDENCE:.0%}")
             client.set_terminated(parent.info.run_id, "FINISHED", end_time=when)
             self._tag(client, parent, "helix.summary", state)
         if all(trial.state.status == "done" for trial in summary.cell.trials):
-            self._best(client, experiment, view, summary.cell, parent, found)
+            if self._registered.get(parent.info.run_id) == len(found):
+                return
+            try:
+                self._best(client, experiment, view, summary.cell, parent, found)
+            except ValueError as error:  # the weights are damaged where they are stored; helix verify says so too
+                self._tag(client, parent, "helix.model", f"none: {error}"[:5000])
+            self._registered[parent.info.run_id] = len(found)
 
     def _best(
         self,
@@ -368,7 +377,7 @@ class Tracker:
         sha256 = None if name is None else best_weights_sha256(self.storage, name)
         if name is None or sha256 is None or parent.data.tags.get("helix.model_sha256") == sha256:
             return
-        described, value = self.storage.get_json(f"trials/{name}/spec.json"), found[name]["accuracy"][view.select]
+        described, value = self._specs[name], found[name]["accuracy"][view.select]
         model = f"{client.get_experiment(experiment).name}-{cell.variant}-{cell_id(described)[:8]}"
         text = (
             f"{cell.variant} on {cell.dataset}. The alias `best` is that of {len(ours)} trials which has the highest "
@@ -391,15 +400,22 @@ class Tracker:
     def _results(self, key: str) -> dict[str, dict[str, Any]]:
         """The results of every finished trial of the cell `key` in storage, by id; what is read once is remembered."""
         for name in self.storage.children("trials"):
-            if name not in self._cells:
-                described = self.storage.get_json(f"trials/{name}/spec.json")
-                if described is not None:
-                    self._cells[name] = f"cell-{cell_id(described)}"
-        for name in [name for name, cell in self._cells.items() if cell == key and name not in self._finished]:
+            self._described(name)
+        ours = {name for name, cell in self._cells.items() if cell == key}
+        for name in ours - self._finished.keys():
             result = self.storage.get_json(f"trials/{name}/result.json")
             if result is not None:
                 self._finished[name] = {item: result[item] for item in KEPT if item in result}
-        return {name: result for name, result in sorted(self._finished.items()) if self._cells[name] == key}
+        return {name: self._finished[name] for name in sorted(ours & self._finished.keys())}
+
+    def _described(self, name: str) -> dict[str, Any] | None:
+        """The spec.json of a trial, which never changes; None where it was not put yet."""
+        if name not in self._specs:
+            described = self.storage.get_json(f"trials/{name}/spec.json")
+            if described is None:
+                return None
+            self._specs[name], self._cells[name] = described, f"cell-{cell_id(described)}"
+        return self._specs[name]
 
     def _data(self, described: dict[str, Any]) -> Prepared | None:
         """The prepared data that a trial was trained on; None where it is no longer in the storage."""

@@ -422,6 +422,20 @@ def test_a_version_that_was_made_and_not_recorded_is_found_again(sweep, tiny_dat
     assert (len(levels["cell"]), len(levels["trial"])) == (2, 4)
 
 
+def test_damaged_weights_are_told_on_their_cell_and_keep_nothing_else_from_mlflow(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    for entry in plan:
+        train(entry, tiny_data, storage)
+    for entry in plan[::2]:  # both trials of the first variant
+        key = f"trials/{entry.trial_id}/best/model.safetensors"
+        storage.put(key, b"broken" + storage.get(key)[6:])
+    Tracker(storage).replay(snapshot())
+    said = {run.info.run_name: run.data.tags["helix.model"] for run in runs(storage)["cell"]}
+    assert "are damaged" in said[plan[0].trial.variant.name]
+    assert said[plan[1].trial.variant.name].startswith("models:/")
+    assert [len(of_name) for of_name in versions(storage).values()].count(1) == 1
+
+
 def test_the_report_and_the_certificates_lie_beside_the_cells(sweep, tiny_data, storage, tmp_path):
     snapshot, plan = sweep
     train(plan[0], tiny_data, storage)
