@@ -124,11 +124,6 @@ def register(
     sha256 = best_weights_sha256(storage, trial_id)
     if sha256 is None:
         raise ValueError(f"trial {trial_id} kept no best weights")
-    try:
-        client.create_registered_model(name, tags={"helix.level": "cell"}, description=text)
-    except MlflowException as error:
-        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
-            raise
 
     def find() -> str | None:
         found = client.search_model_versions(f"name = '{name}'")
@@ -138,6 +133,11 @@ def register(
     def make() -> str:
         with tempfile.TemporaryDirectory() as aside:
             said = save_model(storage, described, classes, Path(aside, FOLDER))
+            try:
+                client.create_registered_model(name, tags={"helix.level": "cell"}, description=text)
+            except MlflowException as error:
+                if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                    raise
             client.log_artifacts(run.info.run_id, str(Path(aside, FOLDER)), FOLDER)
         version = client.create_model_version(
             name,

@@ -433,7 +433,7 @@ def test_damaged_weights_are_told_on_their_cell_and_keep_nothing_else_from_mlflo
     said = {run.info.run_name: run.data.tags["helix.model"] for run in runs(storage)["cell"]}
     assert "are damaged" in said[plan[0].trial.variant.name]
     assert said[plan[1].trial.variant.name].startswith("models:/")
-    assert [len(of_name) for of_name in versions(storage).values()].count(1) == 1
+    assert [len(of_name) for of_name in versions(storage).values()] == [1]
 
 
 def test_the_report_and_the_certificates_lie_beside_the_cells(sweep, tiny_data, storage, tmp_path):
