@@ -60,6 +60,7 @@ from orchestration.connection import (
 from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
 from orchestration.lease import EXPIRY_S
 from orchestration.ledger import TrialState, read
+from orchestration.lineage import code_facts
 from orchestration.money import Limits, machine_facts, read_prices, spent_on_trial, until
 from orchestration.needs import Need, Room, deal, need_of
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, price
@@ -317,6 +318,7 @@ def train(
             "gpus": pack.gpus,
             "ranks": sweep.room.ranks,
             "scratch": scratch,
+            "code": code_facts(),
         }
         for pack in dealt.packs
     ]
@@ -480,10 +482,10 @@ def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int
     """Bring MLflow up to date, write the report, print the table and where to look. Returns the exit code."""
     view = sweep.snapshot()
     tracker = Tracker(sweep.storage)
-    problem = attempt_replay(tracker, view)
     key = f"reports/{view.grid}.html"
     report = local_folder(sweep.storage) / key
     write_report(view, report)
+    problem = attempt_replay(tracker, view, report)
     if not isinstance(sweep.storage, FolderStorage):
         sweep.storage.upload(key, report)
     console.print(summary_table(view))
@@ -509,6 +511,11 @@ def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int
         console.print(f"MLflow:  {shlex.join(command)}    then open http://127.0.0.1:5000", markup=False)
     else:
         console.print(f"MLflow:  {without_secrets(tracker.uri)}", markup=False)
+    if not problem:
+        at = "http://127.0.0.1:5000" if tracker.uri.startswith("sqlite:") else without_secrets(tracker.uri)
+        for links in tracker.compare_links(view).values():
+            for what, link in links.items():
+                console.print(f"{what + ':':9}{at.rstrip('/')}/{link}", markup=False)
     if not undone:
         return 0
     return STOPPED if stopped is not None else SOME_FAILED

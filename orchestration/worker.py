@@ -32,6 +32,8 @@ from helix.training.trainer import Fit, StoppedError, fit, trial_folder
 from orchestration.connection import POLL_S, this_machine
 from orchestration.lease import FIRST_STEP_S, LeaseLostError, Watch, acquire
 from orchestration.ledger import attempts_at, is_done
+from orchestration.lineage import code_like
+from orchestration.meter import Meter
 from orchestration.notices import Notices, sigterm_notice
 from orchestration.recovery import Budget, Ended, decide, is_loss, kind, mean_between_losses_s, smaller
 from orchestration.stop import asked
@@ -165,6 +167,7 @@ def run_pack(where: dict[str, Any]) -> None:
             report=report,
             notices=notices,
             machine=this_machine(worker_resources(config)),
+            driver_code=config.get("code"),
             trainer=where["trainer"],
             ranks=ranks,
         )
@@ -240,6 +243,7 @@ def work_through(
     held_s: float = HELD_S,
     watch: Watch | None = None,
     machine: Mapping[str, Any] | None = None,
+    driver_code: Mapping[str, Any] | None = None,
     trainer: Callable[..., Any] | None = None,
     ranks: Ranks | None = None,
 ) -> None:
@@ -265,6 +269,7 @@ def work_through(
             watch=watch,
             notices=notices,
             machine=machine,
+            driver_code=driver_code,
             trainer=trainer,
             ranks=ranks,
         )
@@ -291,6 +296,11 @@ def data_placement(recordings: Recordings, device: str) -> Literal["host", "devi
     return "device" if size <= DEVICE_SHARE * ours else "host"
 
 
+def gpu_uuids(device: str) -> tuple[str, ...]:
+    """The NVIDIA driver's name of the GPU that this process trains on; none where it trains on a CPU."""
+    return (f"GPU-{torch.cuda.get_device_properties(device).uuid}",) if device != "cpu" else ()
+
+
 def ray_notice(ranks: Ranks) -> Any:
     """What Ray knows of the end of this node, None while it knows of none."""
     ranks.agree()  # Ray makes the ranks wait for each other, also for one that failed and will not come
@@ -310,15 +320,16 @@ def run_trial(
     watch: Watch | None = None,
     notices: Callable[[], bool] = lambda: False,
     machine: Mapping[str, Any] | None = None,
+    driver_code: Mapping[str, Any] | None = None,
     trainer: Callable[..., Any] | None = None,
     ranks: Ranks | None = None,
 ) -> Literal["done", "failed", "held", "stopped"]:
     """Attempt a trial until its result is stored or its budget is spent.
 
     "held" where another process works on it, "stopped" where the sweep was asked to stop. `machine`: what the attempts
-    record of what they run on. `trainer`: what stands in for `fit`. `ranks` as in `work_through`. Raises what `fit`
-    raises where that says that this process is cut off, from Ray or (RankLostError: all of them start anew) from the
-    other ranks; the trial is free for another one then.
+    record of what they run on, `driver_code` the facts of the code that sent the work. `trainer`: what stands in for
+    `fit`. `ranks` as in `work_through`. Raises what `fit` raises where that says that this process is cut off, from Ray
+    or (RankLostError: all of them start anew) from the other ranks; the trial is free for another one then.
     """
     ranks = ranks or Ranks()
     name = trial_id(spec, recordings.manifest_sha256)
@@ -326,7 +337,8 @@ def run_trial(
         if asked(storage, sweep_id) is not None:
             return "stopped"
         facts = {**(machine or {}), "ranks": ranks.count}
-        attempt = Attempt(name, sweep_id=sweep_id, device=torch.device(device).type, machine=facts)
+        kind_of_device = torch.device(device).type
+        attempt = Attempt(name, sweep_id=sweep_id, device=kind_of_device, machine=facts, driver_code=driver_code)
         lease = acquire(
             storage,
             name,
@@ -349,6 +361,7 @@ def run_trial(
             most = ranks.largest_part(spec.training.batch_size)
             micro_batch, recompute = _parts(own, parts[0] or most, parts[1], shrink=decision.action == "shrink")
             attempt.begin(storage, lease=lease.number, micro_batch=micro_batch, recompute=recompute)
+            meter = Meter(gpus=gpu_uuids(device))
             how = Fit(
                 storage=storage,
                 device=device,
@@ -361,12 +374,14 @@ def run_trial(
                 stop_now=lambda lease=lease: lease.stop_asked,
                 on_step=lease.moved,
                 on_epoch=on_epoch,
+                measured=meter.take,
                 ranks=ranks,
             )
             order = Order(spec=spec, micro_batch=micro_batch, recompute=recompute)
             try:
                 ranks.share(lambda order=order: order)
-                (trainer or fit)(spec, recordings, how)
+                with meter:
+                    (trainer or fit)(spec, recordings, how)
             except LeaseLostError as error:
                 attempt.end(storage, "lost", error, step=lease.step)
                 return "held"
@@ -386,7 +401,15 @@ def run_trial(
 class Attempt:
     """The record of one process working on one trial."""
 
-    def __init__(self, name: str, *, sweep_id: str, device: str, machine: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        name: str,
+        *,
+        sweep_id: str,
+        device: str,
+        machine: Mapping[str, Any] | None = None,
+        driver_code: Mapping[str, Any] | None = None,
+    ):
         now = time.time()
         self.id, self.folder = f"{int(now * 1000):014d}-{uuid.uuid4().hex[:8]}", trial_folder(name)
         self.name = name
@@ -398,6 +421,7 @@ class Attempt:
             "pid": os.getpid(),
             "device": device,
             "threads": torch.get_num_threads(),
+            "code": code_like(driver_code),
             **(machine or {}),
         }
 

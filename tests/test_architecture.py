@@ -55,7 +55,7 @@ ONLY_IN = {
         f"orchestration.{name}"
         for name in ("sweep", "worker", "preprocessing", "schedule", "connection", "bare", "scale")
     },
-    "mlflow": {"orchestration.tracking"},
+    "mlflow": {f"orchestration.{name}" for name in ("tracking", "model_store", "pyfunc_model")},
     "numba": {"helix.models.scan_numba"},
     "mamba_ssm": {"helix.models.scan_mamba_ssm"},
     "boto3": {"helix.storage_s3", "helix.benches.data", "cluster.fetch_secret"},
@@ -68,6 +68,7 @@ MAY_BE_MISSING = {
     "litdata",
     "litdata.streaming.writer",
     "mambapy.mamba",
+    "pynvml",
     "torchaudio.transforms",
     "transformers.models.mamba.modeling_mamba",
     "webdataset",

@@ -243,14 +243,24 @@ def save_interval_s(*, hold_s: float, write_s: float, between_losses_s: float, m
     return min(most_s, max(math.sqrt(2 * hold_s * between_losses_s), 100 * hold_s, 10 * write_s))
 
 
+def best_manifest(storage: Storage, folder: str) -> dict[str, Any] | None:
+    """What the manifest of a trial's best weights says: epoch, metric, value, confusion; None where there is none.
+
+    Raises ValueError where it is damaged.
+    """
+    if not storage.exists(f"{folder}/best/manifest.json"):
+        return None
+    return _checked_body(storage, f"{folder}/best")
+
+
 def load_best(storage: Storage, folder: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """The best weights of a trial and what their manifest says; None where there are none.
 
     Raises ValueError where they are damaged.
     """
-    if not storage.exists(f"{folder}/best/manifest.json"):
+    body = best_manifest(storage, folder)
+    if body is None:
         return None
-    body = _checked_body(storage, f"{folder}/best")
     return _checked_tensors(storage, f"{folder}/best", BEST_FILE, body["files"]), body
 
 

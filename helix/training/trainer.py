@@ -38,6 +38,7 @@ from helix.training.checkpoint import (
     Progress,
     Saver,
     become,
+    best_manifest,
     load_checkpoint,
     prune,
     replica,
@@ -89,7 +90,9 @@ class Fit:
     as the checkpoint before it is written. `save_now`: asked at every step; True (a preemption notice, say) saves at
     this step and training goes on. `stop_now`: asked at every step as well; True saves and raises StoppedError.
     `on_step`: told the optimiser steps so far after each step, and again after each batch that is evaluated, so that
-    whoever listens knows that work goes on. `on_epoch`: told each row once it is stored.
+    whoever listens knows that work goes on. `on_epoch`: told each row once it is stored. `measured`: what the machine
+    did since it was last asked, asked at the end of each epoch; it stands in the row as "system", as no part of what
+    was found.
     `ranks`: the processes of this machine that train this trial together; each calls `fit` with the same spec and the
     same way to run it, on its own device. The effective batch stays the same, and micro-batches are of a rank's part of
     it. The first rank alone reads and writes the storage, and what it is asked by `stop_now` and the clock counts;
@@ -108,6 +111,7 @@ class Fit:
     stop_now: Callable[[], bool] = lambda: False
     on_step: Callable[[int], None] = lambda _total_step: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda _row: None
+    measured: Callable[[], dict[str, float]] = dict
     clock: Callable[[], float] = time.time
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -393,7 +397,9 @@ class _Trial:
         if not better:
             return best
         if self.ranks.first:
-            self.saver.best(self.model, epoch=row["epoch"], metric=metric, value=row[metric])
+            assert self.tested is not None
+            found = {"epoch": row["epoch"], "metric": metric, "value": row[metric]}
+            self.saver.best(self.model, **found, confusion=self.tested.confusion())
         return row["epoch"], row[metric]
 
     def _number(self, value: float) -> Tensor:
@@ -457,8 +463,8 @@ class _Trial:
         }
         if validation is not None:
             row |= {"validation_accuracy": validation.accuracy, "validation_loss": validation.loss}
-        now = self.how.clock()
-        return row | {"seconds": now - began, "time": now}
+        now, system = self.how.clock(), self.how.measured()
+        return row | {"seconds": now - began, "time": now} | ({"system": system} if system else {})
 
     @torch.no_grad()
     def _evaluate(self, clips: Clips, on_batch: Callable[[], None]) -> Evaluation:
@@ -489,6 +495,7 @@ class _Trial:
         rows = [storage.get_json(row_key(self.id, epoch)) for epoch in range(1, self.spec.training.epochs + 1)]
         chosen = select(rows)
         price = cost(self.spec.model, self.spec.protocol, classes=self.classes, samples=self.dataset.clip_samples)
+        best = self._best_of(rows)
         result = {
             "trial_id": self.id,
             **identity(self.spec, self.recordings.manifest_sha256),
@@ -501,6 +508,7 @@ class _Trial:
             "accuracy": {"best_test": chosen.best_test, "last": chosen.last, "validation": chosen.validation},
             "best_epoch": {"best_test": chosen.best_test_epoch, "validation": list(chosen.validation_epochs)},
             "confusion": tested.confusion(),
+            **({"selected_epoch": best["epoch"], "selected_confusion": best["confusion"]} if best else {}),
             "weights_sha256": weights_sha256(self.model),
             "skipped_steps": [step for row in rows for step in row["skipped_steps"]],
             "train_seconds": sum(row["seconds"] for row in rows),
@@ -518,6 +526,21 @@ class _Trial:
         storage.put_if_absent(f"{self.folder}/result.json", json_bytes(sealed(result)))
         prune(storage, f"{self.folder}/checkpoints", keep=1)
         return storage.get_json(f"{self.folder}/result.json")
+
+    def _best_of(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """What stands beside the best weights, if it is of these rows and holds a confusion.
+
+        It holds none where an earlier version wrote it. It is of other rows where a backend that is not deterministic
+        trained its epoch again.
+        """
+        try:
+            best = best_manifest(self.how.storage, self.folder)
+        except ValueError as error:
+            logger.warning("trial %s: what is stored of its best epoch cannot be used (%s)", self.id, error)
+            return None
+        if best is None or "confusion" not in best or best["value"] != rows[best["epoch"] - 1][best["metric"]]:
+            return None
+        return best
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,9 @@ def results(root: Path) -> dict[str, dict]:
 
 def science(result: dict) -> tuple[str, str]:
     """Weights and metrics of a result, without the clock."""
-    rows = [{key: value for key, value in row.items() if key not in ("seconds", "time")} for row in result["rows"]]
+    rows = [
+        {key: value for key, value in row.items() if key not in ("seconds", "time", "system")} for row in result["rows"]
+    ]
     return result["weights_sha256"], json.dumps(rows, sort_keys=True)
 
 
@@ -218,6 +220,8 @@ def test_a_sweep_that_is_killed_and_run_again_ends_as_if_nothing_had_happened(tm
     for name, result in before.items():
         assert science(after[name]) == science(result)
     assert all(marker in again.stdout for marker in ("report:", "MLflow:", "mlflow ui", "attention-raw", "mamba-mel"))
+    assert "compare: http://127.0.0.1:5000/#/compare-runs?runs=%5B%22" in again.stdout
+    assert "runs:    http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=helix" in again.stdout
 
     weights = {name: storage.path(f"trials/{name}/result.json").stat().st_mtime_ns for name in after}
     third = run(arguments, cwd=tmp_path / "killed")
@@ -435,7 +439,10 @@ def test_a_sweep_reads_from_a_bucket_and_writes_to_it_and_running_it_again_train
     assert [path.stem for path in cache.glob("*.bin")] == [shard["sha256"] for shard in manifest["shards"]]
     report = work / "runs" / "reports" / "demo.html"
     assert storage.get("reports/demo.html") == report.read_bytes()
-    assert {path.name for path in work.rglob("*") if path.is_file()} == {"demo.html", "mlflow.db"}
+    local = {path.relative_to(work / "runs") for path in work.rglob("*") if path.is_file()}
+    artifacts = {path for path in local if path.parts[0] == "mlflow-artifacts"}
+    assert {path.name for path in local - artifacts} == {"demo.html", "mlflow.db"}
+    assert {"demo.html", "confusion.csv", "spec.json", "weights.safetensors"} <= {path.name for path in artifacts}
 
     fault_proxy.requests.clear()
     again = run(arguments, cwd=work, HELIX_CACHE=str(cache))

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import save
 from helix.data.shards import Recordings
 from helix.protocol import profile
 from helix.spec import TrialSpec, trial_id
-from helix.storage import FolderStorage
+from helix.storage import FolderStorage, json_bytes
 from helix.training import trainer
 from helix.training.checkpoint import CheckpointError, committed, load_best
 from helix.training.trainer import DivergedError, Fit, StoppedError, fit, row_key
@@ -391,6 +392,52 @@ def test_the_best_weights_are_those_of_the_best_epoch(tiny_spec, tiny_data, stor
             fit(tiny_spec, tiny_data, Fit(storage=killed, on_step=kill_at(step), save_now=lambda: True))
     fit(tiny_spec, tiny_data, Fit(storage=killed))
     assert save(load_best(killed, folder)[0]) == save(weights)
+
+
+def test_a_result_tells_what_the_selected_epoch_took_for_what(tiny_spec, tiny_data, storage):
+    result = fit(tiny_spec, tiny_data, Fit(storage=storage))
+    assert result["selected_epoch"] == result["best_epoch"]["best_test"]
+    right, clips = (sum(n for a, b, n in result["selected_confusion"] if a == b or every) for every in (False, True))
+    assert clips == result["test_clips"] and right / clips == result["accuracy"]["best_test"]
+    last = sum(n for a, b, n in result["confusion"] if a == b)
+    assert last / clips == result["accuracy"]["last"]
+
+
+def test_a_confusion_that_is_missing_damaged_or_of_other_rows_is_left_out_and_the_trial_ends(
+    tiny_spec, tiny_data, tmp_path
+):
+    def spoilt(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+        storage = FolderStorage(tmp_path / uuid.uuid4().hex)
+        name = trial_id(tiny_spec, tiny_data.manifest_sha256)
+        with pytest.raises(Killed):
+            fit(tiny_spec, tiny_data, Fit(storage=storage, on_step=kill_at(STEPS), save_now=lambda: True))
+        key = f"trials/{name}/best/manifest.json"
+        body = change(storage.get_json(key)["body"])
+        storage.put_json(key, {"body": body, "sha256": hashlib.sha256(json_bytes(body)).hexdigest()})
+        return fit(tiny_spec, tiny_data, Fit(storage=storage))
+
+    whole = fit(tiny_spec, tiny_data, Fit(storage=FolderStorage(tmp_path / "whole")))
+    if whole["selected_epoch"] == tiny_spec.training.epochs:
+        pytest.skip("the last epoch is the best one here, and writes the manifest anew")
+    assert spoilt(lambda body: body)["selected_confusion"] == whole["selected_confusion"]
+    changes = (
+        lambda body: {key: value for key, value in body.items() if key != "confusion"},  # an earlier version
+        lambda body: body | {"value": 0.123},
+    )
+    for change in changes:
+        result = spoilt(change)
+        assert "selected_confusion" not in result and "selected_epoch" not in result
+        assert result["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_what_the_machine_did_stands_in_the_row_and_changes_nothing_else(tiny_spec, tiny_data, storage, tmp_path):
+    plain = fit(tiny_spec, tiny_data, Fit(storage=storage))
+    measured = fit(tiny_spec, tiny_data, Fit(storage=FolderStorage(tmp_path / "m"), measured=lambda: {"cpu": 7.0}))
+    assert [row["system"] for row in measured["rows"]] == [{"cpu": 7.0}] * 3
+    assert not any("system" in row for row in plain["rows"])
+    for row in measured["rows"]:
+        del row["system"]
+    assert science(measured) == science(plain)
 
 
 def test_a_change_of_environment_is_told_and_recorded(tiny_spec, tiny_data, storage, monkeypatch, caplog):
