@@ -211,9 +211,10 @@ def _check_riff_length(path: Path, file: FileIO, size: int, *, order: str) -> No
 
 def _check_ogg_pages(path: Path, file: FileIO, size: int) -> None:
     """That the pages follow one another without a gap and match their checksums, and that every stream has its last one
-    (RFC 3533, section 6). libogg leaves out a page that does not match: were it the last one, nobody would miss it.
+    (RFC 3533, section 6). libogg leaves out a page that does not match: were it the last one, nobody would miss it. Nor
+    would anybody miss a stream that begins where another ended, which libsndfile does not read.
     """
-    position = 0
+    position, ended = 0, False
     next_page: dict[int, int] = {}  # of every stream that is open, by its serial number
     while position < size:
         file.seek(position)
@@ -223,6 +224,8 @@ def _check_ogg_pages(path: Path, file: FileIO, size: int) -> None:
         flags, serial, number, segments = head[5], *struct.unpack("<II", head[14:22]), head[26]
         if number != next_page.get(serial, 0 if flags & OGG_FIRST else -1):
             raise AudioError(str(path), f"is damaged: pages of Ogg are missing before byte {position}")
+        if ended and not next_page:
+            raise AudioError(str(path), f"holds a second Ogg stream from byte {position} on; split it into a file each")
         length = 27 + segments + sum(head[27 : 27 + segments])
         page = (head + file.read(max(0, length - len(head))))[:length]
         if len(page) == length and ogg_checksum(page) != page[22:26]:
@@ -230,6 +233,7 @@ def _check_ogg_pages(path: Path, file: FileIO, size: int) -> None:
         position += length
         if flags & OGG_LAST:
             next_page.pop(serial, None)
+            ended = True
         else:
             next_page[serial] = number + 1
     if position > size:

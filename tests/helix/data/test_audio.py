@@ -181,6 +181,9 @@ def test_ogg_that_lost_a_page_within_or_has_something_behind_is_damaged(ogg, tmp
     path.write_bytes(ogg + b"<html>")
     with pytest.raises(AudioError, match=f"no page of Ogg at byte {len(ogg)}"):
         decode(path, rate_hz=RATE_HZ)
+    path.write_bytes(ogg + ogg)
+    with pytest.raises(AudioError, match=f"holds a second Ogg stream from byte {len(ogg)} on"):
+        decode(path, rate_hz=16_000)
 
 
 @pytest.mark.parametrize("container", ["AIFF", "AU", "RF64", "W64", "MP3", "CAF"])
