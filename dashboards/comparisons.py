@@ -8,6 +8,7 @@ from dashboards.evidence import Evidence, Variant
 from dashboards.tables import Column, Figure, Table
 from dashboards.text import GAP, SELECTION_WORDS, plural, points
 from helix.statistics import (
+    ALPHA,
     Effect,
     Interval,
     Outlook,
@@ -52,10 +53,11 @@ MINUS_WORD = "\N{MINUS SIGN}"
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One contrast in numbers. `p` is the corrected one, `p_holm` the same adjusted for its family.
+    """One contrast in numbers. `paired` is the plain t test, `corrected` that of Nadeau and Bengio.
 
-    `paired` is the plain t test. `clip_errors`: where each side is one run, their difference in standard errors that
-    come from the test clips alone.
+    `p_holm` is the corrected p and `low` to `high` the corrected interval, both adjusted for a family of so many (Holm;
+    Bonferroni, for Holm has no intervals). `ratio`: test clips over training clips. `clip_errors`: where each side is
+    one run, their difference in standard errors that come from the test clips alone.
     """
 
     contrast: Contrast
@@ -66,8 +68,11 @@ class Measured:
     resampled: Interval
     effect: Effect
     outlook: Outlook
+    ratio: float = 0.0
     p_holm: float | None = None
     family: int = 0
+    low: float | None = None
+    high: float | None = None
     clip_errors: float | None = None
 
     @property
@@ -117,6 +122,7 @@ def measure(asked: Contrast, evidence: Evidence) -> Measured | None:
         resampled=bootstrap(sample.values),
         effect=effect(sample.values),
         outlook=outlook(differences, ratio=ratio, folds_exist=folds),
+        ratio=ratio,
         clip_errors=_clip_errors(asked, evidence, len(differences)),
     )
 
@@ -131,9 +137,12 @@ def measure_family(asked: Iterable[Contrast], evidence: Evidence) -> dict[Contra
         ps.setdefault(one.canonical, measured.corrected.p)
     adjusted = dict(zip(ps, holm(list(ps.values())), strict=True))
     size = sum(p is not None for p in ps.values())
-    return {
-        one: replace(measured, p_holm=adjusted[one.canonical], family=size) for one, measured in found.items()
-    }
+
+    def adjust(one: Contrast, measured: Measured) -> Measured:
+        wide = t_test(measured.units.values, ratio=measured.ratio, confidence=1 - ALPHA / max(size, 1))
+        return replace(measured, p_holm=adjusted[one.canonical], family=size, low=wide.low, high=wide.high)
+
+    return {one: adjust(one, measured) for one, measured in found.items()}
 
 
 def every_contrast(dataset: str, variants: Sequence[Variant]) -> list[Contrast]:
@@ -227,8 +236,8 @@ def _notes(evidence: Evidence, dataset: str, found: Sequence[Measured]) -> tuple
     ]
     if any(one.units.unit == "fold" for one in found) and counts and counts.ratio:
         said.append(
-            f"Corrected: by Nadeau and Bengio, for folds share training clips (test to training {counts.ratio:.3g}); seeds "
-            "of one fold are averaged first."
+            f"Corrected: by Nadeau and Bengio, for folds share training clips (test to training {counts.ratio:.3g}); "
+            "seeds of one fold are averaged first."
         )
     if any(one.units.unit == "seed" for one in found):
         said.append("On one split only seeds differ: nothing is said of other test clips.")

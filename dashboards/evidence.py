@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dashboards.summary import SELECTIONS, CellSummary, summarise
+from dashboards.summary import PARAMETER_BAND, SELECTIONS, CellSummary, summarise
 from dashboards.view import SweepView
 from helix.protocol import SWITCHES
 from helix.published import PUBLISHED, Published
@@ -14,6 +14,11 @@ from helix.statistics import Key, mean
 
 #: (frontend, backbone) in the words of helix/published.py
 Variant = tuple[str, str]
+
+MAMBA_RAW, MAMBA_MEL = ("raw", "mamba"), ("mel", "mamba")
+HELIX_RAW, HELIX_MEL = ("raw", "helix"), ("mel", "helix")
+ATTENTION_RAW, ATTENTION_MEL = ("raw", "attention"), ("mel", "attention")
+SIX = (MAMBA_RAW, MAMBA_MEL, HELIX_RAW, HELIX_MEL, ATTENTION_RAW, ATTENTION_MEL)
 
 #: Samples of a mel frame and its patches (section 3.1), rounded down as the authors' code does.
 RAW_STRIDE, MEL_HOP, MEL_BINS, MEL_PATCH = 160, 512, 128, 16
@@ -31,11 +36,12 @@ DATASETS_OF_THE_PAPER = (
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """The runs of one cell. Accuracies are fractions by rule and by (fold, seed); `curves` are test accuracies by epoch.
+    """The runs of one cell. Accuracies are fractions by rule and (fold, seed); `curves` are test accuracies by epoch.
 
-    `epochs` is what each run trained, None where that is not stated. `last` is the mean accuracy after the last epoch
-    and `hours` the mean time of a run. `only_claim`: nothing is known but the number that the paper claims.
-    `out_of_memory`: it could not run. `unlike`: in what the runs differ from the paper's.
+    `epochs` is what each run trained, None where that is not stated. `drop` is how far the last epoch ended below
+    the best and `hours` the time of a run, both means. `only_claim`: nothing is known but the number that is claimed.
+    `out_of_memory`: it could not run. `unlike`: in what the runs differ from the paper's; `other_size`: of the model,
+    `other_course`: of the model, the epochs or the recordings, so that printed numbers say nothing of them.
     """
 
     dataset: str
@@ -44,7 +50,7 @@ class Runs:
     accuracy: Mapping[str, Mapping[Key, float]] = field(default_factory=dict)
     curves: Mapping[Key, tuple[float, ...]] = field(default_factory=dict)
     epochs: int | None = None
-    last: float | None = None
+    drop: float | None = None
     parameters: int | None = None
     tokens: int | None = None
     hours: float | None = None
@@ -52,6 +58,8 @@ class Runs:
     only_claim: bool = False
     out_of_memory: bool = False
     unlike: tuple[str, ...] = ()
+    other_size: bool = False
+    other_course: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +76,8 @@ class Counts:
 class Evidence:
     """Everything that a claim may be judged by. `select` rules comparisons; reported values are always best test.
 
-    `published`: these are the paper's own numbers. `switches`: what trained them, by helix/protocol.py. `partial`: data
-    sets of which only a part was used.
+    `tokens`: of a clip, by data set and frontend. `published`: these are the paper's own numbers. `switches`: what
+    trained them, by helix/protocol.py.
     """
 
     name: str
@@ -78,8 +86,8 @@ class Evidence:
     ddof: Literal[0, 1]
     cells: Mapping[tuple[str, str, str], Runs]
     counts: Mapping[str, Counts]
+    tokens: Mapping[tuple[str, str], int]
     switches: Mapping[str, str] = field(default_factory=dict)
-    partial: frozenset[str] = frozenset()
 
     def runs(self, dataset: str, variant: Variant) -> Runs | None:
         """The cell, None where nothing is known of it."""
@@ -99,24 +107,28 @@ def published_evidence() -> Evidence:
         ddof=0,
         cells={(cell.dataset, cell.frontend, cell.backbone): _published(cell) for cell in PUBLISHED},
         counts={name: official(name) for name in DATASETS_OF_THE_PAPER},
+        tokens={
+            (name, frontend): tokens_of(name, frontend) for name in DATASETS_OF_THE_PAPER for frontend in ("raw", "mel")
+        },
         switches={name: row["authors"] for name, row in SWITCHES.items()},
     )
 
 
 def sweep_evidence(view: SweepView) -> Evidence:
     """What a sweep has finished so far. A cell of several runs of one (fold, seed) cannot be: the grid refuses it."""
+    partial = frozenset(facts.name for facts in view.data if facts.partial)
     cells: dict[tuple[str, str, str], Runs] = {}
     ratios: dict[str, list[float]] = {}
     for summary in summarise(view):
         cell = summary.cell
-        cells.setdefault((cell.dataset, cell.frontend, cell.backbone), _swept(summary))
+        cells.setdefault((cell.dataset, cell.frontend, cell.backbone), _swept(summary, cell.dataset in partial))
         for trial in cell.trials:
             result = trial.state.result or {}
             if result.get("train_clips") and result.get("test_clips"):
                 ratios.setdefault(cell.dataset, []).append(result["test_clips"] / result["train_clips"])
-    counts = {name: official(name) for name in DATASETS_OF_THE_PAPER}
+    counts = {}
     for dataset in dict.fromkeys(cell.dataset for cell in view.cells):
-        known = counts.get(dataset) or (official(dataset) if dataset in DATASETS.names() else None)
+        known = official(dataset) if dataset in DATASETS.names() else None
         if known is None:
             facts = view.facts(dataset)
             folds = len({trial.fold for cell in view.cells if cell.dataset == dataset for trial in cell.trials})
@@ -130,8 +142,8 @@ def sweep_evidence(view: SweepView) -> Evidence:
         ddof=0 if view.std == "population" else 1,
         cells=cells,
         counts=counts,
+        tokens={(runs.dataset, runs.frontend): runs.tokens for runs in cells.values() if runs.tokens},
         switches=dict(view.switches),
-        partial=frozenset(facts.name for facts in view.data if facts.partial),
     )
 
 
@@ -169,7 +181,7 @@ def _published(cell: Published) -> Runs:
         backbone=cell.backbone,
         accuracy={"best_test": best} if best else {},
         epochs=cell.epochs,
-        last=cell.last,
+        drop=None if cell.accuracy is None or cell.last is None else cell.accuracy - cell.last,
         parameters=cell.parameters,
         tokens=tokens_of(cell.dataset, cell.frontend),
         hours=None if cell.hours is None else cell.hours / cell.folds,
@@ -179,10 +191,15 @@ def _published(cell: Published) -> Runs:
     )
 
 
-def _swept(summary: CellSummary) -> Runs:
+def _swept(summary: CellSummary, partial: bool) -> Runs:
     cell = summary.cell
     results = [trial.state.result for trial in cell.trials if trial.state.result is not None]
     clips = [result["test_clips"] for result in results if result.get("test_clips")]
+    comparison = summary.comparison
+    target = comparison.published if comparison is not None else None
+    ours, theirs = summary.parameters, target.parameters if target is not None else None
+    other_size = bool(ours and theirs and abs(ours / theirs - 1) > PARAMETER_BAND)
+    best, last = (summary.accuracy[rule].mean for rule in ("best_test", "last"))
     errors = [(trial.state.error or "").lower() for trial in cell.trials if trial.state.status == "failed"]
     return Runs(
         dataset=cell.dataset,
@@ -198,11 +215,13 @@ def _swept(summary: CellSummary) -> Runs:
             if trial.state.result is not None and all("test_accuracy" in row for row in trial.state.rows)
         },
         epochs=cell.epochs,
-        last=summary.accuracy["last"].mean,
+        drop=None if best is None or last is None else best - last,
         parameters=summary.parameters,
         tokens=summary.tokens,
         hours=None if summary.train_seconds is None else summary.train_seconds / 3600,
         test_clips=round(math.fsum(clips) / len(clips)) if clips else None,
         out_of_memory=not summary.samples and any("outofmemory" in e.replace(" ", "") for e in errors),
-        unlike=summary.comparison.unlike if summary.comparison is not None else (),
+        unlike=comparison.unlike if comparison is not None else (),
+        other_size=other_size,
+        other_course=other_size or partial or (target is not None and target.epochs not in (None, cell.epochs)),
     )

@@ -6,12 +6,13 @@ the paper, whose abstract says about 8.3 million for all of them.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 PAPER = "arXiv:2603.21316v1"
 README = "the authors' README at commit 65a9517"
 
 #: Table 1: tokens -> backbone -> "trains", "slow" (more than twice the time of pure Mamba) or "OOM", on a GPU of 48 GB.
-FEASIBILITY = {
+FEASIBILITY: dict[int, dict[str, Literal["trains", "slow", "OOM"]]] = {
     500: {"mamba": "trains", "helix": "trains", "attention": "trains"},
     3_000: {"mamba": "trains", "helix": "trains", "attention": "slow"},
     30_000: {"mamba": "trains", "helix": "trains", "attention": "OOM"},

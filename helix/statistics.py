@@ -4,8 +4,8 @@ A difference is taken between variants on one fold and one seed. The unit of eve
 share its training and test clips, so they are averaged first. Where there is one fold, as on an official split, the
 unit is the seed, and then nothing is said of other test clips. What cannot be computed is None, and `why` says why.
 
-Sources: Nadeau and Bengio 2003, doi 10.1023/A:1024068626366 (corrected resampled t); Holm 1979 (the family); Hedges 1981,
-doi 10.3102/10769986006002107 (small-sample correction); Efron 1987, doi 10.1080/01621459.1987.10478410 (BCa).
+Sources: Nadeau and Bengio 2003, doi 10.1023/A:1024068626366 (corrected resampled t); Holm 1979 (the family); Hedges
+1981, doi 10.3102/10769986006002107 (small-sample correction); Efron 1987, doi 10.1080/01621459.1987.10478410 (BCa).
 """
 
 import math
@@ -156,7 +156,9 @@ def t_test(values: Sequence[float], *, ratio: float = 0.0, confidence: float = C
     if centre is None or std is None:
         return TTest(n=n, mean=centre, why="one value shows no spread" if n else "nothing is paired")
     if _flat(values):
-        return TTest(n=n, mean=centre, std=0.0, why=f"all {n} values are the same, so there is no spread to test against")
+        return TTest(
+            n=n, mean=centre, std=0.0, why=f"all {n} values are the same, so there is no spread to test against"
+        )
     error = std * math.sqrt(1 / n + ratio)
     margin = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
     p = 2 * float(stats.t.sf(abs(centre) / error, n - 1))
@@ -299,8 +301,8 @@ def outlook(
 ) -> Outlook:
     """How many folds or seeds would settle the comparison, were the observed mean and spread the true ones.
 
-    More seeds shrink the seeds' part of the variance and never the folds' part; further folds end at `folds_exist` (None:
-    the data may be split as often as one likes). The correction for shared training clips does not shrink with either.
+    More seeds shrink the seeds' part of the variance and never the folds' part; further folds end at `folds_exist`
+    (None: the data may be split anew at will). The correction for shared training clips shrinks with neither.
     """
     sample = units(differences)
     found = t_test(sample.values, ratio=ratio if sample.unit == "fold" else 0.0)
