@@ -10,6 +10,10 @@ from dashboards.text import points
 from helix.statistics import ALPHA
 
 
+#: Which verdict on a part is that on the whole: the first of these that any part has.
+DECISIVE: tuple[Verdict, ...] = ("contradicted", "no data", "underpowered", "supported")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Pair(Rule):
     """A rule on two variants of one data set."""
@@ -151,8 +155,7 @@ class All(Rule):
     def judge(self, case: Case) -> Judgement:
         parts = [rule.judge(case) for rule in self.rules]
         worst: tuple[Verdict, ...] = ("contradicted", "no data", "underpowered", "supported")
-        worst: tuple[Verdict, ...] = ("contradicted", "no data", "underpowered", "supported")
-        verdict = next(one for one in worst if any(part.verdict == one for part in parts))
+        verdict = next(one for one in DECISIVE if any(part.verdict == one for part in parts))
         # What decides comes first; a part that says the same as another says it once.
         decisive = dict.fromkeys(part.because for part in parts if part.verdict == verdict)
         others = dict.fromkeys(f"{part.because} ({part.verdict})" for part in parts if part.verdict != verdict)
