@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 from helix.registry import STORAGES
 
 TEMPORARY = ".partial-"
-#: What nobody has written to for so long belongs to no living writer: a put writes without a pause.
+#: What nobody has written to for so long belongs to no living writer: the longest pause is the decoding of a recording.
 LEFTOVER_S = 3600.0
 
 
@@ -34,6 +34,24 @@ class CorruptObjectError(OSError):
 
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}; it was damaged where it is stored or on the way, put it again"
+
+
+class Writer(ABC):
+    """Bytes on their way to a key, for one thread: `keep` puts all that was written, atomically and durably.
+
+    Whoever does not keep them discards them; then there is nothing, and the key is what it was before.
+    """
+
+    @abstractmethod
+    def write(self, data: bytes | memoryview) -> None: ...
+
+    @abstractmethod
+    def keep(self) -> None:
+        """Write or replace the key with everything that was written."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Forget what was written; after `keep` there is nothing to forget."""
 
 
 class Storage(ABC):
@@ -51,6 +69,11 @@ class Storage(ABC):
     @abstractmethod
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Write or replace `key`, atomically and durably."""
+
+    def writer(self, key: str) -> Writer:
+        """For a put in pieces. Here they are gathered in memory; a storage that can takes them as they come."""
+        key_parts(key)
+        return _Gathered(self, key)
 
     @abstractmethod
     def put_if_absent(self, key: str, data: bytes) -> bool:
@@ -134,7 +157,11 @@ class FolderStorage(Storage):
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         target = self.path(key)
-        self._move(self._write_aside(target, lambda file: file.write(data)), target)
+        _move(self._write_aside(target, lambda file: file.write(data)), target)
+
+    def writer(self, key: str) -> Writer:
+        """The pieces go to the disk at once: a large value takes no memory, whose fresh pages cost more than a copy."""
+        return _Aside(self.path(key))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         target = self.path(key)
@@ -223,7 +250,7 @@ class FolderStorage(Storage):
         target = self.path(key)
         with path.open("rb") as file:
             aside = self._write_aside(target, lambda copy: shutil.copyfileobj(file, copy, 2**20))
-        self._move(aside, target)
+        _move(aside, target)
 
     def check_writable(self) -> None:
         key = f"probe-{uuid.uuid4().hex}"
@@ -236,25 +263,59 @@ class FolderStorage(Storage):
                 "with --storage, or free some space"
             ) from error
 
-    def _move(self, aside: Path, target: Path) -> None:
-        try:
-            aside.replace(target)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
-        _sync_folder(target.parent)
-
     def _write_aside(self, target: Path, write: Callable[[BinaryIO], object]) -> Path:
-        aside = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+        aside = _Aside(target)
         try:
-            with _open_new(aside) as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
+            write(aside.file)
+            aside.finish()
         except OSError:
-            aside.unlink(missing_ok=True)
+            aside.discard()
             raise
-        return aside
+        return aside.path
+
+
+class _Aside(Writer):
+    """A file beside `target` that takes its place when it is kept."""
+
+    def __init__(self, target: Path):
+        self.target = target
+        self.path = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+        self.file = _open_new(self.path)
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+
+    def finish(self) -> None:
+        """Everything is on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+    def keep(self) -> None:
+        self.finish()
+        _move(self.path, self.target)
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):  # what is still in the buffer may not fit, which its writer has heard
+            self.file.close()
+        self.path.unlink(missing_ok=True)
+
+
+class _Gathered(Writer):
+    """In memory until it is kept, and then one put."""
+
+    def __init__(self, storage: Storage, key: str):
+        self.storage, self.key, self.data = storage, key, bytearray()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.data += data
+
+    def keep(self) -> None:
+        self.storage.put(self.key, memoryview(self.data))
+        self.discard()
+
+    def discard(self) -> None:
+        self.data = bytearray()
 
 
 def json_bytes(value: Any) -> bytes:
@@ -327,6 +388,15 @@ def _open_new(path: Path) -> BinaryIO:
             continue
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.open("wb")
+
+
+def _move(aside: Path, target: Path) -> None:
+    try:
+        aside.replace(target)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
 
 
 def _sync_folder(folder: Path) -> None:

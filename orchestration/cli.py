@@ -365,6 +365,8 @@ def plan_grid(arguments: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(arguments)
     console = sweep.console()
     try:
+        if given.calibrate and given.ranks > 1:
+            raise ValueError("--calibrate times steps of one process; leave out --ranks, or measure by a sweep with it")
         planned = sweep.plan_sweep(given, command=["helix", "plan", *arguments], console=console)
         if planned is None:  # a dry run, which is printed
             return 0

@@ -43,10 +43,12 @@ class Machine:
     gpus: float
     share: float
     calibrated: bool = False
+    ranks: int = 1
 
     def __str__(self) -> str:
         worker = f"{self.gpus:g} GPU" if self.gpus else f"{self.device} x {self.threads}"
-        return f"{self.instance_type or 'unknown type'}, {worker}{', calibrated' if self.calibrated else ''}"
+        ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
+        return f"{self.instance_type or 'unknown type'}, {worker}{ranks}{', calibrated' if self.calibrated else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,7 @@ def _machine(said: Mapping[str, Any]) -> Machine:
         threads=said.get("threads", 1),
         gpus=said.get("gpus", 0.0),
         share=round(said.get("share", 1.0), 4),
+        ranks=said.get("ranks", 1),
     )
 
 

@@ -70,13 +70,16 @@ def price(trial: Trial, *, classes: int | None = None) -> Cost:
     return cost(spec.model, spec.protocol, classes=classes, samples=dataset.clip_samples)
 
 
-def place(trial: Trial, *, limit_bytes: int | None, device: Device) -> Placement:
-    """How a step of the trial fits into what a worker has; None is no limit. ValueError says what would fit."""
+def place(trial: Trial, *, limit_bytes: int | None, device: Device, ranks: int = 1) -> Placement:
+    """How a rank's part of a step of the trial fits into what a rank has; None is no limit.
+
+    ValueError says what would fit.
+    """
     spec = resolve(trial.spec)
     dataset: Dataset = DATASETS.make(spec.data.dataset, spec.data.options)
     size = {"samples": dataset.clip_samples, "classes": dataset.class_count}
     try:
-        return choose(spec, **size, limit_bytes=limit_bytes, device_type=device)
+        return choose(spec, **size, limit_bytes=limit_bytes, device_type=device, ranks=ranks)
     except ValueError as error:
         raise ValueError(f"{trial.label}: {error}") from error
 

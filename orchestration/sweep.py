@@ -89,6 +89,7 @@ class Sweep:
     gpus_per_trial: float
     limit_bytes: int | None
     limits: Limits
+    ranks: int = 1
 
     def missing(self) -> list[Planned]:
         """The trials that have no result yet."""
@@ -98,11 +99,13 @@ class Sweep:
     @property
     def need(self) -> dict[str, float]:
         """What one worker asks the cluster for."""
-        return worker_resources({"threads": self.threads, "gpu": self.gpu, "gpus": self.gpus_per_trial})
+        asked = {"threads": self.threads, "gpu": self.gpu, "gpus": self.gpus_per_trial, "ranks": self.ranks}
+        return worker_resources(asked)
 
     def placement(self, entry: Planned) -> Placement:
-        """How a step of this trial fits into what a worker has."""
-        return place(entry.trial, limit_bytes=self.limit_bytes, device="cuda" if self.gpu else "cpu")
+        """How a step of this trial fits into what a rank of a worker has."""
+        device = "cuda" if self.gpu else "cpu"
+        return place(entry.trial, limit_bytes=self.limit_bytes, device=device, ranks=self.ranks)
 
 
 def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) -> int:
@@ -167,13 +170,17 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
         seeds=options.seeds,
         variants=options.variants,
     )
-    if _positive("--threads", options.threads) > cpu_count() and not joins_cluster():
-        raise ValueError(f"--threads is {options.threads}, but this machine has {cpu_count()} cores")
+    _check_ranks(options, trials)
+    threads = _positive("--threads", options.threads) * options.ranks
+    if threads > cpu_count() and not joins_cluster():
+        asked = f"--threads is {options.threads}" + (f" on {options.ranks} ranks" if options.ranks > 1 else "")
+        raise ValueError(f"{asked}, but this machine has {cpu_count()} cores")
     if options.workers is not None:
         _positive("--workers", options.workers)
     if not 0 < options.gpus_per_trial <= 1:
         raise ValueError(
-            f"--gpus-per-trial is {options.gpus_per_trial}; wanted a share of one GPU, above 0 and at most 1"
+            f"--gpus-per-trial is {options.gpus_per_trial}; wanted a share of one GPU, above 0 and at most 1 "
+            "(--ranks trains a trial on several)"
         )
     if options.gpus_per_trial != 1 and options.device != "cuda":
         raise ValueError("--gpus-per-trial shares GPUs, and this sweep trains on CPU; add --device cuda")
@@ -197,7 +204,15 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
     if options.dry_run:
         recordings = rehearsed_data(data, source=options.source, storage=storage, allow_partial=partial)
         _print_plan(
-            options.grid, grid, trials, recordings, storage, console, limit_bytes=limit_bytes, device=options.device
+            options.grid,
+            grid,
+            trials,
+            recordings,
+            storage,
+            console,
+            limit_bytes=limit_bytes,
+            device=options.device,
+            ranks=options.ranks,
         )
         return None
     check_listing(trials, source=options.source, allow_partial=partial)
@@ -232,6 +247,7 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
         gpus_per_trial=options.gpus_per_trial,
         limit_bytes=limit_bytes,
         limits=limits,
+        ranks=options.ranks,
     )
 
 
@@ -286,6 +302,7 @@ def train(
             "threads": sweep.threads,
             "gpu": sweep.gpu,
             "gpus": sweep.gpus_per_trial,
+            "ranks": sweep.ranks,
             "scratch": scratch,
         }
         for entries in pack(missing, workers=slots)
@@ -398,7 +415,7 @@ def _cut(placement: Placement) -> dict[str, Any]:
 
 
 def memory_limit(options: argparse.Namespace, *, trials: int) -> int | None:
-    """What one worker may hold, in bytes; None where nobody knows, as on a cluster that this machine is no part of.
+    """What one rank of a worker may hold, in bytes; None where nobody knows, as on a cluster without this machine.
 
     On a CPU the workers of this machine share what it has left; of a GPU it has its share.
     """
@@ -412,8 +429,8 @@ def memory_limit(options: argparse.Namespace, *, trials: int) -> int | None:
         if not torch.cuda.is_available():
             return None
         return int(torch.cuda.get_device_properties(0).total_memory * options.gpus_per_trial)
-    workers = options.workers or max(1, cpu_count() // options.threads)
-    return available_bytes() // min(workers, trials)
+    workers = options.workers or max(1, cpu_count() // (options.threads * options.ranks))
+    return available_bytes() // (min(workers, trials) * options.ranks)
 
 
 class RayMessages(io.TextIOBase):
@@ -492,6 +509,7 @@ def _print_plan(
     *,
     limit_bytes: int | None,
     device: Device,
+    ranks: int,
 ) -> None:
     """What the grid asks and what each trial costs and how it stands; steps and ids need the prepared data."""
     console.print(grid.question.strip() + "\n", markup=False)
@@ -511,7 +529,8 @@ def _print_plan(
     for trial, size in prices:
         name, steps, state = known[trial.label]
         # What is done is not trained again, so it has not to fit.
-        placement = place(trial, limit_bytes=None if state.startswith("done") else limit_bytes, device=device)
+        limit = None if state.startswith("done") else limit_bytes
+        placement = place(trial, limit_bytes=limit, device=device, ranks=ranks)
         rows.append(
             {
                 "variant": trial.variant.name,
@@ -552,6 +571,15 @@ def _pieces(placement: Placement) -> str:
 
 def _progress(state: TrialState) -> str:
     return f"{state.status}, {state.epochs_done} epochs" if state.epochs_done else state.status
+
+
+def _check_ranks(options: argparse.Namespace, trials: Sequence[Trial]) -> None:
+    """Refuse numbers of ranks that cannot share a batch, or whole GPUs."""
+    smallest = min(trial.spec.training.batch_size for trial in trials)
+    if _positive("--ranks", options.ranks) > smallest:
+        raise ValueError(f"--ranks is {options.ranks}, but a batch has {smallest} clips; each rank needs one")
+    if options.ranks > 1 and options.gpus_per_trial != 1:
+        raise ValueError("--ranks gives a trial several whole GPUs, and --gpus-per-trial a share of one; leave one out")
 
 
 def _positive(name: str, value: int) -> int:
@@ -596,6 +624,14 @@ def parser(prog: str = "sweep.py") -> argparse.ArgumentParser:
         default=1.0,
         metavar="SHARE",
         help="the share of a GPU that a worker has, so that several run side by side on one (default: 1)",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train each trial on N GPUs of one machine (on a CPU: in N processes of --threads each); every batch is "
+        "shared among them and stays what it is (default: 1)",
     )
     parser.add_argument("--budget-usd", type=float, metavar="USD", help="stop once this run has cost so much")
     parser.add_argument("--deadline", metavar="TIME", help="stop at this time, UTC, e.g. 2026-12-01T08:00")

@@ -1,4 +1,8 @@
-"""A pack of trials on Ray: its driver inside Ray Tune, its Ray Train worker, and the attempts that the worker makes."""
+"""A pack of trials on Ray: its driver inside Ray Tune, its Ray Train worker, and the attempts that the worker makes.
+
+With several ranks the worker is a group of processes on one machine (helix/training/ranks.py). The first rank is the
+worker: leases, attempts and all that is stored are its own. The others follow it from attempt to attempt.
+"""
 
 import json
 import logging
@@ -9,13 +13,13 @@ import traceback
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import ray.train
 import torch
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from helix.data.shards import Recordings, open_prepared
@@ -23,9 +27,10 @@ from helix.spec import TrialSpec, from_json, trial_id
 from helix.storage import Storage, open_storage
 from helix.training.checkpoint import committed
 from helix.training.memory import compact_large_blocks
+from helix.training.ranks import BACKENDS, RankLostError, Ranks
 from helix.training.trainer import Fit, StoppedError, fit, trial_folder
 from orchestration.connection import POLL_S, this_machine
-from orchestration.lease import LeaseLostError, Watch, acquire
+from orchestration.lease import FIRST_STEP_S, LeaseLostError, Watch, acquire
 from orchestration.ledger import is_done
 from orchestration.notices import Notices, sigterm_notice
 from orchestration.recovery import Budget, Ended, decide, kind, mean_between_losses_s, smaller
@@ -80,11 +85,17 @@ def _progress(storage: Storage, names: Sequence[str]) -> list[tuple[bool, int]]:
 
 def _trainer(where: dict[str, Any], pack: dict[str, Any]) -> TorchTrainer:
     """The Ray Train run of a pack, which its worker reads again from `where` it is."""
+    # A rank that waits for another one is not lost before the watch over the steps has had its say.
+    backend = TorchConfig(backend=BACKENDS["cuda" if pack["gpu"] else "cpu"], timeout_s=int(2 * FIRST_STEP_S))
     return TorchTrainer(
         run_pack,
         train_loop_config=where,
+        torch_config=backend if pack["ranks"] > 1 else None,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=1, use_gpu=pack["gpu"], resources_per_worker=worker_resources(pack)
+            num_workers=pack["ranks"],
+            use_gpu=pack["gpu"],
+            resources_per_worker=rank_resources(pack),
+            placement_strategy="STRICT_PACK" if pack["ranks"] > 1 else "PACK",
         ),
         run_config=ray.train.RunConfig(
             name=f"pack-{uuid.uuid4().hex[:8]}",
@@ -100,13 +111,20 @@ def read_pack(where: dict[str, Any]) -> dict[str, Any]:
     return open_storage(where["storage"]).get_json(where["key"])
 
 
-def worker_resources(pack: dict[str, Any]) -> dict[str, float]:
-    """What one worker asks Ray for."""
+def rank_resources(pack: dict[str, Any]) -> dict[str, float]:
+    """What one rank of a worker asks Ray for."""
     return {"CPU": pack["threads"], **({"GPU": pack["gpus"]} if pack["gpu"] else {})}
 
 
+def worker_resources(pack: dict[str, Any]) -> dict[str, float]:
+    """What one worker asks Ray for, all its ranks together: one machine has to hold it."""
+    return {name: pack["ranks"] * many for name, many in rank_resources(pack).items()}
+
+
 def run_pack(where: dict[str, Any]) -> None:
-    """What a Ray Train worker runs: the trials of a pack. `where`: its storage, its key, and what stands in for `fit`.
+    """What each rank of a Ray Train worker runs: the trials of a pack.
+
+    `where`: the pack's storage, its key, and what stands in for `fit`.
 
     Errors of the storage itself leave this function, since nothing could be recorded; Ray Train then restarts the
     worker.
@@ -122,18 +140,76 @@ def run_pack(where: dict[str, Any]) -> None:
     placements = config["placements"]
     if any(placement["compact"] for placement in placements):
         compact_large_blocks()
-    work_through(
-        _specs(config["specs"]),
-        open_prepared(storage, config["data"]),
-        storage,
-        sweep_id=config["sweep_id"],
-        device="cuda" if config["gpu"] else "cpu",
-        parts=[(placement["micro_batch"], placement["recompute"]) for placement in placements],
-        report=report,
-        notices=Notices([ray_notice, sigterm_notice()]),
-        machine=this_machine(worker_resources(config)),
-        trainer=where["trainer"],
-    )
+    ranks = Ranks(ray.train.get_context().get_world_rank(), config["ranks"])
+    device = "cuda" if config["gpu"] else "cpu"
+    if config["gpu"] and ranks.count > 1:  # they see each other's GPUs
+        device = str(get_device())
+    # What several ranks ask together they have to ask at the same steps, so by one clock.
+    clock = time.monotonic if ranks.count == 1 else lambda: ranks.now
+    notices = Notices([partial(ray_notice, ranks), sigterm_notice()], clock=clock)
+    specs = _specs(config["specs"])
+    with ranks.together():
+        recordings = open_prepared(storage, config["data"])
+        if not ranks.first:
+            how = Fit(storage=storage, device=device, save_now=notices, ranks=ranks)
+            follow(specs, recordings, how, report=report, trainer=where["trainer"])
+            return
+        work_through(
+            specs,
+            recordings,
+            storage,
+            sweep_id=config["sweep_id"],
+            device=device,
+            parts=[(placement["micro_batch"], placement["recompute"]) for placement in placements],
+            report=report,
+            notices=notices,
+            machine=this_machine(worker_resources(config)),
+            trainer=where["trainer"],
+            ranks=ranks,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What the first rank tells the others to do next: an attempt at a trial in these parts, or nothing for now."""
+
+    spec: TrialSpec | None = None
+    micro_batch: int | None = None
+    recompute: bool = False
+
+
+def follow(
+    specs: Sequence[TrialSpec],
+    recordings: Recordings,
+    how: Fit,
+    *,
+    report: Callable[[int, dict[str, Any]], None] = lambda _number, _row: None,
+    trainer: Callable[..., Any] | None = None,
+) -> None:
+    """What every rank but the first runs: its part of each attempt, until there are no more.
+
+    How an attempt ended is the first rank's to judge; it ends for the same reason on all of them. `how`: what of it no
+    order says. Raises RankLostError.
+    """
+    while True:
+        order: Order | None = how.ranks.share(_nothing)
+        if order is None:
+            return
+        if order.spec is None:
+            continue
+        parts = {"micro_batch": order.micro_batch, "recompute": order.recompute}
+        place = {"placement": data_placement(recordings, how.device)}
+        told = partial(report, specs.index(order.spec))
+        try:
+            (trainer or fit)(order.spec, recordings, replace(how, **parts, **place, on_epoch=told))
+        except RankLostError:
+            raise
+        except Exception as error:
+            logger.info("an attempt ended: %s", error)
+
+
+def _nothing() -> None:
+    """The order that ends a following."""
 
 
 def _specs(values: Sequence[dict[str, Any]]) -> list[TrialSpec]:
@@ -164,14 +240,16 @@ def work_through(
     watch: Watch | None = None,
     machine: Mapping[str, Any] | None = None,
     trainer: Callable[..., Any] | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Run trials in turn until each is done or has failed, here or elsewhere; those that are done are passed over.
 
     One trial's failure is recorded with the trial and does not keep the next from running. A trial that another sweep
     works on is left to it, and looked at again until it is done or free. `parts`: of each trial the micro-batch, and
-    whether its blocks are recomputed.
+    whether its blocks are recomputed. `ranks`: this process as the first of those that train each trial together; the
+    others `follow` it.
     """
-    watch = watch or Watch()
+    watch, ranks = watch or Watch(), ranks or Ranks()
     todo, waiting = deque(enumerate(specs)), 0
     while todo:
         number, spec = todo.popleft()
@@ -187,9 +265,10 @@ def work_through(
             notices=notices,
             machine=machine,
             trainer=trainer,
+            ranks=ranks,
         )
         if outcome == "stopped":
-            return
+            break
         if outcome != "held":
             waiting = 0
             continue
@@ -197,19 +276,22 @@ def work_through(
         waiting += 1
         if waiting >= len(todo):  # all that is left is in other hands
             waiting = 0
+            ranks.share(Order)  # that this one is still there
             time.sleep(held_s)
+    ranks.share(_nothing)
 
 
 def data_placement(recordings: Recordings, device: str) -> Literal["host", "device"]:
     """Where batches are gathered: on a GPU from the whole set held there, if that is a small part of its memory."""
-    if device != "cuda":
+    if torch.device(device).type != "cuda":
         return "host"
     size = sum(shard["bytes"] for shard in recordings.manifest["shards"])
-    return "device" if size <= DEVICE_SHARE * torch.cuda.get_device_properties(0).total_memory else "host"
+    return "device" if size <= DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory else "host"
 
 
-def ray_notice() -> Any:
+def ray_notice(ranks: Ranks) -> Any:
     """What Ray knows of the end of this node, None while it knows of none."""
+    ranks.agree()  # Ray makes the ranks wait for each other, also for one that failed and will not come
     return ray.train.get_preemption_info()
 
 
@@ -227,17 +309,21 @@ def run_trial(
     notices: Callable[[], bool] = lambda: False,
     machine: Mapping[str, Any] | None = None,
     trainer: Callable[..., Any] | None = None,
+    ranks: Ranks | None = None,
 ) -> Literal["done", "failed", "held", "stopped"]:
     """Attempt a trial until its result is stored or its budget is spent.
 
     "held" where another process works on it, "stopped" where the sweep was asked to stop. `machine`: what the attempts
-    record of what they run on. `trainer`: what stands in for `fit`.
+    record of what they run on. `trainer`: what stands in for `fit`. `ranks` as in `work_through`; RankLostError, which
+    leaves this function, means that all of them have to start anew.
     """
+    ranks = ranks or Ranks()
     name = trial_id(spec, recordings.manifest_sha256)
     while not is_done(storage, name):
         if asked(storage, sweep_id) is not None:
             return "stopped"
-        attempt = Attempt(name, sweep_id=sweep_id, device=device, machine=machine or {})
+        facts = {**(machine or {}), "ranks": ranks.count}
+        attempt = Attempt(name, sweep_id=sweep_id, device=torch.device(device).type, machine=facts)
         lease = acquire(
             storage,
             name,
@@ -257,9 +343,8 @@ def run_trial(
             if decision.action == "stop":
                 _give_up(storage, name, own[-1], decision.reason)
                 return "failed"
-            micro_batch, recompute = _parts(
-                own, parts[0] or spec.training.batch_size, parts[1], shrink=decision.action == "shrink"
-            )
+            most = ranks.largest_part(spec.training.batch_size)
+            micro_batch, recompute = _parts(own, parts[0] or most, parts[1], shrink=decision.action == "shrink")
             attempt.begin(storage, micro_batch=micro_batch, recompute=recompute)
             how = Fit(
                 storage=storage,
@@ -273,12 +358,18 @@ def run_trial(
                 stop_now=lambda lease=lease: lease.stop_asked,
                 on_step=lease.moved,
                 on_epoch=on_epoch,
+                ranks=ranks,
             )
+            order = Order(spec=spec, micro_batch=micro_batch, recompute=recompute)
             try:
+                ranks.share(lambda order=order: order)
                 (trainer or fit)(spec, recordings, how)
             except LeaseLostError as error:
                 attempt.end(storage, "lost", error, step=lease.step)
                 return "held"
+            except RankLostError as error:
+                attempt.end(storage, "lost", error, step=lease.step)
+                raise
             except StoppedError as stopped:
                 attempt.end(storage, "stopped", step=stopped.step)
                 return "stopped"

@@ -88,16 +88,30 @@ def gaussian(key_B: Tensor, samples: int) -> Tensor:
     return noise_BT[:, :samples]
 
 
-def mixup(features: Tensor, *, alpha: float, seed: int, epoch: int, step: int) -> tuple[Tensor, Tensor, float]:
-    """(mixed, partner_B, lam) with mixed = lam * features + (1 - lam) * features[partner_B] and lam drawn from
-    Beta(alpha, alpha) once for the batch. alpha 0 mixes nothing. Zhang et al. 2018, arXiv:1710.09412.
+def pairing(clips: int, epoch: int, step: int, *, alpha: float, seed: int) -> tuple[np.ndarray, float]:
+    """(partner_B, lam) of a batch of so many clips: the place of each clip's partner in mixup, and the weight of the
+    clip itself, drawn from Beta(alpha, alpha) once for the batch. alpha 0 pairs each clip with itself.
     """
     if alpha == 0:
-        return features, torch.arange(len(features), device=features.device), 1.0
+        return np.arange(clips), 1.0
     random = np.random.Generator(np.random.Philox(derive_seed(seed, "mixup", epoch, step)))
     lam = float(random.beta(alpha, alpha))
-    partner_B = torch.from_numpy(random.permutation(len(features))).to(features.device)
-    return torch.lerp(features[partner_B], features, lam), partner_B, lam
+    return random.permutation(clips), lam
+
+
+def mixup(
+    features: Tensor, *, alpha: float, seed: int, epoch: int, step: int, partner_B: Tensor | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """(mixed, partner_B, lam) with mixed = lam * features + (1 - lam) * features[partner_B], paired by `pairing`.
+
+    Zhang et al. 2018, arXiv:1710.09412. With `partner_B`, of a part of a batch (helix.data.loader), its first clips are
+    mixed, each with the one that it names: as in the whole batch.
+    """
+    drawn_B, lam = pairing(len(features), epoch, step, alpha=alpha, seed=seed)
+    if partner_B is None:
+        partner_B = torch.from_numpy(drawn_B).to(features.device)
+    own = features if len(partner_B) == len(features) else features[: len(partner_B)]
+    return (own if alpha == 0 else torch.lerp(features[partner_B], own, lam)), partner_B, lam
 
 
 def _key(clip_B: Tensor, seed: int) -> Tensor:

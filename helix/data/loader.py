@@ -8,10 +8,11 @@ B batch, T samples, P pieces, S samples of a whole data set.
 
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,7 +36,9 @@ GATHERED_AT_ONCE = 1 << 24
 class Batch:
     """Waves in [-1, 1), their labels, keys and sounding samples (before the silence that ends a clip).
 
-    `parts`: into how many equal parts each wave falls that shift on their own, as augment takes it.
+    `parts`: into how many equal parts each wave falls that shift on their own, as augment takes it. One rank's part of
+    a batch of `whole` clips has `partner_B`: its own clips come first, as many as that is long, and those that they are
+    mixed with after them; it says where.
     """
 
     wave_BT: Tensor  # noqa: N815
@@ -43,10 +46,12 @@ class Batch:
     clip_B: Tensor  # noqa: N815
     samples_B: Tensor  # noqa: N815
     parts: int = 1
+    whole: int | None = None
+    partner_B: Tensor | None = None  # noqa: N815
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on another device; from pinned memory the copy does not wait."""
-        tensors = ("wave_BT", "label_B", "clip_B", "samples_B")
+        tensors = ["wave_BT", "label_B", "clip_B", "samples_B", *(["partner_B"] if self.partner_B is not None else [])]
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
 
 
@@ -58,17 +63,49 @@ class Placement(Protocol):
         ...
 
 
+class Reused:
+    """Memory for waves: that of the last ones which nobody holds any more, or fresh one.
+
+    Fresh memory costs: the system clears it, and a virtual machine may have to get it back from its host first, which
+    can take several times as long as filling it with samples.
+    """
+
+    def __init__(self) -> None:
+        self._free: deque[np.ndarray] = deque(maxlen=1)
+
+    def take(self, clips: int, samples: int) -> Tensor:
+        """float32 [clips, samples] with whatever the memory held before."""
+        try:
+            memory_S = self._free.pop()
+        except IndexError:
+            memory_S = np.empty(0, np.float32)
+        if len(memory_S) < clips * samples:
+            # numpy asks the system for huge pages; the small ones of a fresh batch would take longer than its samples.
+            memory_S = np.empty(clips * samples, np.float32)
+        wave_BT = memory_S[: clips * samples].reshape(clips, samples)
+        # The tensor holds this view, and whatever is made of the tensor without a copy holds its storage.
+        weakref.finalize(wave_BT, self._free.append, memory_S).atexit = False
+        return torch.from_numpy(wave_BT)
+
+    def __reduce__(self) -> tuple[type["Reused"], tuple[()]]:
+        return Reused, ()
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Host:
-    """Copies pieces out of the memory maps of the shards. `pinned` memory is what a CUDA device copies from best."""
+    """Copies pieces out of the memory maps of the shards. `pinned` memory is what a CUDA device copies from best.
+
+    A batch lies in memory of its own for as long as anything holds it.
+    """
 
     recordings: Recordings
     pinned: bool = False
+    _memory: Reused = field(default_factory=Reused, init=False, repr=False)
 
     def gather(self, clips: Clips) -> Batch:
         shape = (len(clips), clips.clip_samples)
-        # numpy asks the system for huge pages; the small ones of a fresh batch would take longer than its samples.
-        wave_BT = torch.empty(shape, pin_memory=True) if self.pinned else torch.from_numpy(np.empty(shape, np.float32))
+        # torch itself uses pinned memory again.
+        wave_BT = torch.empty(shape, pin_memory=True) if self.pinned else self._memory.take(*shape)
         flat_S = wave_BT.numpy().reshape(-1)
         pieces = np.diff(clips.first_piece)
         sounding = np.bincount(np.repeat(np.arange(len(clips)), pieces), clips.samples, len(clips))
@@ -131,9 +168,16 @@ def _batch(wave_BT: Tensor, clips: Clips, device: torch.device | str, *, pinned:
     )
 
 
+def part_of(total: int, rank: int, ranks: int) -> tuple[int, int]:
+    """[first, last) of `total` things for one of `ranks` equal workers: contiguous, sizes differ by one at most."""
+    return total * rank // ranks, total * (rank + 1) // ranks
+
+
 class Batches:
     """The training batches of `rows`: every epoch a new order, each clip once, what fills no batch dropped.
 
+    `pairs`: of an epoch and a step, first the place in the batch of the clip that each clip is mixed with, as from
+    helix.data.augment.pairing. The part of one of several ranks then brings along those that are other ranks' own.
     `ahead`: how many batches a thread makes before they are asked for. The thread changes no bit; what fails in it is
     raised where its batch is asked for, and it ends with `close`, with the object or with the process.
     """
@@ -149,13 +193,14 @@ class Batches:
         protocol: helix.protocol.Protocol,
         placement: Placement | None = None,
         ahead: int = 0,
+        pairs: Callable[[int, int], tuple[np.ndarray, float]] | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; wanted 1 or more")
         if ahead < 0:
             raise ValueError(f"ahead is {ahead}; wanted 0 or more")
         self.recordings, self.dataset, self.rows = recordings, dataset, np.asarray(rows, np.int64)
-        self.batch_size, self.seed, self.protocol = batch_size, seed, protocol
+        self.batch_size, self.seed, self.protocol, self.pairs = batch_size, seed, protocol, pairs
         self.placement: Placement = placement or Host(recordings=recordings)
         self._epochs: dict[int, Clips] = {}
         self._lock = threading.Lock()
@@ -213,8 +258,16 @@ class Batches:
 
     def _make(self, place: tuple[int, ...]) -> Batch:
         epoch, step, rank, ranks = place
-        low, high = (step * self.batch_size + self.batch_size * part // ranks for part in (rank, rank + 1))
-        return self.placement.gather(self._ordered(epoch).take(np.arange(low, high)))
+        own_B = np.arange(*part_of(self.batch_size, rank, ranks))
+        if ranks == 1 or self.pairs is None:
+            return self.placement.gather(self._ordered(epoch).take(step * self.batch_size + own_B))
+        with_B = self.pairs(epoch, step)[0][own_B]
+        taken_B = np.concatenate([own_B, np.setdiff1d(with_B, own_B)])
+        place_B = np.zeros(self.batch_size, np.int64)
+        place_B[taken_B] = np.arange(len(taken_B))
+        batch = self.placement.gather(self._ordered(epoch).take(step * self.batch_size + taken_B))
+        partner_B = torch.from_numpy(place_B[with_B]).to(batch.label_B.device)
+        return replace(batch, whole=self.batch_size, partner_B=partner_B)
 
     def _next(self, place: tuple[int, ...]) -> tuple[int, ...]:
         epoch, step, rank, ranks = place

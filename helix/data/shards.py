@@ -40,15 +40,13 @@ from helix.data.cache import ShardCache
 from helix.data.dataset import Dataset, DatasetError, Index, Recording, Scan, recordings_of
 from helix.data.sources import Content, is_unchanged, read_contents
 from helix.registry import DATASETS
-from helix.storage import CorruptObjectError, Storage, json_bytes
+from helix.storage import CorruptObjectError, Storage, Writer, json_bytes
 
 #: Raised when the layout changes; part of the key. Sets of another format are not seen.
 FORMAT = 2
 FOLDER = "data"
 #: How many files are read back at once to verify them; each is in memory then, up to a shard.
 VERIFIED_AT_ONCE = 4
-#: What a shard is gathered in at first; larger shards make it grow.
-BUFFER_BYTES = 64 * 2**20
 
 SCHEMA = pa.schema(
     [
@@ -216,9 +214,9 @@ Watch = Callable[[str, int, int, int, int], None]
 def write_shard(task: ShardTask) -> ShardReport:
     """Write the shards of one task, or leave them alone where they verify. Bad recordings are reported and not raised.
 
-    One shard and one recording are in memory at a time. A task whose recordings turn out longer than their files'
-    headers promise gives more than one shard. Raises OSError where the storage cannot be written, and
-    SourceNotSharedError.
+    One recording is in memory at a time, and one shard where the storage cannot take it in pieces. A task whose
+    recordings turn out longer than their files' headers promise gives more than one shard. Raises OSError where the
+    storage cannot be written, and SourceNotSharedError.
     """
     standing = None if task.keep == "nothing" else _standing(task)
     if standing is not None:
@@ -226,66 +224,69 @@ def write_shard(task: ShardTask) -> ShardReport:
     if task.source is not None and not task.source.is_dir():
         raise SourceNotSharedError(platform.node(), str(task.source))
     dataset: Dataset = DATASETS.make(task.dataset, task.options)
-    # One piece of memory for all shards of the task: pages that are touched for the first time cost more than a copy.
-    buffer, filled, digest = np.empty(min(task.shard_bytes, BUFFER_BYTES), np.uint8), 0, hashlib.sha256()
-    shards, rows, first_row = [], [], 0
+    shard: _OpenShard | None = None
+    shards: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     unreadable: dict[str, list[str]] = {}
     changed: list[str] = []
     files: dict[str, Content] = {}
     source = task.source or Path()
+
+    def is_wanted() -> bool:
+        """Whether what this task writes may still be published."""
+        return not (changed or task.keep == "nothing" or (unreadable and task.keep == "whole"))
 
     def check_files() -> None:
         """That the files decoded since the last time are those whose checksums are in the index and in the key."""
         changed.extend(path for path, content in files.items() if not is_unchanged(source / path, content))
         files.clear()
 
-    def close_shard() -> None:
-        nonlocal filled, digest, first_row
+    def close_shard(shard: _OpenShard) -> None:
         check_files()
-        data = buffer[:filled].data
-        name = task.shard_name(len(shards))
-        sha256, recordings = digest.hexdigest(), len(rows) - first_row
-        shards.append({"name": name, "bytes": len(data), "sha256": sha256, "recordings": recordings})
-        if not (changed or task.keep == "nothing" or (unreadable and task.keep == "whole")):
-            _put(task.storage, f"{task.prefix}/{name}", data)
-        filled, digest, first_row = 0, hashlib.sha256(), len(rows)
+        shards.append(shard.described())
+        if is_wanted():
+            shard.keep()
 
-    for recording, content in zip(task.recordings, task.contents, strict=True):
-        try:
-            wave = dataset.wave(recording, task.source)
-        except AudioError as error:
-            wave = None
-            unreadable[recording.recording_id] = [str(recording.path), error.reason]
-        if content is not None and recording.path is not None:
-            files[recording.path] = content
-        if wave is None:
-            continue
-        assert wave.dtype == np.int16 and wave.ndim == 1 and len(wave) > 0, (recording.recording_id, wave.dtype)
-        data = wave.astype("<i2", copy=False).view(np.uint8).data
-        if filled and filled + len(data) > task.shard_bytes:
-            close_shard()
-        if filled + len(data) > len(buffer):
-            buffer = np.concatenate([buffer[:filled], np.empty(max(filled, len(data)), np.uint8)])
-        rows.append(
-            {
-                "recording_id": recording.recording_id,
-                "shard": len(shards),
-                "offset": filled,
-                "samples": len(wave),
-                "label": recording.label,
-                "speaker": recording.speaker,
-                "fold": recording.fold,
-                "group": recording.group,
-                "crc32": zlib.crc32(data),
-                "source_sha256": None if content is None else content.sha256,
-                "padded_samples": _silent_tail(wave),
-            }
-        )
-        digest.update(data)
-        buffer.data[filled : filled + len(data)] = data
-        filled += len(data)
-    if filled:
-        close_shard()
+    try:
+        for recording, content in zip(task.recordings, task.contents, strict=True):
+            try:
+                wave = dataset.wave(recording, task.source)
+            except AudioError as error:
+                wave = None
+                unreadable[recording.recording_id] = [str(recording.path), error.reason]
+            if content is not None and recording.path is not None:
+                files[recording.path] = content
+            if wave is None:
+                continue
+            assert wave.dtype == np.int16 and wave.ndim == 1 and len(wave) > 0, (recording.recording_id, wave.dtype)
+            data = wave.astype("<i2", copy=False).view(np.uint8).data
+            if shard is not None and shard.bytes + len(data) > task.shard_bytes:
+                close_shard(shard)
+                shard.discard()
+                shard = None
+            if shard is None:
+                shard = _OpenShard(task, part=len(shards))
+            rows.append(
+                {
+                    "recording_id": recording.recording_id,
+                    "shard": len(shards),
+                    "offset": shard.bytes,
+                    "samples": len(wave),
+                    "label": recording.label,
+                    "speaker": recording.speaker,
+                    "fold": recording.fold,
+                    "group": recording.group,
+                    "crc32": zlib.crc32(data),
+                    "source_sha256": None if content is None else content.sha256,
+                    "padded_samples": _silent_tail(wave),
+                }
+            )
+            shard.add(data, write=is_wanted())
+        if shard is not None:
+            close_shard(shard)
+    finally:
+        if shard is not None:
+            shard.discard()
     check_files()
     report = ShardReport(
         number=task.number,
@@ -295,9 +296,44 @@ def write_shard(task: ShardTask) -> ShardReport:
         changed=changed,
         source_bytes=_source_bytes(task),
     )
-    if not (changed or task.keep == "nothing" or (unreadable and task.keep == "whole")):
+    if is_wanted():
         _put(task.storage, task.receipt, json_bytes(vars(report)))
     return report
+
+
+class _OpenShard:
+    """The shard that a task is at: its checksum runs along, and storage gets it whole or not at all."""
+
+    def __init__(self, task: ShardTask, *, part: int):
+        self.name, self.bytes, self.recordings = task.shard_name(part), 0, 0
+        self._storage, self._key = task.storage, f"{task.prefix}/{self.name}"
+        self._digest = hashlib.sha256()
+        self._writer: Writer | None = None
+
+    def add(self, data: memoryview, *, write: bool) -> None:
+        """One more recording. Once something was not written, the shard is not to be kept."""
+        if write:
+            with _explained(self._storage, self._key):
+                self._writer = self._writer or self._storage.writer(self._key)
+                self._writer.write(data)
+        else:
+            self.discard()
+        self._digest.update(data)
+        self.bytes, self.recordings = self.bytes + len(data), self.recordings + 1
+
+    def described(self) -> dict[str, Any]:
+        sha256 = self._digest.hexdigest()
+        return {"name": self.name, "bytes": self.bytes, "sha256": sha256, "recordings": self.recordings}
+
+    def keep(self) -> None:
+        assert self._writer is not None, self.name
+        with _explained(self._storage, self._key):
+            self._writer.keep()
+
+    def discard(self) -> None:
+        if self._writer is not None:
+            self._writer.discard()
+            self._writer = None
 
 
 def check_source(
@@ -706,17 +742,23 @@ def _files(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*manifest["shards"], manifest["index"]]
 
 
-def _put(storage: Storage, key: str, data: bytes | memoryview) -> None:
-    """Put, and say where to and what to do where that fails."""
-    try:
+def _put(storage: Storage, key: str, data: bytes) -> None:
+    with _explained(storage, key):
         storage.put(key, data)
+
+
+@contextlib.contextmanager
+def _explained(storage: Storage, key: str) -> Iterator[None]:
+    """Where writing fails, say where to and what to do."""
+    try:
+        yield
     except OSError as error:
         if error.errno is None:  # a bucket's: it says itself what is wrong, where, and what to do
             raise
         raise OSError(
             error.errno,
-            f"cannot write {key} ({len(data)} bytes) to the storage {storage!r}: {error.strerror or error}; nothing is "
-            "published. Free some space or name another storage; the same command goes on with what is written",
+            f"cannot write {key} to the storage {storage!r}: {error.strerror or error}; nothing is published. Free "
+            "some space or name another storage; the same command goes on with what is written",
         ) from error
 
 

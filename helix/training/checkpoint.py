@@ -315,6 +315,18 @@ def model_bytes(model: nn.Module) -> bytes:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
 
 
+def replica(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], ...]:
+    """All state of a training but its position, in memory of its own, for `become` in another process."""
+    return _copied(model.state_dict()), _copied(_optimizer_state(model, optimizer))
+
+
+def become(model: nn.Module, optimizer: torch.optim.Optimizer, state: tuple[dict[str, torch.Tensor], ...]) -> None:
+    """Take on what `replica` gave."""
+    weights, moments = state
+    model.load_state_dict(weights)
+    _load_optimizer(model, optimizer, moments)
+
+
 def weights_sha256(model: nn.Module) -> str:
     """The sha256 of the weights: two models with the same one are bit-identical."""
     return _sha256(model_bytes(model))

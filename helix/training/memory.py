@@ -37,6 +37,7 @@ from helix.models.classifier import build_classifier, cost
 from helix.models.scan import forced, kernels, scan_backend
 from helix.spec import TrialSpec, from_json, resolve, to_json
 from helix.training.optim import build_optimizer
+from helix.training.ranks import Ranks
 from helix.training.trainer import Position, train_step
 
 Device = Literal["cpu", "cuda"]
@@ -107,8 +108,8 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """How a step is cut to fit: `micro_batch` clips at a time, None for the whole batch, whether blocks are computed
-    again in the backward, and whether the process has to be made compact (`compact_large_blocks`).
+    """How a step is cut to fit: `micro_batch` clips at a time, None for all that a rank has, whether blocks are
+    computed again in the backward, and whether the process has to be made compact (`compact_large_blocks`).
 
     `needed_bytes`: what to make room for, with the error bound and the process itself.
     """
@@ -128,20 +129,23 @@ def predict(
     micro_batch: int | None = None,
     recompute: bool = False,
     device_type: Device = "cpu",
+    ranks: int = 1,
 ) -> Prediction:
-    """What one step of `spec` on clips of `samples` takes. Raises ValueError where the model cannot be built for them.
+    """What one step of `spec` on clips of `samples` takes, on each of so many ranks.
+
+    Raises ValueError where the model cannot be built for such clips.
 
     Equal models, batches and lengths are simulated once per process, which takes a fraction of a second. What scans on
     a GPU keeps what the CPU's kernels keep, so those stand in for it, whatever HELIX_SCAN asks of the GPU.
     """
-    whole = spec.training.batch_size
+    whole = Ranks(count=ranks).largest_part(spec.training.batch_size)
     size = whole if micro_batch is None else min(micro_batch, whole)
     if size < 1:
         raise ValueError(f"micro_batch is {micro_batch}; wanted 1 or more")
     if device_type == "cuda":
         with forced("auto"):
-            return _predict(_shapes(spec), samples, classes, size, recompute, _cpu_scan())
-    return _predict(_shapes(spec), samples, classes, size, recompute, _cpu_scan())
+            return _predict(_shapes(spec), samples, classes, size, recompute, _cpu_scan(), ranks)
+    return _predict(_shapes(spec), samples, classes, size, recompute, _cpu_scan(), ranks)
 
 
 def _cpu_scan() -> str:
@@ -149,9 +153,17 @@ def _cpu_scan() -> str:
 
 
 def choose(
-    spec: TrialSpec, *, samples: int, classes: int, limit_bytes: int | None, device_type: Device = "cpu"
+    spec: TrialSpec,
+    *,
+    samples: int,
+    classes: int,
+    limit_bytes: int | None,
+    device_type: Device = "cpu",
+    ranks: int = 1,
 ) -> Placement:
     """How a step of `spec` fits into `limit_bytes`, the process included and with the error bound as head-room.
+
+    Where several `ranks` share the batch, that is how the part of one of them fits into what one of them has.
 
     The whole batch in one go is best, and is what there is without a limit. Where it does not fit, smaller
     micro-batches cost next to nothing as long as each fills the device, while recomputing costs a second forward, a
@@ -160,19 +172,20 @@ def choose(
     one clip would not fit otherwise, and with recomputing, which is not worth it on a heap. Of the sizes that need the
     same number of passes the smallest is taken. Raises ValueError, saying what would fit, where nothing does.
     """
-    return _choose(_shapes(spec), samples, classes, limit_bytes, device_type)
+    return _choose(_shapes(spec), samples, classes, limit_bytes, device_type, ranks)
 
 
 @cache
-def _choose(shapes: str, samples: int, classes: int, limit_bytes: int | None, device_type: Device) -> Placement:
+def _choose(
+    shapes: str, samples: int, classes: int, limit_bytes: int | None, device_type: Device, ranks: int
+) -> Placement:
     spec = from_json(json.loads(shapes))
-    whole = spec.training.batch_size
+    whole = Ranks(count=ranks).largest_part(spec.training.batch_size)
     tokens = cost(spec.model, spec.protocol, classes=classes, samples=samples).tokens
 
     def place(size: int, recompute: bool, compact: bool) -> Placement:
-        predicted = predict(
-            spec, samples=samples, classes=classes, micro_batch=size, recompute=recompute, device_type=device_type
-        )
+        how = {"micro_batch": size, "recompute": recompute, "device_type": device_type, "ranks": ranks}
+        predicted = predict(spec, samples=samples, classes=classes, **how)
         return Placement(
             micro_batch=size if size < whole else None,
             recompute=recompute,
@@ -193,7 +206,8 @@ def _choose(shapes: str, samples: int, classes: int, limit_bytes: int | None, de
         if found and (found[0] == whole or found[0] * tokens >= FILLED_TOKENS[device_type]):
             break
     if found is None:
-        raise ValueError(_refusal(spec, samples=samples, classes=classes, limit_bytes=limit_bytes, device=device_type))
+        size = {"samples": samples, "classes": classes, "ranks": ranks}
+        raise ValueError(_refusal(spec, **size, limit_bytes=limit_bytes, device=device_type))
     size, recompute, compact = found
     return place(size, recompute, compact)
 
@@ -225,27 +239,54 @@ def gib(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count < 10 * GIB else f"{count / GIB:.1f} GiB"
 
 
+class Alone(Ranks):
+    """One of several ranks that hears nothing of the others: it holds what it holds among them."""
+
+    def agree(self, *values: float) -> tuple[float, ...]:
+        return values
+
+    def _exchange(self, collective: Callable[..., Any], *arguments: Any) -> None:
+        pass
+
+
 class Rehearsal:
-    """A step of `spec` on clips of silence, to be run again and again: for real, or inside a ledger."""
+    """A step of `spec` on clips of silence, to be run again and again: for real, or inside a ledger.
+
+    Of several `ranks` it is the step of one of them, without the others.
+    """
 
     def __init__(
-        self, spec: TrialSpec, *, samples: int, classes: int, micro_batch: int | None = None, recompute: bool = False
+        self,
+        spec: TrialSpec,
+        *,
+        samples: int,
+        classes: int,
+        micro_batch: int | None = None,
+        recompute: bool = False,
+        ranks: int = 1,
     ):
         self.spec, self.samples, self.micro_batch = resolve(spec), samples, micro_batch
+        self.ranks = Alone(count=ranks)
         self.model = build_classifier(self.spec.model, self.spec.protocol, classes=classes).train()
         self.model.recompute = recompute
         self.optimizer = build_optimizer(self.model, self.spec.training, self.spec.protocol)
 
     def step(self) -> None:
-        size = self.spec.training.batch_size
+        whole = self.spec.training.batch_size
+        own = self.ranks.largest_part(whole)
+        # Clips to mix with that other ranks have are more than its own in no case.
+        size = min(2 * own, whole) if self.spec.augment.mixup_alpha else own
         batch = Batch(
             wave_BT=torch.zeros(size, self.samples),
             label_B=torch.zeros(size, dtype=torch.long),
             samples_B=torch.full((size,), self.samples),
             clip_B=torch.arange(size),
+            whole=whole,
+            partner_B=None if own == whole else torch.arange(own),
         )
         at = Position(epoch=0, step=0, steps_per_epoch=1)
-        train_step(self.model, self.optimizer, batch, self.spec, at, micro_batch=self.micro_batch)
+        how = {"micro_batch": self.micro_batch, "ranks": self.ranks}
+        train_step(self.model, self.optimizer, batch, self.spec, at, **how)
 
 
 class Ledger(TorchDispatchMode):
@@ -312,17 +353,23 @@ def _shapes(spec: TrialSpec) -> str:
 
 
 @cache
-def _predict(shapes: str, samples: int, classes: int, micro_batch: int, recompute: bool, scan: str) -> Prediction:
+def _predict(
+    shapes: str, samples: int, classes: int, micro_batch: int, recompute: bool, scan: str, ranks: int
+) -> Prediction:
     spec = from_json(json.loads(shapes))
     tokens = cost(spec.model, spec.protocol, classes=classes, samples=samples).tokens
     if scan != "reference" or tokens <= SHORT_TOKENS[-1]:
-        return _simulate(spec, samples=samples, classes=classes, micro_batch=micro_batch, recompute=recompute)
+        return _simulate(
+            spec, samples=samples, classes=classes, micro_batch=micro_batch, recompute=recompute, ranks=ranks
+        )
     short = dataclasses.replace(spec, model=dataclasses.replace(spec.model, pool_tokens=None))
     points = {}
     for wanted in SHORT_TOKENS:
         length = samples * wanted // tokens
         at = cost(short.model, short.protocol, classes=classes, samples=length).tokens
-        points[at] = _simulate(short, samples=length, classes=classes, micro_batch=micro_batch, recompute=recompute)
+        points[at] = _simulate(
+            short, samples=length, classes=classes, micro_batch=micro_batch, recompute=recompute, ranks=ranks
+        )
     return _extend(points, tokens)
 
 
@@ -331,14 +378,22 @@ class _Seen(Exception):  # noqa: N818  (nothing is wrong)
 
 
 def _simulate(
-    spec: TrialSpec, *, samples: int, classes: int, micro_batch: int, recompute: bool, passes: int = ALIKE_AFTER
+    spec: TrialSpec,
+    *,
+    samples: int,
+    classes: int,
+    micro_batch: int,
+    recompute: bool,
+    passes: int = ALIKE_AFTER,
+    ranks: int = 1,
 ) -> Prediction:
     """The peak of one step, of which so many micro-batches are run."""
     ledger = Ledger()
     # Permutations for mixup come from numpy and are real; they are as small as a batch.
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         ledger.part = "parameters"
-        rehearsal = Rehearsal(spec, samples=samples, classes=classes, micro_batch=micro_batch, recompute=recompute)
+        how = {"micro_batch": micro_batch, "recompute": recompute, "ranks": ranks}
+        rehearsal = Rehearsal(spec, samples=samples, classes=classes, **how)
         # The moments are made by the first step; every other step finds them.
         ledger.part = "optimizer"
         for parameter in rehearsal.model.parameters():
@@ -392,9 +447,9 @@ def _largest(whole: int, needed: Callable[[int], int], limit_bytes: int) -> int:
     return next((size for size in reversed(by_chord) if needed(size) <= limit_bytes), 0)
 
 
-def _refusal(spec: TrialSpec, *, samples: int, classes: int, limit_bytes: int, device: Device) -> str:
+def _refusal(spec: TrialSpec, *, samples: int, classes: int, limit_bytes: int, device: Device, ranks: int = 1) -> str:
     def needed(spec: TrialSpec, samples: int) -> int:
-        smallest = predict(spec, samples=samples, classes=classes, micro_batch=1, recompute=True)
+        smallest = predict(spec, samples=samples, classes=classes, micro_batch=1, recompute=True, ranks=ranks)
         return needed_bytes(smallest, device, compact=True)
 
     def fits(samples: int) -> bool:
@@ -419,8 +474,8 @@ def _refusal(spec: TrialSpec, *, samples: int, classes: int, limit_bytes: int, d
     for name, changed in changes.items():
         if changed != spec and needed(changed, samples) <= limit_bytes:
             would.append(f"{name}, which needs {gib(needed(changed, samples))}")
-    if spec.training.batch_size > 1:
-        single = dataclasses.replace(spec, training=dataclasses.replace(spec.training, batch_size=1))
+    if spec.training.batch_size > ranks:
+        single = dataclasses.replace(spec, training=dataclasses.replace(spec.training, batch_size=ranks))
         if needed(single, samples) <= limit_bytes:
             would.append("a smaller training.batch_size")
     # To a sixteenth of the clip is as near as anybody needs to know.

@@ -5,13 +5,15 @@ position. B batch, T samples, C classes.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import platform
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from typing import Any, Literal, NoReturn
 
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helix.data.augment import augment, mixup
+from helix.data.augment import augment, mixup, pairing
 from helix.data.clips import Clips
 from helix.data.dataset import Dataset
 from helix.data.loader import Batch, Batches, Device, Host, in_order
@@ -31,9 +33,19 @@ from helix.models.scan import scan_backend
 from helix.registry import DATASETS
 from helix.spec import TrialSpec, derive_seed, identity, resolve, to_json, trial_id
 from helix.storage import Storage, json_bytes, sealed
-from helix.training.checkpoint import Progress, Saver, load_checkpoint, prune, save_interval_s, weights_sha256
+from helix.training.checkpoint import (
+    Progress,
+    Saver,
+    become,
+    load_checkpoint,
+    prune,
+    replica,
+    save_interval_s,
+    weights_sha256,
+)
 from helix.training.metrics import Evaluation, select
 from helix.training.optim import build_optimizer, learning_rate
+from helix.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +89,10 @@ class Fit:
     this step and training goes on. `stop_now`: asked at every step as well; True saves and raises StoppedError.
     `on_step`: told the optimiser steps so far after each step, and again after each batch that is evaluated, so that
     whoever listens knows that work goes on. `on_epoch`: told each row once it is stored.
+    `ranks`: the processes of this machine that train this trial together; each calls `fit` with the same spec and the
+    same way to run it, on its own device. The effective batch stays the same, and micro-batches are of a rank's part of
+    it. The first rank alone reads and writes the storage, and what it is asked by `stop_now` and the clock counts;
+    `save_now` may be True on any rank, and every rank is told the rows.
     """
 
     storage: Storage
@@ -92,6 +108,7 @@ class Fit:
     on_step: Callable[[int], None] = lambda _total_step: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda _row: None
     clock: Callable[[], float] = time.time
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 def trial_folder(trial_id: str) -> str:
@@ -109,21 +126,23 @@ def fit(spec: TrialSpec, recordings: Recordings, how: Fit) -> dict[str, Any]:
 
     Raises StoppedError when it is asked to stop, DivergedError when a loss is not finite, CheckpointError when no
     checkpoint can be trusted, OSError when the storage fails; a call that was stopped by any of them, or killed, is
-    continued by calling again.
+    continued by calling again. With several ranks what one of them raises is raised by all, or RankLostError where a
+    rank is gone.
     """
-    trial = _Trial(spec, recordings, how)
-    try:
-        return trial.run()
-    finally:
-        trial.batches.close()
-        trial.saver.close()
+    with how.ranks.together():
+        trial = _Trial(spec, recordings, how)
+        try:
+            return trial.run()
+        finally:
+            trial.batches.close()
+            trial.saver.close()
 
 
 class _Trial:
     """One trial under way: what the parts of the loop share."""
 
     def __init__(self, spec: TrialSpec, recordings: Recordings, how: Fit):
-        self.spec, self.recordings, self.how = resolve(spec), recordings, how
+        self.spec, self.recordings, self.how, self.ranks = resolve(spec), recordings, how, how.ranks
         self.id = trial_id(spec, recordings.manifest_sha256)
         self.folder = trial_folder(self.id)
         self.dataset: Dataset = DATASETS.make(self.spec.data.dataset, self.spec.data.options)
@@ -148,10 +167,11 @@ class _Trial:
             protocol=protocol,
             placement=self.placement,
             ahead=self.ahead,
+            pairs=partial(pairing, training.batch_size, alpha=self.spec.augment.mixup_alpha, seed=seed),
         )
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.tested: Evaluation | None = None
-        self.micro_batch = how.micro_batch or self.spec.training.batch_size
+        self.micro_batch = how.micro_batch or self.ranks.largest_part(self.spec.training.batch_size)
         self.model, self.optimizer = self._initial()
         described = {"trial_id": self.id, "spec": to_json(self.spec), "versions": versions()}
         self.saver = Saver(how.storage, self.folder, identity=described)
@@ -170,14 +190,15 @@ class _Trial:
 
     def run(self) -> dict[str, Any]:
         storage = self.how.storage
-        result = storage.get_json(f"{self.folder}/result.json")
+        result = self.ranks.share(lambda: storage.get_json(f"{self.folder}/result.json"))
         if result is not None:
             return result
         progress = self._restored()
         if progress is None:
             progress = Progress(epoch=0, step=0)
             described = {**identity(self.spec, self.recordings.manifest_sha256), "trial_id": self.id}
-            storage.put_json(f"{self.folder}/spec.json", described)
+            if self.ranks.first:
+                storage.put_json(f"{self.folder}/spec.json", described)
         # The process may have died between the checkpoint and its rows: putting them again writes the same bytes.
         self._store(progress.rows)
         progress = replace(progress, rows=(), environments=self._environments(progress))
@@ -189,13 +210,18 @@ class _Trial:
         if self.pending:
             self._save(progress)
         self.saver.wait(final=True)
-        self._tell()
-        return self._finish(progress)
+        self._tell(*self.ranks.agree(self._untold))
+        tested = self.tested
+        if tested is None:  # this process only came to finish what another one trained
+            steps = self.spec.training.epochs * self.steps_per_epoch
+            tested = self._evaluate(self.test_clips, lambda: self.how.on_step(steps))
+        return self.ranks.share(lambda: self._finish(progress, tested))
 
     def _environments(self, progress: Progress) -> tuple[str, ...]:
         """The environments that took part, this one last where it is new: bits are promised within one only."""
         software = ", ".join(f"{name} {version}" for name, version in versions().items() if name != "python")
-        here = f"{torch.device(self.how.device).type}, scan {self._scan()}, {software}"
+        several = f", {self.ranks.count} ranks" if self.ranks.count > 1 else ""
+        here = f"{torch.device(self.how.device).type}, scan {self._scan()}, {software}{several}"
         if progress.environments and here not in progress.environments:
             logger.warning(
                 "trial %s goes on in another environment (%s) than it began in (%s): the same up to rounding",
@@ -207,10 +233,22 @@ class _Trial:
         return scan_backend(torch.device(self.how.device), torch.float32)
 
     def _restored(self) -> Progress | None:
-        """The newest checkpoint, loaded; None where there is none."""
-        return load_checkpoint(
-            self.how.storage, f"{self.folder}/checkpoints", model=self.model, optimizer=self.optimizer, trial_id=self.id
-        )
+        """The newest checkpoint, loaded; None where there is none. All ranks take on what the first one has then."""
+
+        def loaded() -> tuple[Progress | None, Any]:
+            progress = load_checkpoint(
+                self.how.storage,
+                f"{self.folder}/checkpoints",
+                model=self.model,
+                optimizer=self.optimizer,
+                trial_id=self.id,
+            )
+            return progress, replica(self.model, self.optimizer) if self.ranks.count > 1 else None
+
+        progress, state = self.ranks.share(loaded)
+        if not self.ranks.first:
+            become(self.model, self.optimizer, state)
+        return progress
 
     def _rolled_back(self, error: DivergedError, progress: Progress) -> Progress:
         """Where to train on from after a divergence, under `protocol.divergence = rollback` and once in a trial.
@@ -257,36 +295,39 @@ class _Trial:
                 norms.append(norm)
                 hits += step_hits
             self.how.on_step(total_step)
-            self._tell()
-            if self.how.stop_now():
+            rows, stop, save = self.ranks.agree(self._untold, self.ranks.first and self.how.stop_now(), self._due())
+            self._tell(rows)
+            if stop:
                 self._leave(position(step + 1), total_step)
-            if self._due():
+            if save:
                 self._save(position(step + 1))
 
         def on_batch() -> None:
             self.how.on_step(total_steps)
-            if self.how.stop_now():
+            stop, save = self.ranks.agree(self.ranks.first and self.how.stop_now(), self.how.save_now())
+            if stop:
                 self._leave(position(self.steps_per_epoch), total_steps)
-            if self.how.save_now():  # what is saved waits for its evaluation
+            if save:  # what is saved waits for its evaluation
                 self._save(position(self.steps_per_epoch))
 
         total_steps = (epoch + 1) * self.steps_per_epoch
         row = self._row(epoch, self._finite(epoch, losses, norms, progress.skipped), hits.item(), began, on_batch)
-        self.pending.append(row)
+        if self.ranks.first:
+            self.pending.append(row)
         best = self._best(row, progress.best)
         progress = Progress(
             epoch=epoch + 1, step=0, skipped=progress.skipped, best=best, environments=progress.environments
         )
-        if self._due():
+        if any(self.ranks.agree(self._due())):
             self._save(progress)
-        self._tell()
+        self._tell(*self.ranks.agree(self._untold))
         return progress
 
     def _due(self) -> bool:
         """Whether to save now. Rows wait for a checkpoint, but none holds up the training by more than 1 % of it."""
         if self.how.save_now():
             return True
-        if self.saver.busy:
+        if self.saver.busy or not self.ranks.first:
             return False
         interval_s = save_interval_s(
             hold_s=self.saver.hold_s,
@@ -298,6 +339,8 @@ class _Trial:
 
     def _save(self, progress: Progress) -> None:
         """Hand the state to the saver, with the rows that it makes safe."""
+        if not self.ranks.first:
+            return
         self.saver.wait()
         rows = tuple(self.pending)
         self.saver.save(
@@ -313,21 +356,27 @@ class _Trial:
         """Save, and be gone once that is committed. Raises StoppedError."""
         self._save(progress)
         self.saver.wait(final=True)
-        self._tell()
+        self._tell(*self.ranks.agree(self._untold))
         raise StoppedError(self.id, total_step)
 
     def _store(self, rows: Sequence[dict[str, Any]]) -> None:
         """Put rows whose checkpoint is committed."""
-        for row in rows:
+        for row in rows if self.ranks.first else ():
             self.how.storage.put_json(row_key(self.id, row["epoch"]), row)
             if self.pending and self.pending[0] is row:
                 self.pending.popleft()
             self.stored.append(row)
 
-    def _tell(self) -> None:
-        """Tell the listener of stored rows, in the thread that trains."""
-        while self.stored:
-            self.how.on_epoch(self.stored.popleft())
+    @property
+    def _untold(self) -> int:
+        """The rows that are stored and that the listener does not know of; the first rank knows."""
+        return len(self.stored)
+
+    def _tell(self, rows: float) -> None:
+        """Tell the listener of so many stored rows, in the thread that trains."""
+        if rows:
+            for row in self.ranks.share(lambda: [self.stored.popleft() for _ in range(int(rows))]):
+                self.how.on_epoch(row)
 
     def _best(self, row: dict[str, Any], best: tuple[int, float] | None) -> tuple[int, float] | None:
         """The best epoch so far by what the protocol selects by; its weights are kept."""
@@ -341,7 +390,8 @@ class _Trial:
             better = best is None or row[metric] > best[1]
         if not better:
             return best
-        self.saver.best(self.model, epoch=row["epoch"], metric=metric, value=row[metric])
+        if self.ranks.first:
+            self.saver.best(self.model, epoch=row["epoch"], metric=metric, value=row[metric])
         return row["epoch"], row[metric]
 
     def _number(self, value: float) -> Tensor:
@@ -349,9 +399,10 @@ class _Trial:
 
     def _step(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """One optimiser step. Returns the loss, the gradient's norm and the number of hits, all on the device."""
-        batch = self.batches.batch(epoch, step).to(self.how.device)
+        batch = self.batches.batch(epoch, step, rank=self.ranks.rank, ranks=self.ranks.count).to(self.how.device)
         at = Position(epoch=epoch, step=step, steps_per_epoch=self.steps_per_epoch, rate_hz=self.dataset.rate_hz)
-        return train_step(self.model, self.optimizer, batch, self.spec, at, micro_batch=self.micro_batch)
+        how = {"micro_batch": self.micro_batch, "ranks": self.ranks}
+        return train_step(self.model, self.optimizer, batch, self.spec, at, **how)
 
     def _finite(
         self, epoch: int, losses: list[Tensor], norms: list[Tensor], skipped: tuple[int, ...]
@@ -409,27 +460,32 @@ class _Trial:
 
     @torch.no_grad()
     def _evaluate(self, clips: Clips, on_batch: Callable[[], None]) -> Evaluation:
+        """Predictions on all clips; each rank makes those of its part and has them all."""
         self.model.eval()
-        labels, guesses, losses = [], [], []
+        guess_N = torch.zeros(len(clips), dtype=torch.int64, device=self.how.device)
+        loss_N = torch.zeros(len(clips), dtype=torch.float64, device=self.how.device)
+        first, last = self.ranks.part(len(clips))
         how = {"batch_size": self.micro_batch, "placement": self.placement, "ahead": self.ahead}
-        for batch in in_order(self.recordings, clips, **how):
-            batch = batch.to(self.how.device)
-            label_B = batch.label_B
-            logits_BC = logits_of(self.model, self.model.features(batch.wave_BT), batch.samples_B, self.spec)
-            losses.append(F.cross_entropy(logits_BC, label_B, reduction="none").double())
-            guesses.append(logits_BC.argmax(dim=1))
-            labels.append(label_B)
+        batches = in_order(self.recordings, clips.take(np.arange(first, last)), **how)
+        # Ranks take equally many turns, so that they meet as often: one that has a batch less comes without one.
+        turns = -(-self.ranks.largest_part(len(clips)) // self.micro_batch)
+        for batch in itertools.islice(itertools.chain(batches, itertools.repeat(None)), turns):
+            if batch is not None:
+                batch = batch.to(self.how.device)
+                done = slice(first, first + len(batch.label_B))
+                logits_BC = logits_of(self.model, self.model.features(batch.wave_BT), batch.samples_B, self.spec)
+                loss_N[done] = F.cross_entropy(logits_BC, batch.label_B, reduction="none").double()
+                guess_N[done] = logits_BC.argmax(dim=1)
+                first = done.stop
             on_batch()
-        loss = torch.cat(losses).mean().item()
-        return Evaluation(label=torch.cat(labels).cpu().numpy(), predicted=torch.cat(guesses).cpu().numpy(), loss=loss)
+        self.ranks.add([guess_N], [loss_N])
+        return Evaluation(label=clips.label, predicted=guess_N.cpu().numpy(), loss=loss_N.mean().item())
 
-    def _finish(self, progress: Progress) -> dict[str, Any]:
+    def _finish(self, progress: Progress, tested: Evaluation) -> dict[str, Any]:
         """Gather the rows into the result and put it once; a result that is there already is the one that counts."""
         storage = self.how.storage
         rows = [storage.get_json(row_key(self.id, epoch)) for epoch in range(1, self.spec.training.epochs + 1)]
         chosen = select(rows)
-        # The last epoch's predictions are at hand, unless this process only came to finish what another one trained.
-        tested = self.tested or self._evaluate(self.test_clips, lambda: self.how.on_step(rows[-1]["step"]))
         price = cost(self.spec.model, self.spec.protocol, classes=self.classes, samples=self.dataset.clip_samples)
         result = {
             "trial_id": self.id,
@@ -447,10 +503,11 @@ class _Trial:
             "skipped_steps": [step for row in rows for step in row["skipped_steps"]],
             "train_seconds": sum(row["seconds"] for row in rows),
             "finished": self.how.clock(),
-            "device": self.how.device,
+            "device": torch.device(self.how.device).type,
             "threads": torch.get_num_threads(),
             "micro_batch": self.micro_batch,
             "recompute": self.how.recompute,
+            "ranks": self.ranks.count,
             "scan": self._scan(),
             "environments": list(progress.environments),
             "versions": versions(),
@@ -479,10 +536,12 @@ def train_step(
     at: Position,
     *,
     micro_batch: int | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimiser step on a batch that is on the model's device; `spec` is resolved.
+    """One optimiser step on a batch that is on the model's device, or on the part of it that this rank has.
 
-    Returns the loss, the norm of the gradient before it is clipped, and the number of correct predictions.
+    `spec` is resolved. Returns the loss, the norm of the gradient before it is clipped, and the number of correct
+    predictions, all of the whole batch.
     helix.training.memory runs this same function on shapes alone, so what it predicts follows every change of it.
     """
     training, protocol, seed = spec.training, spec.protocol, spec.seed
@@ -504,26 +563,31 @@ def train_step(
             parts=batch.parts,
         )
     mixing = {"alpha": spec.augment.mixup_alpha, "seed": seed, "epoch": at.epoch, "step": at.step}
+    mixing |= {"partner_B": batch.partner_B}
     if protocol.mixup_on == "waveform":
         mixed, partner_B, share = mixup(wave_BT, **mixing)
         features = model.features(mixed)
     else:
         features, partner_B, share = mixup(model.features(wave_BT), **mixing)
-    # A mixed clip sounds as long as the longer of its two.
-    other_B, samples_B = label_B[partner_B], torch.maximum(samples_B, samples_B[partner_B])
+    # A mixed clip sounds as long as the longer of its two. Behind a rank's own clips may be partners of them.
+    own, whole = len(features), batch.whole or len(features)
+    other_B, samples_B = label_B[partner_B], torch.maximum(samples_B[:own], samples_B[partner_B])
+    label_B = label_B[:own]
     total, hits = (torch.zeros((), dtype=torch.float64, device=label_B.device) for _ in range(2))
-    size = micro_batch or len(features)
-    for first in range(0, len(features), size):
+    size = micro_batch or own
+    for first in range(0, own, size):
         part = slice(first, first + size)
         logits_BC = logits_of(model, features[part], samples_B[part], spec)
         # Sums over the clips divided by the size of the whole batch: a last part that is smaller weighs less.
         a, b = (F.cross_entropy(logits_BC, wanted_B[part], reduction="sum") for wanted_B in (label_B, other_B))
-        loss = (share * a + (1 - share) * b) / len(features)
+        loss = (share * a + (1 - share) * b) / whole
         loss.backward()
         with torch.no_grad():
             guess_B = logits_BC.argmax(dim=1)
             hits += share * (guess_B == label_B[part]).sum() + (1 - share) * (guess_B == other_B[part]).sum()
             total += loss.detach()
+    if ranks is not None:
+        ranks.add([p.grad for p in model.parameters() if p.grad is not None], [total, hits])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
     optimizer.step()
     return total, norm.double(), hits

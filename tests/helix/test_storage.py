@@ -50,6 +50,27 @@ def test_what_was_put_is_what_is_got(storage: Storage):
     assert everything(storage) == {KEY}
 
 
+def test_what_is_written_in_pieces_is_there_once_it_is_kept_and_not_before(storage: Storage):
+    storage.put(KEY, b"old")
+    writer = storage.writer(KEY)
+    for piece in (b"a" * 70_000, memoryview(b"b" * 9), b""):
+        writer.write(piece)
+        assert storage.get(KEY) == b"old" and list(storage.keys("trials")) == [KEY]
+    writer.keep()
+    writer.discard()
+    assert storage.get(KEY) == b"a" * 70_000 + b"b" * 9
+    assert everything(storage) == {KEY}
+
+
+def test_what_is_discarded_leaves_no_trace(storage: Storage):
+    storage.put(KEY, b"old")
+    for key in (KEY, "trials/other.json"):
+        writer = storage.writer(key)
+        writer.write(b"new" * 70_000)
+        writer.discard()
+    assert storage.get(KEY) == b"old" and everything(storage) == {KEY}
+
+
 def test_a_missing_key_is_said_to_be_missing(storage: Storage):
     assert not storage.exists(KEY)
     assert storage.get_json(KEY) is None
@@ -222,6 +243,11 @@ def dying(*given, **options):
 setattr(os, arguments[1], dying)
 getattr(storage, arguments[3])(arguments[0], b"new" * 70_000)
 """
+WHOLE = KILLED_AT.splitlines()[-1]
+IN_PIECES = """writer = storage.writer(arguments[0])
+for _ in range(70):
+    writer.write(b"new" * 1_000)
+writer.keep()"""
 
 
 @pytest.mark.parametrize(
@@ -229,11 +255,13 @@ getattr(storage, arguments[3])(arguments[0], b"new" * 70_000)
     [("fsync", 0, OLD), ("replace", 0, OLD), ("fsync", 1, NEW), ("fsync", 2, NEW)],
     ids=["written", "synced", "renamed", "returned"],
 )
+@pytest.mark.parametrize("how", ["put", "writer"])
 def test_a_put_that_is_killed_leaves_the_old_value_or_the_new(
-    storage: Storage, function: str, calls_survived: int, left: bytes
+    storage: Storage, function: str, calls_survived: int, left: bytes, how: str
 ):
     storage.put(KEY, OLD)
-    writer = start(KILLED_AT, storage.root, KEY, function, calls_survived, "put")
+    script = KILLED_AT if how == "put" else KILLED_AT.replace(WHOLE, IN_PIECES)
+    writer = start(script, storage.root, KEY, function, calls_survived, "put")
     assert writer.wait() == (0 if calls_survived == 2 else -signal.SIGKILL)
     assert storage.get(KEY) == left
     assert list(storage.keys("trials")) == [KEY]
@@ -375,6 +403,29 @@ def test_a_full_disk_is_an_error_that_leaves_no_trace(storage: Storage, write: s
     storage.put(KEY, OLD[:1000])
     key = KEY if write == "put" else "trials/0f3a/other.json"
     said, _ = start(FULL, storage.root, key, write).communicate()
+    assert said == "refused: File too large\n"
+    assert storage.get(KEY) == OLD[:1000]
+    assert everything(storage) == {KEY}
+
+
+FULL_IN_PIECES = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+writer = storage.writer(arguments[0])
+try:
+    for _ in range(30):
+        writer.write(b"new" * 1_500)
+    writer.keep()
+except OSError as error:
+    print("refused:", error.strerror)
+finally:
+    writer.discard()
+"""
+
+
+def test_a_disk_that_is_full_in_the_midst_of_the_pieces_is_an_error_that_leaves_no_trace(storage: Storage):
+    storage.put(KEY, OLD[:1000])
+    said, _ = start(FULL_IN_PIECES, storage.root, KEY).communicate()
     assert said == "refused: File too large\n"
     assert storage.get(KEY) == OLD[:1000]
     assert everything(storage) == {KEY}

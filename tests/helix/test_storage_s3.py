@@ -68,6 +68,20 @@ def test_what_was_put_is_what_is_got(storage: Storage):
         assert storage.exists(KEY)
 
 
+def test_what_is_written_in_pieces_is_there_once_it_is_kept_and_not_before(storage: Storage):
+    storage.put(KEY, b"old")
+    writer = storage.writer(KEY)
+    for low in range(0, len(BIG), 100_000):
+        writer.write(memoryview(BIG)[low : low + 100_000])
+        assert storage.get(KEY) == b"old"
+    writer.keep()
+    writer.discard()
+    gone = storage.writer(KEY)
+    gone.write(b"never kept")
+    gone.discard()
+    assert storage.get(KEY) == BIG
+
+
 def test_a_missing_key_is_said_to_be_missing(storage: Storage, tmp_path: Path):
     assert not storage.exists(KEY)
     assert storage.size(KEY) is None

@@ -9,12 +9,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from helix import storage_s3
+from helix.data.shards import open_prepared
 from helix.registry import GRIDS
+from helix.spec import from_json
 from helix.storage import FolderStorage, Storage, open_storage
+from helix.training.trainer import Fit, fit
 from orchestration import sweep
+from orchestration.connection import cpu_count
 from tests.fault_proxy import FaultProxy
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +85,10 @@ def science(result: dict) -> tuple[str, str]:
         (["--grid", "demo", "--deadline", "2020-01-01T08:00"], "--deadline 2020-01-01T08:00 is over"),
         (["--grid", "demo", "--gpus-per-trial", "2"], "wanted a share of one GPU, above 0 and at most 1"),
         (["--grid", "demo", "--gpus-per-trial", "0.5"], "add --device cuda"),
+        (["--grid", "demo", "--ranks", "0"], "--ranks is 0; wanted 1 or more"),
+        (["--grid", "demo", "--ranks", "9", "training.batch_size=8"], "a batch has 8 clips; each rank needs one"),
+        (["--grid", "demo", "--ranks", "2", "--gpus-per-trial", "0.5", "--device", "cuda"], "leave one out"),
+        (["--grid", "demo", "--ranks", "4", "--threads", "999", "training.batch_size=8"], "is 999 on 4 ranks, but"),
         (["--grid", "demo", "--prices", "nowhere.yaml"], "the price table nowhere.yaml cannot be read"),
     ],
 )
@@ -159,6 +168,58 @@ def test_a_sweep_that_is_killed_and_run_again_ends_as_if_nothing_had_happened(tm
     assert "2 trials: 2 done, 0 to train" in third.stdout
     assert {name: storage.path(f"trials/{name}/result.json").stat().st_mtime_ns for name in after} == weights
     assert (storage.root / "reports" / "demo.html").stat().st_size > 10_000
+
+
+def ranks_of(driver: subprocess.Popen) -> list[psutil.Process]:
+    """The processes of a sweep that train."""
+    family = psutil.Process(driver.pid).children(recursive=True)
+    return [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(cpu_count() < 2, reason="two ranks need two cores")
+def test_two_ranks_of_which_one_is_killed_end_as_two_that_are_not_and_near_to_one(tmp_path):
+    arguments = [*SMALL[:2], "--variants", "mamba-mel", *SMALL[4:6], *SMALL[8:], "training.epochs=25", "--ranks", "2"]
+    storages, drivers = {}, {}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        output = (tmp_path / name / "output").open("w")
+        drivers[name] = subprocess.Popen(
+            [sys.executable, str(SWEEP), *arguments],
+            cwd=tmp_path / name,
+            env=environment(),
+            stdout=output,
+            stderr=output,
+        )
+        storages[name] = FolderStorage(tmp_path / name / "runs")
+    try:
+        deadline = time.monotonic() + 500
+        while len(list(_rows(storages["killed"]))) < 3:
+            assert drivers["killed"].poll() is None, (tmp_path / "killed" / "output").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (name,) = storages["killed"].children("trials")
+        (attempt,) = [storages["killed"].get_json(k) for k in storages["killed"].keys(f"trials/{name}/attempts")]
+        (other,) = [process for process in ranks_of(drivers["killed"]) if process.pid != attempt["pid"]]
+        other.kill()
+        assert [driver.wait(timeout=500) for driver in drivers.values()] == [0, 0]
+    finally:
+        for driver in drivers.values():
+            driver.kill()
+    whole, killed = (results(storage.root)[name] for storage in storages.values())
+    attempts = [storages["killed"].get_json(key) for key in storages["killed"].keys(f"trials/{name}/attempts")]
+    assert [(one["outcome"], one["ranks"]) for one in attempts] == [("lost", 2), ("done", 2)]
+    assert attempts[1]["from_step"] > 0
+    assert attempts[0]["share"] == min(1.0, 2 / cpu_count())
+    assert science(killed) == science(whole)
+
+    spec = from_json(whole["spec"])
+    (prefix,) = storages["whole"].children("data")
+    recordings = open_prepared(storages["whole"], f"data/{prefix}")
+    one = fit(spec, recordings, Fit(storage=FolderStorage(tmp_path / "one")))
+    assert one["trial_id"] == name
+    for a, b in zip(one["rows"][:3], whole["rows"][:3], strict=True):
+        assert b["train_losses"] == pytest.approx(a["train_losses"], rel=1e-3)
 
 
 @pytest.mark.ray

@@ -372,3 +372,116 @@ def test_a_lost_attempt_is_closed_with_what_was_kept_of_its_steps(attempt, stora
     lost = read(storage, name, now=1e12).attempts[0]
     assert (lost["outcome"], lost["step"], lost["kept_step"]) == ("lost", 7, 0)
     assert lost["ended"] == record["started"] + 5
+
+
+#: Two ranks, forked: the first works through two trials, the other follows. "what" happens on the second one.
+GROUP = """
+import functools, json, os, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch
+from torch import distributed
+from helix.data.shards import open_prepared
+from helix.spec import from_json
+from helix.storage import FolderStorage
+from helix.training import trainer
+from helix.training.ranks import RankLostError, Ranks
+from helix.training.trainer import Fit
+from orchestration import lease, worker
+
+specs, data, prefix, storage, meeting, what = sys.argv[1:]
+torch.set_num_threads(1)
+child = os.fork()
+rank = 0 if child else 1
+distributed.init_process_group(
+    "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=timedelta(seconds=100)
+)
+steps, real_step = [], trainer.train_step
+
+def step(*arguments, **options):
+    steps.append(arguments[-1])
+    if rank == 1 and what == "memory" and options["micro_batch"] > 4:
+        raise MemoryError("no room")
+    if rank == 1 and len(steps) == 5 and what == "die":
+        os._exit(9)
+    if rank == 1 and len(steps) == 5 and what == "hang":
+        time.sleep(100)
+    if rank == 0 and len(steps) == 5 and what == "taken over":
+        raise lease.LeaseLostError("0123456789abcdef", 7)
+    return real_step(*arguments, **options)
+
+trainer.train_step = step
+if what == "hang":
+    lease.Lease = functools.partial(lease.Lease, stall_s=3.0)
+    lease.STALL_STEPS = 1
+recordings, storage = open_prepared(FolderStorage(Path(data)), prefix), FolderStorage(Path(storage))
+specs, ranks, reported = [from_json(spec) for spec in json.loads(specs)], Ranks(rank, 2), []
+report = lambda number, row: reported.append((number, row["epoch"]))
+try:
+    with ranks.together():
+        if rank == 0:
+            worker.work_through(specs, recordings, storage, sweep_id="s", report=report, ranks=ranks, held_s=0.1)
+        else:
+            worker.follow(specs, recordings, Fit(storage=storage, ranks=ranks), report=report)
+    said = "done"
+except RankLostError:
+    said = "lost"
+Path(f"{meeting}-{rank}").write_text(json.dumps([said, reported]))
+os._exit(0)
+"""
+
+
+@pytest.fixture
+def group(tiny_spec, tiny_data: Recordings, storage: Storage, tmp_path: Path):
+    """Runs two trials on two ranks while `what` happens; returns what each rank said, states, and the exit code."""
+    specs = [with_training(replace(tiny_spec, seed=seed), epochs=2) for seed in (0, 1)]
+
+    def run(what: str):
+        meeting = tmp_path / f"meeting-{what.replace(' ', '-')}"
+        arguments = [json.dumps([to_json(spec) for spec in specs]), str(tiny_data._storage.root)]
+        arguments += [tiny_data.prepared.prefix, str(storage.root), str(meeting), what]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, "-c", GROUP, *arguments]
+        ended = subprocess.run(command, cwd=ROOT, env=environment, timeout=120, check=False)
+        said = [Path(f"{meeting}-{rank}") for rank in (0, 1)]
+        names = [trial_id(spec, tiny_data.manifest_sha256) for spec in specs]
+        states = [read(storage, name, now=1e12) for name in names]
+        return [json.loads(path.read_text()) for path in said if path.exists()], states, ended.returncode
+
+    return run
+
+
+def test_ranks_go_from_attempt_to_attempt_together_and_the_first_one_alone_records(group):
+    """The second rank has room for a micro-batch of four: both go on in smaller parts, and then with the next trial."""
+    said, states, _ = group("memory")
+    everything = [[0, 1], [0, 2], [1, 1], [1, 2]]
+    assert said == [["done", everything], ["done", everything]]
+    assert [state.status for state in states] == ["done", "done"]
+    for state in states:
+        assert [attempt["micro_batch"] for attempt in state.attempts] == [12, 6, 3]
+        assert [attempt["outcome"] for attempt in state.attempts] == ["failed", "failed", "done"]
+        assert {attempt["error_kind"] for attempt in state.attempts[:2]} == {"OutOfMemory"}
+        assert "on rank 1" in state.attempts[0]["traceback"]
+        assert {attempt["ranks"] for attempt in state.attempts} == {2} and state.result["ranks"] == 2
+
+
+def test_a_rank_that_dies_is_a_loss_and_no_failure(group):
+    said, states, _ = group("die")
+    assert [one[0] for one in said] == ["lost"]
+    (attempt,) = states[0].attempts
+    assert (attempt["outcome"], attempt["step"]) == ("lost", 4) and "RankLostError" in attempt["error"]
+    said, states, _ = group("nothing")
+    assert [state.status for state in states] == ["done", "done"]
+
+
+def test_a_rank_that_hangs_is_found_by_the_watch_over_the_steps(group):
+    _, states, code = group("hang")
+    assert code == worker.HUNG
+    assert states[0].attempts[0]["outcome"] == "lost" and "hung: no step" in states[0].attempts[0]["error"]
+
+
+def test_a_trial_that_is_taken_over_is_left_by_all_ranks(group):
+    said, states, _ = group("taken over")
+    assert [one[0] for one in said] == ["done", "done"]
+    assert states[0].attempts[0]["outcome"] == "lost"
+    assert [state.status for state in states] == ["done", "done"], "it came free again"

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from helix.bench import Conditions, Outcome, Row
-from helix.benches.data import AUTHORS, CACHED, CLIP_SAMPLES, FLAC, INT16, LITDATA, OURS, PREPARE, DataBench
+from helix.benches.data import AUTHORS, CACHED, CLIP_SAMPLES, FLAC, FRESH, INT16, LITDATA, OURS, PREPARE, DataBench
 from helix.data.datasets.esc50 import CLASSES, COLUMNS
 from helix.loader_peers import authors_path, litdata_random, webdataset_stream
 from helix.peers import MissingPeerError
@@ -48,7 +48,7 @@ def test_everything_is_measured_or_says_why_not(source: Path, tmp_path: Path, mo
     assert list(clips) == [OURS, *(name for name in clips if name != OURS)]
     assert set(clips) == {OURS, FLAC, INT16, LITDATA, AUTHORS}
     assert clips[LITDATA].values == (None,) * 4 and "--target peers-litdata" in clips[LITDATA].note
-    assert rows(outcome, "clips of ten")[OURS].values[0]
+    assert all(rows(outcome, "clips of ten")[name].values[0] for name in (OURS, FRESH))
     preparing = rows(outcome, "preparing")
     assert len(preparing) == 4 and all(row.values[0] for row in preparing.values()), preparing
     assert PREPARE in preparing

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from helix.data.audio import AudioError, decode, fit_length, to_int16
+from helix.data.audio import PIECE_SAMPLES, AudioError, decode, fit_length, ogg_checksum, to_int16
 
 RATE_HZ = 16_000
 
@@ -60,6 +62,32 @@ def test_decoding_fast_gives_the_same_samples_as_decoding_plainly(tmp_path, suff
     wave = np.clip(random.normal(0, 0.4, (rate_hz, channels)), -1, 0.999)  # loud enough to overshoot full scale
     path = write(tmp_path / f"clip.{suffix}", wave, rate_hz, subtype)
     assert np.array_equal(decode(path, rate_hz=RATE_HZ), decode_plainly(path, RATE_HZ))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rate_hz=st.one_of(st.sampled_from([8_000, 11_025, 22_050, 32_000, 44_100, 48_000]), st.integers(1_000, 200_000)),
+    samples=st.one_of(
+        st.integers(-2, 2).map(lambda more: PIECE_SAMPLES + more),
+        st.sampled_from([2 * PIECE_SAMPLES, 2 * PIECE_SAMPLES + 1]),
+        st.integers(200, 5 * PIECE_SAMPLES),
+    ),
+    seed=st.integers(0, 99),
+)
+def test_a_wave_resampled_in_pieces_is_the_wave_resampled_at_once(tmp_path, rate_hz, samples, seed):
+    wave = np.random.default_rng(seed).integers(-32768, 32767, samples, endpoint=True).astype(np.int16)
+    path = write(tmp_path / "clip.wav", wave, rate_hz, "PCM_16")
+    assert np.array_equal(decode(path, rate_hz=RATE_HZ), decode_plainly(path, RATE_HZ))
+
+
+def test_what_was_resampled_before_leaves_no_trace(tmp_path):
+    waves = np.random.default_rng(0).integers(-32768, 32767, (3, 50_000), endpoint=True).astype(np.int16)
+    paths = [write(tmp_path / f"{number}.wav", wave, 44_100, "PCM_16") for number, wave in enumerate(waves)]
+    tiny = write(tmp_path / "tiny.wav", waves[0][:1], 44_100, "PCM_16")
+    for path in (paths[0], paths[1], paths[0], paths[2]):
+        with pytest.raises(AudioError, match="no sample is left at 16000 Hz"):
+            decode(tiny, rate_hz=RATE_HZ)
+        assert np.array_equal(decode(path, rate_hz=RATE_HZ), decode_plainly(path, RATE_HZ))
 
 
 def test_real_recordings_at_44_khz_decode_alike_fast_and_plainly(real_esc50, tmp_path):
@@ -189,13 +217,30 @@ def test_a_chunk_of_odd_length_is_followed_by_a_byte_that_it_does_not_count(tmp_
         decode(path, rate_hz=RATE_HZ)
 
 
-def test_ogg_with_a_changed_byte_gives_less_than_it_promises_and_is_refused(ogg, tmp_path):
-    path = tmp_path / "bit.ogg"
+def test_ogg_with_any_changed_byte_is_refused_also_in_its_last_page(ogg, tmp_path):
+    path, starts = tmp_path / "bit.ogg", pages(ogg)
+    anywhere = np.random.default_rng(2).integers(0, len(ogg), 200).tolist()
+    for at in [*anywhere, *(start + 26 for start in starts), *range(starts[-1], len(ogg), 97), len(ogg) - 1]:
+        data = bytearray(ogg)
+        data[at] ^= 1 << at % 8
+        path.write_bytes(data)
+        with pytest.raises(AudioError, match=r"bit\.ogg: (is damaged|is truncated)"):
+            decode(path, rate_hz=RATE_HZ)
     data = bytearray(ogg)
-    data[pages(ogg)[5] + 600] ^= 1  # the page does not match its checksum any more, and libvorbis leaves it out
+    data[starts[-1] + 200] ^= 1
     path.write_bytes(data)
-    with pytest.raises(AudioError, match=r"bit\.ogg: is truncated: 1\d{5} of 160000 samples are there"):
+    with pytest.raises(AudioError, match=f"the page of Ogg at byte {starts[-1]} does not match its checksum"):
         decode(path, rate_hz=RATE_HZ)
+
+
+@given(st.binary(min_size=27, max_size=300))
+def test_the_checksum_of_ogg_is_that_of_its_definition(page):
+    register = 0
+    for byte in page[:22] + bytes(4) + page[26:]:
+        register ^= byte << 24
+        for _ in range(8):
+            register = (register << 1 ^ (0x04C11DB7 if register >> 31 else 0)) & 0xFFFFFFFF
+    assert ogg_checksum(page) == struct.pack("<I", register)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

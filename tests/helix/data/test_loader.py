@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helix.data.augment import mixup, pairing
 from helix.data.clips import Clips, concat, single, stitch
 from helix.data.datasets.tones import Tones
-from helix.data.loader import Batch, Batches, Device, Host, in_order
+from helix.data.loader import Batch, Batches, Device, Host, in_order, part_of
 from helix.data.shards import CorruptShardError, Recordings, open_prepared, prepare
 from helix.protocol import Protocol, profile
 from helix.storage import FolderStorage
@@ -99,6 +101,25 @@ def test_each_rank_sees_its_contiguous_part_and_the_parts_are_the_batch(tones, r
     assert max(sizes) - min(sizes) <= 1 and min(sizes) > 0
 
 
+@pytest.mark.parametrize("ranks", [2, 4, 6])
+def test_a_rank_brings_along_the_clips_that_its_own_are_mixed_with(tones, ranks):
+    pairs = partial(pairing, 6, alpha=0.3, seed=0)
+    batches, (wanted_B, _) = training(tones, pairs=pairs), pairs(2, 1)
+    whole = batches.batch(2, 1)
+    assert whole.partner_B is None
+    mixed = mixup(whole.wave_BT, alpha=0.3, seed=0, epoch=2, step=1)[0]
+    parts = []
+    for rank in range(ranks):
+        part = batches.batch(2, 1, rank=rank, ranks=ranks).to("cpu")
+        first, last = part_of(6, rank, ranks)
+        assert part.whole == 6 and part.partner_B is not None
+        assert torch.equal(part.clip_B[: last - first], whole.clip_B[first:last])
+        assert torch.equal(part.clip_B[part.partner_B], whole.clip_B[wanted_B[first:last]])
+        assert len(part.clip_B) == len(set(part.clip_B.tolist())), "each clip once"
+        parts.append(mixup(part.wave_BT, alpha=0.3, seed=0, epoch=2, step=1, partner_B=part.partner_B)[0])
+    assert torch.equal(torch.cat(parts), mixed)
+
+
 def test_ranks_that_cannot_be_are_refused(tones):
     batches = training(tones)
     with pytest.raises(ValueError, match="rank is 2 of 2; wanted 0 to 1"):
@@ -132,6 +153,28 @@ def test_every_placement_gives_what_the_definition_gives(tones, kind):
     assert same(batch, device.gather(chosen))
     for number in range(3):
         assert np.array_equal(batch.wave_BT[number].numpy(), wave_by_definition(tones, chosen, number))
+
+
+def test_a_batch_stands_for_as_long_as_anything_holds_a_part_of_it(tones):
+    host, clips = Host(recordings=tones), kinds(tones)
+    held = [host.gather(clips[2]).wave_BT[5, 100:200], host.gather(clips[5]).wave_BT.numpy()[3]]
+    before = [torch.as_tensor(part).clone().numpy() for part in held]
+    for kind in (*clips, *clips):
+        host.gather(kind)
+    assert all(np.array_equal(part, was) for part, was in zip(held, before, strict=True))
+
+
+def test_a_batch_lies_where_one_lay_that_nobody_holds_and_is_the_same(tones):
+    host, (whole, cut, padded, *_) = Host(recordings=tones), kinds(tones)
+    lay = host.gather(padded).wave_BT.data_ptr()
+    for clips in (cut, whole, padded, cut):
+        batch = host.gather(clips)
+        assert batch.wave_BT.data_ptr() == lay
+        assert same(batch, Host(recordings=tones).gather(clips))
+        del batch
+    held = host.gather(cut)
+    assert host.gather(cut).wave_BT.data_ptr() != held.wave_BT.data_ptr() == lay
+    assert same(pickle.loads(pickle.dumps(host)).gather(cut), held)
 
 
 def test_a_gather_on_the_device_in_portions_gives_the_same_bits(tones, monkeypatch):

@@ -1,5 +1,6 @@
 """Preparation: published whole or not at all, the same bytes whatever happened on the way, no wrong byte read."""
 
+import itertools
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helix.data.audio import AudioError, decode
 from helix.data.dataset import DatasetError
 from helix.data.datasets import esc50
 from helix.data.shards import (
@@ -485,6 +487,31 @@ def test_memory_is_bounded_by_about_one_shard(esc50_layout, storage):
     tracemalloc.stop()
     stored = sum(len(data) for key, data in contents(storage).items() if key.endswith(".bin"))
     assert stored > 15 * 2**20 and peak < 5 * 2**20
+
+
+def test_into_a_folder_memory_is_bounded_by_a_few_recordings_however_large_the_shards(esc50_layout, storage):
+    layout = esc50_layout(folds=[1], labels=range(50), samples=1_600)
+    tracemalloc.start()
+    prepare("esc50", source=layout, storage=storage, allow_partial=True, shard_mib=64)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    (shard,) = (data for key, data in contents(storage).items() if key.endswith(".bin"))
+    assert len(shard) > 15 * 2**20 and peak < 5 * 2**20
+
+
+@pytest.mark.parametrize("error", [AudioError("5.wav", "is bad"), KeyboardInterrupt(), MemoryError()], ids=repr)
+def test_a_shard_that_ends_before_it_is_whole_leaves_no_trace(esc50_layout, storage, monkeypatch, error):
+    layout, calls = esc50_layout(folds=[1], labels=range(10)), itertools.count()
+
+    def failing(*given, **how):
+        if next(calls) == 5:
+            raise error
+        return decode(*given, **how)
+
+    monkeypatch.setattr(esc50, "decode", failing)
+    with pytest.raises(DatasetError if isinstance(error, AudioError) else type(error)):
+        prepare("esc50", source=layout, storage=storage, allow_partial=True)
+    assert next(calls) > 5 and not [path for path in storage.root.rglob("*") if path.is_file()]
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

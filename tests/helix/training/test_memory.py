@@ -240,3 +240,15 @@ def test_a_backend_that_is_forced_on_a_gpu_does_not_keep_it_from_being_planned(m
     assert choose(spec, samples=8000, classes=5, limit_bytes=None, device_type="cuda") == plain
     with pytest.raises(ValueError, match="'mamba_ssm' cannot scan"):
         predict(spec, samples=8001, classes=5)
+
+
+def test_a_rank_needs_room_for_its_part_of_the_batch(tmp_path):
+    """Half the clips, and what is mixed with them, beside all of the weights."""
+    spec = spec_of("mamba", batch=32)
+    one, two = (predict(spec, **sizes(500), ranks=ranks) for ranks in (1, 2))
+    half = predict(spec_of("mamba", batch=16), **sizes(500))
+    assert half.activations <= two.activations < 0.6 * one.activations
+    assert two.parameters == one.parameters and two.optimizer == one.optimizer
+    limit_bytes = needed_bytes(two, "cpu", compact=False)
+    assert choose(spec, **sizes(500), limit_bytes=limit_bytes, ranks=2).micro_batch is None
+    assert choose(spec, **sizes(500), limit_bytes=limit_bytes).micro_batch is not None
