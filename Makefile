@@ -35,7 +35,7 @@ check: $(VENV)/.ready-dev
 golden: $(VENV)/.ready-dev
 	@$(BIN)/python -m pytest tests/helix/training/test_golden.py --rewrite-golden
 
-chaos: $(VENV)/.ready
+chaos: $(VENV)/.ready-dev
 	@$(BIN)/python -m orchestration.chaos $(ARGS)
 
 clean:

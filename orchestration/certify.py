@@ -11,13 +11,11 @@ import hashlib
 import math
 import platform
 import random
-import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +32,7 @@ from helix.training.checkpoint import BEST_FILE, FILES, committed
 from helix.training.trainer import row_key, trial_folder, versions
 from orchestration.grid import Trial
 from orchestration.ledger import CERTIFICATES
+from orchestration.lineage import checkout
 from orchestration.twin import (
     AFTER_RESULT,
     ANY_TIME,
@@ -56,7 +55,7 @@ from orchestration.twin import (
 DRIFT = "drift"
 
 #: What a run says of its clock and of the processes it took: no part of what it found.
-CLOCK = ("seconds", "time", "train_seconds", "finished", "environments", "rows", "sha256")
+CLOCK = ("seconds", "time", "system", "train_seconds", "finished", "environments", "rows", "sha256")
 
 #: Moments that are met on purpose, and AFTER_RESULT once at most: the twin is finished then.
 ON_PURPOSE = (WRITING, EVALUATION, BEFORE_RESULT, LAST_STEP, MANIFEST, ROW, START, OPTIMIZER, WEIGHTS)
@@ -323,19 +322,8 @@ def installed() -> dict[str, str]:
 
 def commit() -> str | None:
     """The git commit of this code, with "+" where files were changed since; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=20)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    tracked, head = git("ls-files", "--error-unmatch", __file__), git("rev-parse", "HEAD")
-    if not tracked or not head:
-        return None
-    return f"{head[:12]}{'+' if git('status', '--porcelain', '--untracked-files=no') else ''}"
+    known = checkout()
+    return None if known is None else f"{known.commit[:12]}{'+' if known.dirty else ''}"
 
 
 def certificate_table(certificate: Mapping[str, Any]) -> Table:

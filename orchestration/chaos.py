@@ -20,7 +20,7 @@ from rich.text import Text
 
 from helix.data.shards import open_prepared, prepare
 from helix.storage import Storage, open_storage
-from orchestration.fault import FAULTS, Row, Site, Where
+from orchestration.fault import FAULTS, OUTAGE_S, Row, Site, Where
 from orchestration.grid import expand, load_grid
 from orchestration.machines import MachineError
 from orchestration.twin import TwinError, Twins
@@ -37,6 +37,7 @@ ON_RAY = ("data.options.clips_per_class=140", "training.epochs=4", "training.bat
 SHORT_ON_RAY = ("data.options.clips_per_class=80", "training.epochs=8", "training.batch_size=2")
 RAY_VARIANTS = ("mamba-mel", "helix-mel")
 SHORT_KILLS = 12
+SHORT_OUTAGE_S = 10.0
 
 HEADINGS = ("fault", "trial", "times", "steps lost", "seconds to the next step", "verdict")
 
@@ -48,7 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="what draws the moments (default: 0)")
     parser.add_argument("--where", choices=get_args(Where), help="only faults of the plain loop, or of a sweep on Ray")
     parser.add_argument("--fault", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
-    parser.add_argument("--short", action="store_true", help=f"{SHORT_KILLS} kills and smaller trials")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help=f"{SHORT_KILLS} kills, less of all",
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--storage", help="an empty folder to work in (default: one that is removed afterwards)")
     given = parser.parse_args(arguments)
@@ -129,6 +134,7 @@ def prepared_site(
         twins=twins,
         say=lambda line: console.print(f"  {line}", markup=False),
         overrides=overrides,
+        outage_s=SHORT_OUTAGE_S if short else OUTAGE_S,
     )
 
 

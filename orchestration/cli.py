@@ -375,7 +375,11 @@ def plan_grid(arguments: Sequence[str]) -> int:
         found = measured(planned.storage, shapes, now=now)
         if given.calibrate:
             has = {"CPU": cpu_count(), "GPU": torch.cuda.device_count()}
-            here = {**machine_facts(held=planned.need, resources=has), "device": given.device, "threads": given.threads}
+            here = {
+                **machine_facts(held=planned.resources(planned.room.gpus or 1.0), resources=has),
+                "device": given.device,
+                "threads": given.threads,
+            }
             torch.set_num_threads(given.threads)
             sizes = {entry.trial.label: planned.placement(entry) for entry in entries}
             found |= calibrate(

@@ -9,10 +9,12 @@ from typing import Any
 import psutil
 import ray
 import yaml
+from ray._private.state import state as gcs_state
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
-from ray.core.generated import autoscaler_pb2
+from ray.core.generated import autoscaler_pb2, gcs_pb2
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from orchestration.money import machine_facts
+from orchestration.money import Prices, machine_facts
 from orchestration.pools import Offer, pools_of, types_of
 
 #: The folder that holds the packages helix, orchestration and dashboards.
@@ -101,22 +103,24 @@ def driver_resources() -> dict[str, float]:
     return {"node:__internal_head__": 0.0001}
 
 
-def offer() -> Offer:
-    """What the cluster has on offer: its machines, and what an autoscaler may start.
+def offer(prices: Prices) -> Offer:
+    """What the cluster has on offer: its machines, and what an autoscaler may start. `prices` knows their GPUs.
 
     On the head, which is where drivers run, the autoscaler's process names the file that it reads, and that the node
     types. Where there is no such process, as on Kubernetes, only the autoscaler's own word says what can never be.
     """
     known, path = (True, None) if not joins_cluster() else _autoscaler(ray.get_runtime_context().gcs_address)
     types = None if path is None else types_of(yaml.safe_load(path.read_text(encoding="utf-8")))
-    return Offer(pools=pools_of(ray.nodes(), types), complete=known, refused=() if known else _refused())
+    pools = pools_of(ray.nodes(), types, gpu_bytes=prices.memory_of_a_gpu)
+    return Offer(pools=pools, complete=known, refused=() if known else _refused())
 
 
 def _autoscaler(gcs_address: str) -> tuple[bool, Path | None]:
     """Whether the autoscaler of a cluster runs on this machine, and the file of its node types, None without one."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if any(word.endswith("monitor.py") for word in words) and f"--gcs-address={gcs_address}" in words:
+        # By the whole name: log_monitor.py runs on every machine, with the same address.
+        if any(Path(word).name == "monitor.py" for word in words) and f"--gcs-address={gcs_address}" in words:
             path = next((word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")), "")
             return True, Path(path).expanduser() if path else None
     return False, None
@@ -128,6 +132,27 @@ def _refused() -> tuple[dict[str, float], ...]:
     reply = autoscaler_pb2.GetClusterStatusReply()  # pyright: ignore[reportAttributeAccessIssue]
     reply.ParseFromString(client.get_cluster_status(timeout_s=10))
     return tuple(dict(one.resources_bundle) for one in reply.autoscaling_state.infeasible_resource_requests)
+
+
+def free_what_the_dead_hold() -> int:
+    """Give back what the actors of this job reserved that are dead by now; how many reservations that were.
+
+    A Train controller reserves the place of its worker, and Ray keeps that while the job lives. Train has a process
+    that asks the dashboard whether the controller lives and gives the place back if not: a local Ray has no dashboard,
+    so after a controller was killed the next one would wait for that place for ever.
+    """
+    table = gcs_state._connect_and_get_accessor().get_placement_group_table()
+    job, nobody = ray.get_runtime_context().get_job_id(), ray.ActorID.nil().binary()
+    reservation = gcs_pb2.PlacementGroupTableData  # pyright: ignore[reportAttributeAccessIssue]
+    freed = 0
+    for serialised in table or ():
+        group = reservation.FromString(serialised)
+        held = group.state != reservation.REMOVED and not group.is_detached
+        orphaned = group.creator_actor_dead and group.creator_actor_id != nobody
+        if held and orphaned and group.creator_job_id.hex() == job:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+            freed += 1
+    return freed
 
 
 def this_machine(held: dict[str, float]) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from orchestration.certify import BIT_EXACT, Pace, compare, finished, lost_steps
 from orchestration.grid import Trial
 from orchestration.twin import Attempt, Order, Twins
 
+#: How long a storage answers wrongly, in seconds.
+OUTAGE_S = 60.0
+
 #: Where a fault happens: to the plain loop in a process, or to a sweep on Ray.
 Where = Literal["plain", "ray"]
 
@@ -40,6 +43,7 @@ class Site:
 
     `trials` has one for each variant. `kills` is how many processes the fault that is about killing kills, over all
     variants; `seed` draws whatever is drawn. `grid` is the name of the grid, `overrides` what it was expanded with.
+    `outage_s`: how long a storage that answers wrongly does so.
     """
 
     grid: str
@@ -51,6 +55,7 @@ class Site:
     twins: Twins
     say: Callable[[str], None]
     overrides: tuple[str, ...] = ()
+    outage_s: float = OUTAGE_S
     _undisturbed: dict[str, tuple[Storage, Attempt]] = field(default_factory=dict)
 
     def bench(self, name: str, trial: Trial | None = None, *, most_s: float | None = None) -> "Bench":
@@ -65,9 +70,10 @@ class Site:
             data=self.recordings.prepared.prefix,
             storage=f"{self.storage!r}/undisturbed",
         )
-        if trial.label not in self._undisturbed:
-            self._undisturbed[trial.label] = open_storage(order.storage), finished(self.twins.run(order))
-        whole, attempt = self._undisturbed[trial.label]
+        name_of_trial = trial_id(trial.spec, self.recordings.manifest_sha256)
+        if name_of_trial not in self._undisturbed:
+            self._undisturbed[name_of_trial] = open_storage(order.storage), finished(self.twins.run(order))
+        whole, attempt = self._undisturbed[name_of_trial]
         pace = Pace.of(attempt)
         order = replace(
             order,
@@ -78,17 +84,18 @@ class Site:
         return Bench(
             fault=name,
             trial=trial,
-            trial_id=trial_id(trial.spec, self.recordings.manifest_sha256),
+            trial_id=name_of_trial,
             order=order,
             storage=open_storage(order.storage),
             whole=whole,
+            pace=pace,
             twins=self.twins,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """One trial to which one fault is done: its `order`, its own `storage`, and that of its undisturbed run."""
+    """A trial to which a fault is done: its `order` and `storage`; of its undisturbed run the storage and the pace."""
 
     fault: str
     trial: Trial
@@ -96,6 +103,7 @@ class Bench:
     order: Order
     storage: Storage
     whole: Storage
+    pace: Pace
     twins: Twins
 
     @property

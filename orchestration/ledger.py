@@ -63,9 +63,10 @@ def read(storage: Storage, trial_id: str, *, now: float) -> TrialState:
     """The state of one trial at the time `now`."""
     folder = f"trials/{trial_id}"
     result = storage.get_json(f"{folder}/result.json")
-    attempts = sorted(_all(storage, f"{folder}/attempts"), key=lambda attempt: attempt["started"])
+    attempts = attempts_at(storage, trial_id)
     if result is not None:
         rows = result["rows"]
+        attempts = _closed(attempts, result)
         step = rows[-1]["step"]
         status, error, heard = "done", None, result.get("finished")
     else:
@@ -85,6 +86,29 @@ def read(storage: Storage, trial_id: str, *, now: float) -> TrialState:
         error=error,
         heard=heard,
     )
+
+
+def attempts_at(storage: Storage, trial_id: str) -> list[dict[str, Any]]:
+    """All attempts at a trial, oldest first.
+
+    By the numbers of their leases, which only grow: the clocks of the machines that they ran on may disagree.
+    """
+    found = _all(storage, f"trials/{trial_id}/attempts")
+    return sorted(found, key=lambda attempt: (attempt.get("lease", 0), attempt["started"]))
+
+
+def _closed(attempts: list[dict[str, Any]], result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The attempts at a trial that is done, those with an end that nobody lived to write down.
+
+    A process that is killed right after it put the result leaves an attempt without an end, which no later one closes.
+    """
+    closed, found = [], any(attempt.get("outcome") == "done" for attempt in attempts)
+    for attempt in reversed(attempts):
+        if "ended" not in attempt:
+            ended = max(attempt["started"], result.get("finished", 0.0))
+            attempt, found = attempt | {"ended": ended, "outcome": "lost" if found else "done"}, True
+        closed.append(attempt)
+    return closed[::-1]
 
 
 def certificates(storage: Storage) -> list[dict[str, Any]]:

@@ -1,9 +1,12 @@
 """A Ray cluster of several machines on this one: a head and nodes that can be killed, and programs that join it.
 
-Every machine is a `ray start --block` of its own, as the cluster launcher starts it; what belongs to one is the tree of
-its processes. The head has no CPUs and the resource `trial_driver`, as in cluster/. Knows Ray as its commands only.
+Every machine is a `ray start --block` of its own, as the cluster launcher starts it, or one that Ray's autoscaler
+started (`Autoscaled`); what belongs to one is the tree of its processes. The head has no CPUs and the resource
+`trial_driver`, as in cluster/. Knows Ray as its commands only.
 """
 
+import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -13,9 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
@@ -32,6 +35,18 @@ GRACE_S = 12
 
 #: How long a node waits for a head that is gone, before it ends (Ray's default is 60).
 HEADLESS_S = 15
+
+#: What Ray's fake node provider calls the head: as a node, and its type.
+FAKE_HEAD, FAKE_HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
+
+#: Parts of a file for Ray's cluster launcher that must be there, and that nothing here has a use for.
+UNUSED = {
+    **{key: {} for key in ("auth", "docker", "file_mounts")},
+    **{f"{which}start_ray_commands": [] for which in ("head_", "worker_")},
+    **{f"{which}setup_commands": [] for which in ("", "head_", "worker_")},
+    **{key: [] for key in ("initialization_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter")},
+    "file_mounts_sync_continuously": False,
+}
 
 Seen = TypeVar("Seen")
 
@@ -67,11 +82,7 @@ class Program:
 
     def tree(self) -> list[psutil.Process]:
         """The process and its descendants, those that lead first."""
-        try:
-            lead = psutil.Process(self.process.pid)
-            return [lead, *lead.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        return _tree(self.process.pid)
 
     def find(self, title: str) -> psutil.Process | None:
         """The first of the tree whose command line begins so: Ray names its workers by what they run."""
@@ -87,11 +98,7 @@ class Program:
     def kill(self) -> None:
         """SIGKILL to the whole tree."""
         tree = self.tree()
-        for process in tree:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+        _kill(tree)
         self.process.wait()
         psutil.wait_procs(tree, timeout=10)
 
@@ -101,16 +108,30 @@ class Node(Program):
 
     @property
     def node_id(self) -> str:
-        """What Ray calls it: it stands in the raylet's own arguments alone."""
+        """What Ray calls it."""
         raylet = self.find("raylet")
-        named = [] if raylet is None else [part for part in raylet.cmdline() if part.startswith("--node_id=")]
-        if not named:
+        named = None if raylet is None else _node_id(raylet)
+        if named is None:
             raise MachineError(f"no raylet runs on this node: {self.said[-500:]}")
-        return named[0].partition("=")[2]
+        return named
 
     def terminate(self) -> None:
         """What a machine does that shuts down in order."""
         self.process.send_signal(signal.SIGTERM)
+
+
+class Grown:
+    """A machine that the autoscaler started: a raylet, and everything below it."""
+
+    def __init__(self, raylet: psutil.Process, node_id: str):
+        self.raylet, self.node_id = raylet, node_id
+
+    def tree(self) -> list[psutil.Process]:
+        return _tree(self.raylet.pid)
+
+    def kill(self) -> None:
+        """SIGKILL to the whole tree."""
+        _kill(self.tree())
 
 
 class Machines:
@@ -138,6 +159,7 @@ class Machines:
         try:
             client = ["--ray-client-server-port", str(free_port())]
             head = ["--head", "--port", str(self.port), "--num-cpus=0", '--resources={"trial_driver": 64}', *client]
+            head += self._head_options()
             # Ray Train asks the dashboard whether a controller lives, and frees what a dead one held only then.
             self.head = self._start([*head, "--dashboard-host=127.0.0.1", "--dashboard-port", str(free_port())])
         except BaseException:
@@ -149,6 +171,10 @@ class Machines:
         for program in reversed(self.programs):
             program.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _head_options(self) -> list[str]:
+        """What else the head is started with."""
+        return []
 
     def node(self) -> Node:
         """Another machine with one CPU joins."""
@@ -181,7 +207,7 @@ class Machines:
         logs = self.folder.glob("ray/session_2*/logs/worker-*")
         return any(text in log.read_text(errors="replace") for log in logs)
 
-    def drain(self, node: Node, seconds: int) -> None:
+    def drain(self, node: "Node | Grown", seconds: int) -> None:
         """Tell Ray that a node goes away in so many seconds, as the daemon in cluster/ does."""
         command = [*RAY, "drain-node", "--address", self.address, "--node-id", node.node_id]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "chaos"]
@@ -189,6 +215,68 @@ class Machines:
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=False)
         if done.returncode:
             raise MachineError(f"ray drain-node: {done.stdout[-500:]}{done.stderr[-500:]}")
+
+
+class Autoscaled(Machines):
+    """A cluster whose machines Ray's autoscaler starts when they are asked for, and ends after `idle_s` idle seconds.
+
+    `node_types`: as a file for the cluster launcher has them, `resources`, `labels`, `max_workers`. The autoscaler is
+    the real one; the machines are processes here, by Ray's fake node provider, whose GPUs are numbers alone.
+    """
+
+    def __init__(self, node_types: Mapping[str, Mapping[str, Any]], *, idle_s: float):
+        super().__init__()
+        provider = {
+            # By its module, since the autoscaler (v2) looks for a file that is in no wheel where it is named by type.
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "launch_multiple": True,
+            "head_node_id": FAKE_HEAD,
+            "gcs_address": self.address,
+        }
+        head = {"resources": {"CPU": 0, "trial_driver": 64}, "node_config": {}, "max_workers": 0}
+        small = {"object_store_memory": 100_000_000}
+        workers = {
+            name: {**node_type, "resources": {**node_type["resources"], **small}, "node_config": {}}
+            for name, node_type in node_types.items()
+        }
+        config = {
+            "cluster_name": "fake",
+            "provider": provider,
+            "max_workers": sum(node_type["max_workers"] for node_type in node_types.values()),
+            "upscaling_speed": 10.0,
+            "idle_timeout_minutes": idle_s / 60,
+            "head_node_type": FAKE_HEAD_TYPE,
+            "available_node_types": {FAKE_HEAD_TYPE: head, **workers},
+            **UNUSED,
+        }
+        self.config = self.folder / "autoscaling.json"
+        self.config.write_text(json.dumps(config))
+        self.env |= {
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD,
+        }
+
+    def _head_options(self) -> list[str]:
+        return ["--num-gpus=0", f"--autoscaling-config={self.config}"]
+
+    def node(self) -> Node:
+        raise MachineError("the machines of this cluster are started by its autoscaler")
+
+    def grown(self) -> dict[str, Grown]:
+        """The machines that run beside the head, by what Ray calls them."""
+        found = {}
+        for process in self.head.tree():
+            node_id = _node_id(process)
+            if node_id not in (None, FAKE_HEAD):  # a raylet comes before what it has forked and not yet made a worker
+                found.setdefault(node_id, Grown(process, node_id))
+        return found
 
 
 #: The command `ray` of this interpreter.
@@ -200,3 +288,28 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        lead = psutil.Process(pid)
+        return [lead, *lead.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _node_id(process: psutil.Process) -> str | None:
+    """What Ray calls the node of this raylet, in whose own arguments alone it stands; None where this is no raylet."""
+    try:
+        line = process.cmdline()
+    except psutil.Error:
+        return None
+    if not line or not line[0].endswith("raylet"):
+        return None
+    return next((part.partition("=")[2] for part in line if part.startswith("--node_id=")), None)

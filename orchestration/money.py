@@ -33,15 +33,23 @@ INSTANCE_TYPE_VARIABLES = ("HELIX_INSTANCE_TYPE", "RAY_CLOUD_INSTANCE_TYPE_NAME"
 MARKET_VARIABLES = ("HELIX_MARKET", "RAY_NODE_MARKET_TYPE")
 
 #: The labels of a Ray node that say the same.
-INSTANCE_TYPE_LABELS = ("helix.io/instance-type", "node.kubernetes.io/instance-type", "ray.io/instance-type")
-MARKET_LABELS = ("helix.io/market", "ray.io/market-type")
+INSTANCE_TYPE_LABELS = ("helix/instance-type", "node.kubernetes.io/instance-type", "ray.io/instance-type")
+MARKET_LABELS = ("helix/market", "ray.io/market-type")
+
+
+#: What Ray says of a node's GPUs: a label, and the beginning of a resource's name.
+GPU_LABEL, GPU_RESOURCE = "ray.io/accelerator-type", "accelerator_type:"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """US dollars an hour by instance type and market ("on-demand" or "spot")."""
+    """US dollars an hour by instance type and market ("on-demand" or "spot"), and what machines have for that.
+
+    `gpu_bytes`: what one GPU holds, by its own name and by those of the instance types that have it.
+    """
 
     usd: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    gpu_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def instance_types(self) -> tuple[str, ...]:
@@ -51,13 +59,20 @@ class Prices:
         """The price of a whole machine for an hour, None where the table does not say."""
         return self.usd.get((instance_type or "", market or ""))
 
+    def memory_of_a_gpu(self, labels: Mapping[str, str], resources: Mapping[str, float]) -> int | None:
+        """The bytes that a GPU of a machine holds, by its labels or by what Ray detects; None where unknown."""
+        names = [labels.get(name) for name in (*INSTANCE_TYPE_LABELS, GPU_LABEL)]
+        names += [name.removeprefix(GPU_RESOURCE) for name in resources if name.startswith(GPU_RESOURCE)]
+        return next((self.gpu_bytes[name] for name in filter(None, names) if name in self.gpu_bytes), None)
+
 
 def read_prices(path: Path = PRICES) -> Prices:
     """The table of a YAML file; an empty one where the default file is not there.
 
         prices: {g5.xlarge: {on_demand_usd_per_hour: 1.006, spot_usd_per_hour: 0.40}}
+        gpus: {A10G: {memory_gib: 22, machines: [g5.xlarge]}}
 
-    ValueError says what in it is no price.
+    ValueError says what in it is no price, or no GPU.
     """
     if not path.exists() and path == PRICES:
         return Prices()
@@ -79,7 +94,22 @@ def read_prices(path: Path = PRICES) -> Prices:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{path}: {key} of {name} is {value!r}; wanted US dollars, 0 or more")
             usd[str(name), market] = float(value)
-    return Prices(usd=usd)
+    return Prices(usd=usd, gpu_bytes=_gpu_bytes(table.get("gpus") or {}, path))
+
+
+def _gpu_bytes(rows: Any, path: Path) -> dict[str, int]:
+    wanted = "wanted gpus: {A10G: {memory_gib: 22, machines: [g5.xlarge]}}"
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        raise ValueError(f"{path}: gpus is {rows!r}; {wanted}")
+    found = {}
+    for name, row in rows.items():
+        size, machines = row.get("memory_gib"), row.get("machines", [])
+        if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size < math.inf:
+            raise ValueError(f"{path}: memory_gib of {name} is {size!r}; {wanted}")
+        if not isinstance(machines, list):
+            raise ValueError(f"{path}: machines of {name} is {machines!r}; {wanted}")
+        found |= dict.fromkeys(map(str, [name, *machines]), int(size * 2**30))
+    return found
 
 
 def machine_facts(

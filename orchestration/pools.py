@@ -1,7 +1,7 @@
 """What machines a cluster has and may start, and what of a worker's request they can hold. Pure; knows no Ray."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 #: Two shares of one GPU that add up to all but this much of it count as all of it (1/3 three times).
@@ -14,12 +14,17 @@ UNKNOWN_SLOTS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Machines of one kind: how many run, and how many there may be at most (as many as run without an autoscaler)."""
+    """Machines of one kind: how many run, and how many there may be at most (as many as run without an autoscaler).
+
+    `gpu_bytes`: what one GPU of theirs holds, None where nobody knows.
+    """
 
     name: str
     resources: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
     running: int = 0
     most: int = 0
+    gpu_bytes: int | None = None
 
     def workers(self, need: Mapping[str, float]) -> int:
         """How many workers one such machine holds."""
@@ -41,6 +46,18 @@ class Offer:
     pools: tuple[Pool, ...]
     complete: bool = True
     refused: tuple[Mapping[str, float], ...] = ()
+
+    @property
+    def gpu_bytes(self) -> int | None:
+        """What the smallest GPU holds; None where there is none, one is not known, or others may be started."""
+        held = [pool.gpu_bytes for pool in self.pools if pool.resources.get("GPU")]
+        known = [one for one in held if one is not None]
+        return min(known) if self.complete and known and len(known) == len(held) else None
+
+    def workers_beside_a_gpu(self, threads: int) -> int:
+        """How many workers of so many cores find cores beside one GPU, on the machine with the fewest; 1 or more."""
+        with_gpu = [pool.resources for pool in self.pools if pool.resources.get("GPU")]
+        return max(1, min((int(has.get("CPU", 0) / has["GPU"] / threads) for has in with_gpu), default=1))
 
     def slots(self, need: Mapping[str, float]) -> int:
         """How many workers there can be at once, started or not; UNKNOWN_SLOTS where pools may not be known."""
@@ -73,34 +90,42 @@ class Offer:
 
 
 def pools_of(
-    nodes: Sequence[Mapping[str, Any]], types: Mapping[str, tuple[Mapping[str, float], int]] | None
+    nodes: Sequence[Mapping[str, Any]],
+    types: Mapping[str, Pool] | None,
+    *,
+    gpu_bytes: Callable[[Mapping[str, str], Mapping[str, float]], int | None] = lambda _labels, _resources: None,
 ) -> tuple[Pool, ...]:
     """The pools of the machines that run and of the node types on offer.
 
-    `nodes`: as `ray.nodes()` gives them. `types`: by name the resources and the most there may be; None without an
-    autoscaler. A machine belongs to the type that its label names.
+    `nodes`: as `ray.nodes()` gives them. `types`: those on offer by name, None without an autoscaler. A machine belongs
+    to the type that its label names. `gpu_bytes`: what a GPU holds of machines with such labels and resources.
     """
     alive = [node for node in nodes if node.get("Alive")]
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for node in alive:
         group = (node.get("Labels") or {}).get("ray.io/node-group") or ""
-        shape = {name: node["Resources"].get(name, 0) for name in ("CPU", "GPU")}
-        name = group if types and group in types else f"{group or 'machines'} of {shape['CPU']:g} CPU"
+        has = node["Resources"]
+        kinds = [name.partition(":")[2] for name in sorted(has) if name.startswith("accelerator_type:")]
+        shape = ", ".join([f"{has.get('CPU', 0):g} CPU", *kinds])
+        name = group if types and group in types else f"{group or 'machines'} of {shape}"
         groups.setdefault(name, []).append(node)
-    pools = [
-        Pool(name=name, resources=dict(resources), running=len(groups.pop(name, ())), most=most)
-        for name, (resources, most) in (types or {}).items()
-    ]
+    pools = [replace(pool, running=len(groups.pop(name, ()))) for name, pool in (types or {}).items()]
     for name, members in groups.items():
-        pools.append(Pool(name=name, resources=members[0]["Resources"], running=len(members), most=len(members)))
-    return tuple(pools)
+        has = {"resources": members[0]["Resources"], "labels": members[0].get("Labels") or {}}
+        pools.append(Pool(name=name, **has, running=len(members), most=len(members)))
+    return tuple(replace(pool, gpu_bytes=gpu_bytes(pool.labels, pool.resources)) for pool in pools)
 
 
-def types_of(config: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, float], int]]:
-    """The node types of a file for Ray's cluster launcher: resources, and how many there may be (the head: one)."""
+def types_of(config: Mapping[str, Any]) -> dict[str, Pool]:
+    """The node types of a file for Ray's cluster launcher, of which none is known to run (of the head there is one)."""
     head, every = config.get("head_node_type"), config.get("max_workers", 2)
     return {
-        name: (row.get("resources") or {}, 1 if name == head else row.get("max_workers", every))
+        name: Pool(
+            name=name,
+            resources=row.get("resources") or {},
+            labels=row.get("labels") or {},
+            most=1 if name == head else row.get("max_workers", every),
+        )
         for name, row in (config.get("available_node_types") or {}).items()
     }
 

@@ -1,8 +1,9 @@
 """What to do after an attempt ended: error and history in, decision out. Knows no Ray and touches nothing.
 
 Two budgets. A failure is an error that the attempt itself raised; few are allowed. A loss is an attempt that ended
-without a word (its process was killed, its machine is gone, or it hung); losses cost nothing while the trial moves
-forward. Running out of memory is neither: the trial is tried again in smaller parts, as long as there are any.
+without a word (its process was killed, its machine is gone, or it hung) or because Ray around it was gone; losses cost
+nothing while the trial moves forward. Running out of memory is neither: the trial is tried again in smaller parts, as
+long as there are any.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,14 @@ def kind(error: BaseException) -> str:
     return next((name for name in names if name in PERMANENT), names[0])
 
 
+def is_loss(error: BaseException) -> bool:
+    """Whether an error says that what runs the attempt is gone: a dead controller, head or store of Ray, another rank.
+
+    The trial did nothing wrong then, and its process can do nothing more for it: asked again, Ray says the same.
+    """
+    return not {"RayError", "RankLostError"}.isdisjoint(cls.__name__ for cls in type(error).__mro__)
+
+
 def smaller(micro_batch: int, *, recompute: bool) -> tuple[int, bool] | None:
     """The (micro_batch, recompute) to try after memory ran out: halves first, recomputing last; None at the end."""
     if micro_batch > 1:
@@ -69,7 +78,8 @@ def mean_between_losses_s(attempts: Sequence[Mapping[str, Any]], *, now: float) 
 
     One loss in BETWEEN_LOSSES_S is taken for granted, so that few attempts say little.
     """
-    worked_s = sum(attempt.get("ended", now) - attempt["started"] for attempt in attempts)
+    # A clock that was set back meanwhile gives no time, and not a negative one.
+    worked_s = sum(max(0.0, attempt.get("ended", now) - attempt["started"]) for attempt in attempts)
     losses = sum(attempt.get("outcome") == "lost" for attempt in attempts)
     return (BETWEEN_LOSSES_S + worked_s) / (1 + losses)
 

@@ -30,6 +30,7 @@ from orchestration.connection import connect, driver_resources
 from orchestration.grid import expand, load_grid
 from orchestration.ledger import read_all
 from orchestration.money import Limits
+from orchestration.needs import Room
 from orchestration.plan import Snapshot, check_trials, make_plan
 
 #: What may not be passed: seconds of planning, bytes of the driver, and our overhead over that of bare Ray Tune.
@@ -69,9 +70,7 @@ def planned(storage: FolderStorage, trials: int) -> sweep.Sweep:
         snapshot=snapshot,
         workers=None,
         threads=1,
-        gpu=False,
-        gpus_per_trial=1.0,
-        limit_bytes=None,
+        room=Room(),
         limits=Limits(),
     )
 

@@ -164,8 +164,11 @@ class Stage:
         return status
 
     def row(self, *aside: str) -> Row:
-        """The row of this fault, once the sweep is over."""
+        """The row of this fault, once the sweep is over. No fault from outside may be charged to the trial."""
         self.finish()
+        records = [self.bench.storage.get_json(key) for key in self.bench.storage.keys(f"{self.folder}/attempts")]
+        charged = [record["error"] for record in records if record.get("outcome") == "failed"]
+        self.problems += [f"an attempt counts as the trial's own failure: {error[:200]}" for error in charged]
         row = self.bench.row(
             [],
             problem="; ".join(self.problems),

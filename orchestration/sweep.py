@@ -26,8 +26,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -48,12 +48,23 @@ from helix.data.shards import CorruptShardError, Recordings
 from helix.protocol import PROFILES
 from helix.spec import to_json
 from helix.storage import FolderStorage, Storage, open_storage
-from helix.training.memory import GIB, Device, Placement, available_bytes, gib
-from orchestration.connection import ClusterError, connect, cpu_count, driver_resources, joins_cluster, offer
+from helix.training.memory import GIB, Placement, available_bytes, gib
+from orchestration.connection import (
+    ClusterError,
+    connect,
+    cpu_count,
+    driver_resources,
+    free_what_the_dead_hold,
+    joins_cluster,
+    offer,
+)
 from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
+from orchestration.lease import EXPIRY_S
 from orchestration.ledger import TrialState, read
+from orchestration.lineage import code_facts
 from orchestration.money import Limits, machine_facts, read_prices, spent_on_trial, until
-from orchestration.plan import Planned, Snapshot, check_trials, make_plan, pack, place, price
+from orchestration.needs import Need, Room, deal, need_of
+from orchestration.plan import Planned, Snapshot, check_trials, make_plan, price
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
 from orchestration.stop import ask
 from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, local_folder, without_secrets
@@ -85,11 +96,8 @@ class Sweep:
     snapshot: Snapshot
     workers: int | None
     threads: int
-    gpu: bool
-    gpus_per_trial: float
-    limit_bytes: int | None
+    room: Room
     limits: Limits
-    ranks: int = 1
 
     def missing(self) -> list[Planned]:
         """The trials that have no result yet."""
@@ -97,15 +105,21 @@ class Sweep:
         return [entry for entry in self.plan if states[entry.trial_id].status != "done"]
 
     @property
-    def need(self) -> dict[str, float]:
-        """What one worker asks the cluster for."""
-        asked = {"threads": self.threads, "gpu": self.gpu, "gpus": self.gpus_per_trial, "ranks": self.ranks}
+    def gpu(self) -> bool:
+        return self.room.device == "cuda"
+
+    def resources(self, gpus: float) -> dict[str, float]:
+        """What a worker each of whose ranks has so much of GPUs asks the cluster for."""
+        asked = {"threads": self.threads, "gpu": self.gpu, "gpus": gpus, "ranks": self.room.ranks}
         return worker_resources(asked)
 
+    def need(self, entry: Planned) -> Need:
+        """What this trial asks for, and how its step fits into that; ValueError says what would fit."""
+        return need_of(entry.trial, self.room, tokens=entry.cost.tokens)
+
     def placement(self, entry: Planned) -> Placement:
-        """How a step of this trial fits into what a rank of a worker has."""
-        device = "cuda" if self.gpu else "cpu"
-        return place(entry.trial, limit_bytes=self.limit_bytes, device=device, ranks=self.ranks)
+        """How a step of this trial fits into what a rank of its worker has."""
+        return self.need(entry).placement
 
 
 def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) -> int:
@@ -177,12 +191,12 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
         raise ValueError(f"{asked}, but this machine has {cpu_count()} cores")
     if options.workers is not None:
         _positive("--workers", options.workers)
-    if not 0 < options.gpus_per_trial <= 1:
+    if options.gpus_per_trial is not None and not 0 < options.gpus_per_trial <= 1:
         raise ValueError(
-            f"--gpus-per-trial is {options.gpus_per_trial}; wanted a share of one GPU, above 0 and at most 1 "
+            f"--gpus-per-trial is {options.gpus_per_trial}; wanted a share of one GPU, above 0 and at most 1, or auto "
             "(--ranks trains a trial on several)"
         )
-    if options.gpus_per_trial != 1 and options.device != "cuda":
+    if options.gpus_per_trial is not None and options.device != "cuda":
         raise ValueError("--gpus-per-trial shares GPUs, and this sweep trains on CPU; add --device cuda")
     ends = until(deadline=options.deadline, hours=options.hours, now=time.time())
     limits = Limits(budget_usd=options.budget_usd, ends=ends)
@@ -199,21 +213,14 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
             "--device is cuda, but torch finds no CUDA device on this machine; leave it out to train on CPU"
         )
     check_trials(trials)
-    limit_bytes = memory_limit(options, trials=len(trials))
+    room = room_here(options, trials=len(trials))
     data, partial = trials[0].spec.data, options.allow_partial
     if options.dry_run:
         recordings = rehearsed_data(data, source=options.source, storage=storage, allow_partial=partial)
-        _print_plan(
-            options.grid,
-            grid,
-            trials,
-            recordings,
-            storage,
-            console,
-            limit_bytes=limit_bytes,
-            device=options.device,
-            ranks=options.ranks,
-        )
+        if options.device == "cuda" and joins_cluster():  # only the cluster knows its GPUs
+            connect(storage_named=storage_named)
+            room = room.on(offer(prices), threads=options.threads)
+        _print_plan(options.grid, grid, trials, recordings, storage, console, room=room)
         return None
     check_listing(trials, source=options.source, allow_partial=partial)
     storage.check_writable()
@@ -243,11 +250,8 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
         ),
         workers=options.workers,
         threads=options.threads,
-        gpu=options.device == "cuda",
-        gpus_per_trial=options.gpus_per_trial,
-        limit_bytes=limit_bytes,
+        room=room,
         limits=limits,
-        ranks=options.ranks,
     )
 
 
@@ -278,10 +282,21 @@ def train(
     why the sweep stopped before its end, if it did. `trainer`: what the workers call in place of `fit`. Raises
     ClusterError where no machine could ever hold a worker.
     """
-    on_offer = offer()
-    if problem := on_offer.impossible(sweep.need):
-        raise ClusterError(problem)
-    slots = sweep.workers or min(on_offer.slots(sweep.need), len(missing))
+    on_offer = offer(sweep.snapshot.prices)
+    sweep = replace(sweep, room=sweep.room.on(on_offer, threads=sweep.threads))
+    try:
+        needs = {entry.trial_id: sweep.need(entry) for entry in missing}
+    except ValueError as error:  # what its own GPUs hold only a cluster says
+        raise ClusterError(str(error)) from error
+    for gpus in sorted({need.gpus for need in needs.values()}):
+        if problem := on_offer.impossible(sweep.resources(gpus)):
+            raise ClusterError(problem)
+    dealt = deal(
+        [(entry, needs[entry.trial_id].gpus) for entry in missing],
+        slots=lambda gpus: on_offer.slots(sweep.resources(gpus)),
+        device=sweep.room.device,
+        workers=sweep.workers,
+    )
     sweep_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     # Ray's folder holds nothing that a later sweep reads: results, rows and checkpoints are in our own storage. The
     # machines of a cluster have to share it; pyarrow, which reads it for Ray, takes its endpoint from the environment.
@@ -296,16 +311,17 @@ def train(
         {
             "sweep_id": sweep_id,
             "data": sweep.recordings.prepared.prefix,
-            "trial_ids": [entry.trial_id for entry in entries],
-            "specs": [to_json(entry.trial.spec) for entry in entries],
-            "placements": [_cut(sweep.placement(entry)) for entry in entries],
+            "trial_ids": [entry.trial_id for entry in pack.entries],
+            "specs": [to_json(entry.trial.spec) for entry in pack.entries],
+            "placements": [_cut(needs[entry.trial_id].placement) for entry in pack.entries],
             "threads": sweep.threads,
             "gpu": sweep.gpu,
-            "gpus": sweep.gpus_per_trial,
-            "ranks": sweep.ranks,
+            "gpus": pack.gpus,
+            "ranks": sweep.room.ranks,
             "scratch": scratch,
+            "code": code_facts(),
         }
-        for entries in pack(missing, workers=slots)
+        for pack in dealt.packs
     ]
     packs_key = f"sweeps/{sweep_id}/packs"
     found = []
@@ -313,10 +329,12 @@ def train(
         key = f"{packs_key}/{number:05d}.json"
         sweep.storage.put_json(key, one)
         found.append({"storage": repr(sweep.storage), "key": key, "trainer": trainer})
-    guard = Guard(sweep, sweep_id, workers=len(packs))
+    wanted = [(sweep.resources(gpus), dealt.waiting(gpus)) for gpus in sorted({pack.gpus for pack in dealt.packs})]
+    guard = Guard(sweep, sweep_id, wanted=wanted)
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(drive, driver_resources()),
         param_space={"pack": ray.tune.grid_search(found)},
+        tune_config=ray.tune.TuneConfig(max_concurrent_trials=dealt.at_once),
         run_config=ray.tune.RunConfig(
             name="tune",
             storage_path=scratch,
@@ -343,14 +361,16 @@ def train(
 
 
 class Guard(ray.tune.Stopper):
-    """Watches a sweep while Ray Tune runs it: what it waits for, whether that can ever come, and its limits.
+    """Watches a sweep while Ray Tune runs it: what it waits for, whether that can ever come, and its limits. What a
+    killed process of it still holds, it gives back.
 
     When a limit is reached the workers are asked through the storage to save and leave; once no attempt is under way,
     or after GRACE_S, what has not started by then is cancelled.
     """
 
-    def __init__(self, sweep: Sweep, sweep_id: str, *, workers: int):
-        self.sweep, self.sweep_id, self.workers = sweep, sweep_id, workers
+    def __init__(self, sweep: Sweep, sweep_id: str, *, wanted: Sequence[tuple[dict[str, float], int]]):
+        """`wanted`: what workers ask for, and how many that ask so may be waited for at once."""
+        self.sweep, self.sweep_id, self.wanted = sweep, sweep_id, wanted
         self.stopped: str | None = None
         self.impossible: str | None = None
         self._waiting, self._cancel, self._asked_at = "", False, 0.0
@@ -389,12 +409,16 @@ class Guard(ray.tune.Stopper):
                 logger.warning("the limits of the sweep could not be looked at just now (%s)", error)
 
     def _look(self) -> None:
-        on_offer, now = offer(), time.time()
+        free_what_the_dead_hold()
+        on_offer, now = offer(self.sweep.snapshot.prices), time.time()
         states = self.sweep.snapshot.states()
         attempts = [one for state in states.values() for one in state.attempts if one["sweep_id"] == self.sweep_id]
         under_way = any("ended" not in one for one in attempts)
-        self._waiting = "" if under_way or self.stopped else on_offer.waiting(self.sweep.need, workers=self.workers)
-        self.impossible = self.impossible or (None if attempts else on_offer.impossible(self.sweep.need))
+        waits = (on_offer.waiting(need, workers=workers) for need, workers in self.wanted)
+        waiting = next(filter(None, waits), "") or held_elsewhere(states.values())
+        self._waiting = "" if under_way or self.stopped else waiting
+        if self.impossible is None and not attempts:
+            self.impossible = next(filter(None, (on_offer.impossible(need) for need, _ in self.wanted)), None)
         if self.impossible:
             self._cancel = True
         if self.stopped is None:
@@ -409,28 +433,41 @@ class Guard(ray.tune.Stopper):
             self._cancel = True
 
 
+def held_elsewhere(states: Iterable[TrialState]) -> str:
+    """What to say of trials that others work on, to a sweep that works on none: "" where there are none."""
+    others = sum(state.status == "running" for state in states)
+    return (
+        f"{others} of the trials {'are' if others > 1 else 'is'} worked on by another sweep; where that was killed on "
+        f"another machine, this one takes over after {EXPIRY_S:.0f} s of silence"
+        if others
+        else ""
+    )
+
+
 def _cut(placement: Placement) -> dict[str, Any]:
     """What the worker has to know of a placement."""
     return {name: getattr(placement, name) for name in ("micro_batch", "recompute", "compact")}
 
 
-def memory_limit(options: argparse.Namespace, *, trials: int) -> int | None:
-    """What one rank of a worker may hold, in bytes; None where nobody knows, as on a cluster without this machine.
+def room_here(options: argparse.Namespace, *, trials: int) -> Room:
+    """What workers may have, as far as this machine knows: of a cluster it knows nothing yet.
 
-    On a CPU the workers of this machine share what it has left; of a GPU it has its share.
+    On a CPU the workers of this machine share what it has left; of a GPU each has its share.
     """
+    room = Room(device=options.device, gpus=options.gpus_per_trial, ranks=options.ranks)
     if options.memory_gib is not None:
         if not 0 < options.memory_gib < math.inf:
             raise ValueError(f"--memory-gib is {options.memory_gib}; wanted a positive number")
-        return int(options.memory_gib * GIB)
+        room = replace(room, limit_bytes=int(options.memory_gib * GIB))
     if joins_cluster():
-        return None
+        return room
     if options.device == "cuda":
-        if not torch.cuda.is_available():
-            return None
-        return int(torch.cuda.get_device_properties(0).total_memory * options.gpus_per_trial)
+        gpus = range(torch.cuda.device_count())
+        smallest = min(torch.cuda.get_device_properties(number).total_memory for number in gpus)
+        return replace(room, gpu_bytes=smallest, most=max(1, cpu_count() // len(gpus) // options.threads))
     workers = options.workers or max(1, cpu_count() // (options.threads * options.ranks))
-    return available_bytes() // (min(workers, trials) * options.ranks)
+    shared = available_bytes() // (min(workers, trials) * options.ranks)
+    return replace(room, limit_bytes=room.limit_bytes or shared)
 
 
 class RayMessages(io.TextIOBase):
@@ -456,7 +493,6 @@ def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int
     """Bring MLflow up to date, write the report, print the table and where to look. Returns the exit code."""
     view = sweep.snapshot()
     tracker = Tracker(sweep.storage)
-    problem = attempt_replay(tracker, view)
 
     def write(folder: Path) -> tuple[Path, ...]:
         page = folder / f"{view.grid}.html"
@@ -464,6 +500,7 @@ def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int
         return page, *write_tables(report_tables(view), page.with_suffix(""))
 
     report = put_reports(sweep.storage, write)[0]
+    problem = attempt_replay(tracker, view, report)
     console.print(summary_table(view))
     states = [(cell.variant, trial) for cell, trial in view.trials()]
     undone = [(variant, trial) for variant, trial in states if trial.state.status != "done"]
@@ -487,6 +524,11 @@ def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int
         console.print(f"MLflow:  {shlex.join(command)}    then open http://127.0.0.1:5000", markup=False)
     else:
         console.print(f"MLflow:  {without_secrets(tracker.uri)}", markup=False)
+    if not problem:
+        at = "http://127.0.0.1:5000" if tracker.uri.startswith("sqlite:") else without_secrets(tracker.uri)
+        for links in tracker.compare_links(view).values():
+            for what, link in links.items():
+                console.print(f"{what + ':':9}{at.rstrip('/')}/{link}", markup=False)
     if not undone:
         return 0
     return STOPPED if stopped is not None else SOME_FAILED
@@ -507,9 +549,7 @@ def _print_plan(
     storage: Storage,
     console: Console,
     *,
-    limit_bytes: int | None,
-    device: Device,
-    ranks: int,
+    room: Room,
 ) -> None:
     """What the grid asks and what each trial costs and how it stands; steps and ids need the prepared data."""
     console.print(grid.question.strip() + "\n", markup=False)
@@ -529,8 +569,9 @@ def _print_plan(
     for trial, size in prices:
         name, steps, state = known[trial.label]
         # What is done is not trained again, so it has not to fit.
-        limit = None if state.startswith("done") else limit_bytes
-        placement = place(trial, limit_bytes=limit, device=device, ranks=ranks)
+        fits = replace(room, limit_bytes=None, gpu_bytes=None) if state.startswith("done") else room
+        need = need_of(trial, fits, tokens=size.tokens)
+        placement = need.placement
         rows.append(
             {
                 "variant": trial.variant.name,
@@ -541,22 +582,25 @@ def _print_plan(
                 "tokens": f"{size.tokens:,}",
                 "memory": gib(placement.predicted.peak_bytes),
                 "at a time": _pieces(placement),
+                "asks for": "" if room.device == "cpu" or state.startswith("done") else str(need),
                 "steps": steps,
                 "state": state,
             }
         )
-    if not any(row["at a time"] for row in rows):
-        rows = [{heading: row[heading] for heading in row if heading != "at a time"} for row in rows]
+    empty = {heading for heading in ("at a time", "asks for") if not any(row[heading] for row in rows)}
+    rows = [{heading: row[heading] for heading in row if heading not in empty} for row in rows]
     for heading in rows[0]:
         numeric = heading in ("parameters", "tokens", "memory", "steps")
         table.add_column(heading, no_wrap=True, justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*row.values())
     console.print(table)
+    limit_bytes = room.limit(1.0 if room.gpus is None else room.gpus)
+    holder = "a worker" if room.device == "cpu" or room.gpus is not None else "one with a whole GPU"
     console.print(
         "memory: not checked, since what a worker has is not known here; --memory-gib says it"
         if limit_bytes is None
-        else f"memory: the predicted peak of a step; a worker may hold {gib(limit_bytes)} with the process itself"
+        else f"memory: the predicted peak of a step; {holder} may hold {gib(limit_bytes)} with the process itself"
     )
     if recordings is None:
         console.print(f"--source prepares {trials[0].spec.data.dataset}; ids and steps are known then")
@@ -578,7 +622,7 @@ def _check_ranks(options: argparse.Namespace, trials: Sequence[Trial]) -> None:
     smallest = min(trial.spec.training.batch_size for trial in trials)
     if _positive("--ranks", options.ranks) > smallest:
         raise ValueError(f"--ranks is {options.ranks}, but a batch has {smallest} clips; each rank needs one")
-    if options.ranks > 1 and options.gpus_per_trial != 1:
+    if options.ranks > 1 and options.gpus_per_trial not in (None, 1):
         raise ValueError("--ranks gives a trial several whole GPUs, and --gpus-per-trial a share of one; leave one out")
 
 
@@ -620,10 +664,11 @@ def parser(prog: str = "sweep.py") -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--gpus-per-trial",
-        type=float,
-        default=1.0,
+        type=gpu_share,
+        default=None,
         metavar="SHARE",
-        help="the share of a GPU that a worker has, so that several run side by side on one (default: 1)",
+        help="the share of a GPU that a worker has, so that several run side by side on one (default: auto, what each "
+        "trial needs of the smallest GPU on offer)",
     )
     parser.add_argument(
         "--ranks",
@@ -674,6 +719,14 @@ def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,2") from error
+
+
+def gpu_share(text: str) -> float | None:
+    """A number, or None for auto; argparse tells the user where it is neither."""
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a share of a GPU such as 0.5 nor auto") from error
 
 
 def names(text: str) -> list[str]:

@@ -1,26 +1,44 @@
 """Storage -> MLflow: one run per trial under one parent run per cell. A view that can be replayed at any time.
 
 What MLflow shows is computed from storage alone. A run is found again by its tag, finished rows are counted by a tag,
-and a row's points carry the time at which the row was made, so that points which are sent twice are one point.
+and a row's points carry the time at which the row was made, so that points which are sent twice are one point. Which
+run is a trial's is agreed on in the storage (orchestration/once.py), so that two replays at once make one.
+
+    experiment helix-<data set>
+      <variant>                    a cell: mean, std, interval and n over its trials; confusion.csv
+        <variant> fold 1 seed 0    a trial: params, a point per epoch, system metrics, data set, spec.json,
+                                   confusion.csv; model/ where it is the best of its cell
+      report of <grid>             what a grid found: the report, certificates/
 """
 
+import csv
 import hashlib
+import io
+import json
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
+from mlflow.exceptions import MlflowException
 
 from dashboards.summary import SELECTIONS, CellSummary, statistic, summarise
 from dashboards.view import CellView, SweepView, TrialView
+from helix.data.shards import Prepared, find
+from helix.statistics import CONFIDENCE, t_test
 from helix.storage import FolderStorage, Storage, json_bytes
+from orchestration.lineage import UNKNOWN
+from orchestration.model_store import best_weights_sha256, register
+from orchestration.once import made_once
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +48,26 @@ BATCH = 1000
 #: Values of a row that become metrics, in percent where they are accuracies.
 ACCURACIES = ("train_accuracy", "test_accuracy", "validation_accuracy")
 PLAIN = ("train_loss", "test_loss", "validation_loss", "lr", "seconds")
+
+#: What the metrics of the interval of a cell's mean are called.
+INTERVAL = f"ci{100 * CONFIDENCE:.0f}"
+
+#: The columns that the printed address of the run list opens with, and the tag by which MLflow's UI finds them.
+COLUMNS = (
+    "attributes.`Dataset`",
+    *(f"metrics.`{name}`" for name in ("best_test_accuracy", "best_test_accuracy_std", "validation_accuracy", "n")),
+    *(f"params.`{name}`" for name in ("frontend", "pattern", "fold", "seed", "parameters", "tokens", "profile")),
+)
+SHARED_VIEW = "mlflow.sharedViewState."
+VIEW_KEY = "helix"
+#: The menu of MLflow's UI for training; it opens with the one for language models.
+MENU = "workflowType=machine_learning"
+
+#: What is remembered of a result.
+KEPT = ("accuracy", "finished", "classes", "confusion", "selected_confusion", "selected_epoch")
+
+#: So many characters of the manifest's sha256 are a data set's digest, of which MLflow keeps 36 at most.
+DIGEST = 16
 
 #: The state of a trial -> what MLflow calls it.
 STATUS = {"done": "FINISHED", "running": "RUNNING", "failed": "FAILED", "partial": "KILLED"}
@@ -58,47 +96,116 @@ class Tracker:
         # A server that is down must cost the sweep seconds and not the minutes of MLflow's default retries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        # The terminal belongs to the live view.
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         for name in ("alembic", "mlflow"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", message=".*An input example was not provided")
         self.storage, self.uri = storage, tracking_uri(storage)
         self._client: MlflowClient | None = None
-        self._runs: dict[str, dict[str, Run]] = {}
-        self._settled: set[str] = set()
+        self._specs: dict[str, dict[str, Any]] = {}
         self._cells: dict[str, str] = {}
-        self._finished: dict[str, dict[str, float]] = {}
+        self._finished: dict[str, dict[str, Any]] = {}
+        self._prepared: dict[str, Prepared | None] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is remembered of MLflow; what is remembered of finished trials stays true."""
+        self._runs: dict[str, dict[str, Run]] = {}
+        self._databases: dict[str, str] = {}
+        self._settled: set[str] = set()
+        #: Of how many trials the best one of each cell is registered, by the run of the cell.
+        self._registered: dict[str, int] = {}
+        #: The runs of the cells that were replayed, by data set and variant.
+        self._parents: dict[tuple[str, str], str] = {}
 
     def replay(self, view: SweepView) -> None:
         """Send everything that MLflow lacks. Raises whatever MLflow raises; calling again continues."""
         client = self._client = self._client or MlflowClient(self.uri)
-        for summary in summarise(view):
-            experiment = self._experiment(client, summary.cell.dataset)
-            begun = [trial for trial in summary.cell.trials if trial.state.status != "missing"]
-            if not begun:
+        try:
+            for summary in summarise(view):
+                self._replay_cell(client, view, summary)
+        except Exception:
+            self._forget()  # a run may have been deleted by hand: the next replay looks again
+            raise
+
+    def publish(self, view: SweepView, report: Path) -> None:
+        """Put the report of a grid, and the certificates of its trials, into a run beside its cells."""
+        client = self._client = self._client or MlflowClient(self.uri)
+        for dataset in dict.fromkeys(cell.dataset for cell in view.cells):
+            experiment = self._experiment(client, dataset)
+            tags = {"helix.level": "report", "helix.grid": view.grid}
+            run = self._run(client, experiment, f"report-{view.grid}", f"report of {view.grid}", tags, view.created)
+            client.log_artifact(run.info.run_id, str(report))
+            ours = {trial.trial_id for cell, trial in view.trials() if cell.dataset == dataset}
+            for certificate in view.certificates:
+                if certificate.get("trial_id") in ours:
+                    name = f"certificates/{certificate['certificate_id']}.json"
+                    client.log_dict(run.info.run_id, certificate, name)
+            links = self.compare_links(view).get(dataset, {})
+            told = [f"{view.question.strip()}", f"`{view.command}`", "report.html is under Artifacts."]
+            told += [f"[{what}]({link})" for what, link in links.items()]
+            self._tag(client, run, "mlflow.note.content", "\n\n".join(told))
+            client.set_terminated(run.info.run_id, "FINISHED")
+
+    def compare_links(self, view: SweepView) -> dict[str, dict[str, str]]:
+        """For each data set the fragments of MLflow's UI that compare the cells of the view and list their runs."""
+        found: dict[str, dict[str, str]] = {}
+        for dataset in dict.fromkeys(cell.dataset for cell in view.cells):
+            experiment = next(
+                (one for one, name in self._databases.items() if name.startswith(f"helix-{dataset}-")), ""
+            )
+            cells = [self._parents.get((dataset, cell.variant), "") for cell in view.cells if cell.dataset == dataset]
+            runs = [run for run in cells if run]
+            if experiment and runs:
+                links = {"runs": f"#/experiments/{experiment}/runs?viewStateShareKey={VIEW_KEY}&{MENU}"}
+                if len(runs) > 1:
+                    asked = {"runs": runs, "experiments": [experiment]}
+                    query = "&".join(f"{key}={quote(json_bytes(value), safe='')}" for key, value in asked.items())
+                    links = {"compare": f"#/compare-runs?{query}&{MENU}", **links}
+                found[dataset] = links
+        return found
+
+    def _replay_cell(self, client: MlflowClient, view: SweepView, summary: CellSummary) -> None:
+        begun = [trial for trial in summary.cell.trials if trial.state.status != "missing"]
+        experiment = self._experiment(client, summary.cell.dataset)
+        parent, described = None, None
+        for trial in begun:
+            described = self._described(trial.trial_id)
+            if described is None:
                 continue
-            parent = None
-            for trial in begun:
-                described = self.storage.get_json(f"trials/{trial.trial_id}/spec.json")
-                if described is None:
-                    continue
-                parent = parent or self._cell(client, experiment, view, summary, described)
-                self._trial(client, experiment, view, summary.cell, trial, parent, described)
-            if parent is not None:
-                self._summary(client, view, parent)
+            parent = parent or self._cell(client, experiment, view, summary, described)
+            self._trial(client, experiment, view, summary.cell, trial, parent, described)
+        if parent is not None:
+            self._parents[summary.cell.dataset, summary.cell.variant] = parent.info.run_id
+            self._summary(client, experiment, view, summary, parent)
 
     def _experiment(self, client: MlflowClient, dataset: str) -> str:
         name = f"helix-{dataset}"
         found = client.get_experiment_by_name(name)
-        if found is not None:
-            experiment = found.experiment_id
-        else:
+        if found is None:
             local = self.uri.startswith("sqlite:")
-            experiment = client.create_experiment(
-                name,
-                artifact_location=(local_folder(self.storage) / "mlflow-artifacts").as_uri() if local else None,
-                # Without this tag the UI opens in a view for language models, which shows no metrics.
-                tags={"mlflow.experimentKind": "custom_model_development"},
-            )
+            shown = {"searchFilter": "", "orderByKey": "attributes.start_time", "orderByAsc": True}
+            try:
+                client.create_experiment(
+                    name,
+                    artifact_location=(local_folder(self.storage) / "mlflow-artifacts").as_uri() if local else None,
+                    tags={
+                        # Without this tag the UI opens in a view for language models, which shows no metrics.
+                        "mlflow.experimentKind": "custom_model_development",
+                        f"{SHARED_VIEW}{VIEW_KEY}": json.dumps({**shown, "selectedColumns": COLUMNS}),
+                    },
+                )
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another replay was quicker
+                    raise
+            found = client.get_experiment_by_name(name)
+            assert found is not None, name
+        experiment = found.experiment_id
         if experiment not in self._runs:
+            # A database that was lost and made anew has other runs under the same address.
+            self._databases[experiment] = f"{name}-{experiment}-{found.creation_time}"
             self._runs[experiment] = _runs_by_key(client, experiment)
         return experiment
 
@@ -107,22 +214,53 @@ class Tracker:
     ) -> Run:
         """The run whose tag helix.key is `key`, made now if there is none."""
         runs = self._runs[experiment]
-        if key not in runs:
-            tags = {"helix.key": key, "mlflow.runName": name, "mlflow.source.name": "helix", **tags}
-            runs[key] = client.create_run(experiment, start_time=int(start * 1000), run_name=name, tags=tags)
+        if key in runs:
+            return runs[key]
+        tags = {"helix.key": key, "mlflow.runName": name, "mlflow.source.name": "helix", **tags}
+
+        def made() -> str:
+            return client.create_run(experiment, start_time=int(start * 1000), run_name=name, tags=tags).info.run_id
+
+        def tagged() -> str | None:
+            asked = f"tags.`helix.key` = '{key}'"
+            found = client.search_runs([experiment], asked, ViewType.ACTIVE_ONLY, order_by=["start_time"])
+            return found[0].info.run_id if found else None
+
+        def lives(run_id: str) -> bool:
+            try:
+                return client.get_run(run_id).info.lifecycle_stage == "active"
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return False
+
+        run_id = made_once(
+            self.storage,
+            f"{self._databases[experiment]}/runs/{key}",
+            find=tagged,
+            make=made,
+            remove=client.delete_run,
+            lives=lives,
+        )
+        runs[key] = client.get_run(run_id)
         return runs[key]
 
     def _cell(
         self, client: MlflowClient, experiment: str, view: SweepView, summary: CellSummary, described: dict[str, Any]
     ) -> Run:
         key = f"cell-{cell_id(described)}"
-        new = key not in self._runs[experiment]
         attempts = [attempt["started"] for trial in summary.cell.trials for attempt in trial.state.attempts]
         started = min(attempts, default=time.time())
         run = self._run(client, experiment, key, summary.cell.variant, {"helix.level": "cell"}, started)
-        if new:
-            client.log_batch(run.info.run_id, params=_params(view, summary.cell, described))
+        if not run.data.params:
+            self._begin(client, run, _params(view, summary.cell, described), described)
         return run
+
+    def _begin(self, client: MlflowClient, run: Run, params: Sequence[Param], described: dict[str, Any]) -> None:
+        """What does not change of a run: its data set, then its params, whose presence tells that both are there."""
+        client.log_inputs(run.info.run_id, [self._dataset(described)])
+        client.log_batch(run.info.run_id, params=params)
+        run.data.params.update({param.key: param.value for param in params})
 
     def _trial(
         self,
@@ -137,15 +275,18 @@ class Tracker:
         if trial.trial_id in self._settled:
             return
         state = trial.state
-        new = trial.trial_id not in self._runs[experiment]
         tags = {"mlflow.parentRunId": parent.info.run_id, "helix.level": "trial", "helix.trial_id": trial.trial_id}
         name = f"{cell.variant} fold {trial.fold} seed {trial.seed}"
         started = state.attempts[0]["started"] if state.attempts else time.time()
         run = self._run(client, experiment, trial.trial_id, name, tags, started)
         run_id = run.info.run_id
-        if new:
+        if not run.data.params:
             own = [Param("fold", str(trial.fold)), Param("seed", str(trial.seed))]
-            client.log_batch(run_id, params=[*_params(view, cell, described), *own])
+            self._begin(client, run, [*_params(view, cell, described), *own], described)
+        lineage = _lineage(state.attempts)
+        if lineage.items() - run.data.tags.items():
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in lineage.items()])
+            run.data.tags.update(lineage)
         sent = int(run.data.tags.get("helix.rows", 0))
         if sent < len(state.rows):
             metrics = [metric for row in state.rows[sent:] for metric in _metrics(row)]
@@ -168,43 +309,143 @@ class Tracker:
             else:
                 client.set_terminated(run_id, STATUS[state.status], end_time=end)
             self._tag(client, run, "helix.status", state.status)
-        if state.status == "done":
+        if state.result is not None:
+            if "helix.confusion" not in run.data.tags:  # it is told last of all
+                self._files(client, run, state.result, described)
             self._settled.add(trial.trial_id)
 
-    def _summary(self, client: MlflowClient, view: SweepView, parent: Run) -> None:
-        """Mean, standard deviation and n over every finished trial of the cell, whichever sweep trained it."""
-        found = self._accuracies(parent.data.tags["helix.key"])
-        state = f"{len(found)} {view.std}"
-        if not found or parent.data.tags.get("helix.summary") == state:
-            return
-        now = int(time.time() * 1000)
-        # The compare page of the UI opens with the metric that was logged first.
-        values: dict[str, float | None] = {}
-        for rule in SELECTIONS:
-            over = statistic([accuracy[rule] for accuracy in found], view.std)
-            values[f"{rule}_accuracy"], values[f"{rule}_accuracy_std"] = _percent(over.mean), _percent(over.std)
-        values["n"] = len(found)
-        metrics = [Metric(name, value, now, len(found)) for name, value in values.items() if value is not None]
-        client.log_batch(parent.info.run_id, metrics=metrics)
-        client.set_terminated(parent.info.run_id, "FINISHED")
-        self._tag(client, parent, "helix.summary", state)
+    def _files(self, client: MlflowClient, run: Run, result: dict[str, Any], described: dict[str, Any]) -> None:
+        """What a finished trial leaves in files: its resolved spec, and what it took for what."""
+        client.log_dict(run.info.run_id, described, "spec.json")
+        triples, of = confusion_of(result)
+        client.log_text(run.info.run_id, confusion_csv(triples, self._classes(described, result)), "confusion.csv")
+        self._tag(client, run, "helix.confusion", of)
 
-    def _accuracies(self, key: str) -> list[dict[str, float]]:
-        """The accuracies of every finished trial in storage whose cell is `key`; what is read once is remembered."""
+    def _summary(
+        self, client: MlflowClient, experiment: str, view: SweepView, summary: CellSummary, parent: Run
+    ) -> None:
+        """Mean, spread, interval and n over every finished trial of the cell, whichever sweep trained it; its files."""
+        found = self._results(parent.data.tags["helix.key"])
+        if not found:
+            return
+        state = f"{len(found)} {view.std}"
+        if parent.data.tags.get("helix.summary") != state:
+            # Of the storage and not of the clock, so that replays at once send the same points.
+            when = int(max(result["finished"] for result in found.values()) * 1000)
+            # The compare page of the UI opens with the metric that was logged first.
+            values: dict[str, float | None] = {}
+            for rule in SELECTIONS:
+                accuracies = [result["accuracy"][rule] for result in found.values()]
+                over, tested = statistic(accuracies, view.std), t_test(accuracies)
+                values[f"{rule}_accuracy"], values[f"{rule}_accuracy_std"] = _percent(over.mean), _percent(over.std)
+                values[f"{rule}_accuracy_{INTERVAL}_low"] = _percent(tested.low)
+                values[f"{rule}_accuracy_{INTERVAL}_high"] = _percent(tested.high)
+            values["n"] = len(found)
+            metrics = [Metric(name, value, when, len(found)) for name, value in values.items() if value is not None]
+            client.log_batch(parent.info.run_id, metrics=metrics)
+            triples, of = _pooled_confusion(list(found.values()))
+            first = next(iter(found))
+            names = self._classes(self._specs[first], found[first])
+            client.log_text(parent.info.run_id, confusion_csv(triples, names), "confusion.csv")
+            self._tag(client, parent, "helix.confusion", of)
+            self._tag(client, parent, "helix.interval", f"Student's t over {len(found)} trials, {CONFIDENCE:.0%}")
+            client.set_terminated(parent.info.run_id, "FINISHED", end_time=when)
+            self._tag(client, parent, "helix.summary", state)
+        if all(trial.state.status == "done" for trial in summary.cell.trials):
+            if self._registered.get(parent.info.run_id) == len(found):
+                return
+            try:
+                self._best(client, experiment, view, summary.cell, parent, found)
+            except ValueError as error:  # the weights are damaged where they are stored; helix verify says so too
+                self._tag(client, parent, "helix.model", f"none: {error}"[:5000])
+            self._registered[parent.info.run_id] = len(found)
+
+    def _best(
+        self,
+        client: MlflowClient,
+        experiment: str,
+        view: SweepView,
+        cell: CellView,
+        parent: Run,
+        found: dict[str, dict[str, Any]],
+    ) -> None:
+        """Register the best weights of a cell whose trials are all done: one version, however often this is asked."""
+        ours = [name for name in sorted(found) if name in self._runs[experiment]]
+        name = max(ours, key=lambda name: found[name]["accuracy"][view.select], default=None)
+        sha256 = None if name is None else best_weights_sha256(self.storage, name)
+        if name is None or sha256 is None or parent.data.tags.get("helix.model_sha256") == sha256:
+            return
+        described, value = self._specs[name], found[name]["accuracy"][view.select]
+        model = f"{client.get_experiment(experiment).name}-{cell.variant}-{cell_id(described)[:8]}"
+        text = (
+            f"{cell.variant} on {cell.dataset}. The alias `best` is that of {len(ours)} trials which has the highest "
+            f"{view.select} accuracy on its own test fold: {value:.2%}, flattered by being the best of several. Takes "
+            "the bytes of a WAV, FLAC or Ogg file in the column `wav`, or a path in `path`."
+        )
+        version = register(
+            client,
+            self.storage,
+            database=self._databases[experiment],
+            name=model,
+            run=self._runs[experiment][name],
+            described=described,
+            classes=self._classes(described, found[name]),
+            text=text,
+        )
+        self._tag(client, parent, "helix.model", f"models:/{model}/{version}")
+        self._tag(client, parent, "helix.model_sha256", sha256)
+
+    def _results(self, key: str) -> dict[str, dict[str, Any]]:
+        """The results of every finished trial of the cell `key` in storage, by id; what is read once is remembered."""
         for name in self.storage.children("trials"):
-            if name not in self._cells:
-                described = self.storage.get_json(f"trials/{name}/spec.json")
-                if described is not None:
-                    self._cells[name] = f"cell-{cell_id(described)}"
-        for name in [name for name, cell in self._cells.items() if cell == key and name not in self._finished]:
+            self._described(name)
+        ours = {name for name, cell in self._cells.items() if cell == key}
+        for name in ours - self._finished.keys():
             result = self.storage.get_json(f"trials/{name}/result.json")
             if result is not None:
-                self._finished[name] = result["accuracy"]
-        return [accuracy for name, accuracy in sorted(self._finished.items()) if self._cells[name] == key]
+                self._finished[name] = {item: result[item] for item in KEPT if item in result}
+        return {name: self._finished[name] for name in sorted(ours & self._finished.keys())}
+
+    def _described(self, name: str) -> dict[str, Any] | None:
+        """The spec.json of a trial, which never changes; None where it was not put yet."""
+        if name not in self._specs:
+            described = self.storage.get_json(f"trials/{name}/spec.json")
+            if described is None:
+                return None
+            self._specs[name], self._cells[name] = described, f"cell-{cell_id(described)}"
+        return self._specs[name]
+
+    def _data(self, described: dict[str, Any]) -> Prepared | None:
+        """The prepared data that a trial was trained on; None where it is no longer in the storage."""
+        sha256, data = described["data_manifest"], described["spec"]["data"]
+        if sha256 not in self._prepared:
+            prepared = find(self.storage, data["dataset"], data["options"])
+            self._prepared[sha256] = next((one for one in prepared if one.manifest_sha256 == sha256), None)
+        return self._prepared[sha256]
+
+    def _classes(self, described: dict[str, Any], result: dict[str, Any]) -> list[str]:
+        """The names of the classes, or their numbers where the data is gone."""
+        prepared = self._data(described)
+        return list(map(str, prepared.manifest["classes"] if prepared else range(result["classes"])))
+
+    def _dataset(self, described: dict[str, Any]) -> DatasetInput:
+        prepared = self._data(described)
+        manifest = prepared.manifest if prepared else {}
+        place = f"{self.storage!r}/{prepared.prefix}" if prepared else "no longer in the storage"
+        profile = {key: manifest[key] for key in ("recordings", "seconds", "licence", "partial") if key in manifest}
+        dataset = Dataset(
+            name=described["spec"]["data"]["dataset"],
+            digest=described["data_manifest"][:DIGEST],
+            source_type="helix shards",
+            source=json.dumps({"uri": place, "manifest_sha256": described["data_manifest"]}),
+            profile=json.dumps(profile),
+        )
+        return DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", "training and test")])
 
     def _tag(self, client: MlflowClient, run: Run, key: str, value: str) -> None:
-        client.set_tag(run.info.run_id, key, value)
-        run.data.tags[key] = value
+        if run.data.tags.get(key) != value:
+            client.set_tag(run.info.run_id, key, value)
+            run.data.tags[key] = value
 
 
 class BackgroundTracker:
@@ -234,10 +475,12 @@ class BackgroundTracker:
             self.problem = attempt_replay(self.tracker, view)
 
 
-def attempt_replay(tracker: Tracker, view: SweepView) -> str | None:
-    """Replay once; None, or what was wrong in one line. The rows stay in storage either way."""
+def attempt_replay(tracker: Tracker, view: SweepView, report: Path | None = None) -> str | None:
+    """Replay once, and publish the report; None, or what was wrong in one line. All of it stays in storage anyway."""
     try:
         tracker.replay(view)
+        if report is not None:
+            tracker.publish(view, report)
     except Exception as error:  # MLflow is a view: none of its troubles may stop a sweep
         logger.debug("MLflow replay failed", exc_info=True)
         return without_secrets(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")[:200]
@@ -255,7 +498,7 @@ def cell_id(described: dict[str, Any]) -> str:
 
 def _runs_by_key(client: MlflowClient, experiment: str) -> dict[str, Run]:
     """Every run of ours in an experiment, by its tag helix.key."""
-    runs: dict[str, Run] = {}
+    found: dict[str, list[Run]] = {}
     token = None
     while True:
         page = client.search_runs(
@@ -267,10 +510,11 @@ def _runs_by_key(client: MlflowClient, experiment: str) -> dict[str, Run]:
         )
         for run in page:
             if "helix.key" in run.data.tags:
-                runs.setdefault(run.data.tags["helix.key"], run)
+                found.setdefault(run.data.tags["helix.key"], []).append(run)
         token = page.token
         if not token:
-            return runs
+            # Of two that replays just made at once, one is about to go: the storage knows which.
+            return {key: runs[0] for key, runs in found.items() if len(runs) == 1}
 
 
 def _params(view: SweepView, cell: CellView, described: dict[str, Any]) -> list[Param]:
@@ -300,7 +544,58 @@ def _params(view: SweepView, cell: CellView, described: dict[str, Any]) -> list[
 def _metrics(row: dict[str, Any]) -> list[Metric]:
     when, epoch = int(row["time"] * 1000), row["epoch"]
     accuracies = [Metric(name, 100 * row[name], when, epoch) for name in ACCURACIES if name in row]
-    return accuracies + [Metric(name, row[name], when, epoch) for name in PLAIN if name in row]
+    plain = [Metric(name, row[name], when, epoch) for name in PLAIN if name in row]
+    # MLflow's UI shows what begins with "system/" on a page of its own.
+    return (
+        accuracies
+        + plain
+        + [Metric(f"system/{name}", value, when, epoch) for name, value in row.get("system", {}).items()]
+    )
+
+
+def confusion_of(result: dict[str, Any]) -> tuple[list[list[int]], str]:
+    """[label, predicted, count] of a result and of which epoch they are, in words.
+
+    A result of an earlier version knows the last epoch alone.
+    """
+    if "selected_confusion" in result:
+        return result["selected_confusion"], f"epoch {result['selected_epoch']}, the one that the protocol selects"
+    return result["confusion"], "the last epoch: this result kept none of the epoch that the protocol selects"
+
+
+def confusion_csv(triples: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
+    """A row for each class as it is, a column for each as it was taken for; counts of test clips."""
+    counts = {(label, guess): count for label, guess, count in triples}
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["is / taken for", *classes])
+    for label, name in enumerate(classes):
+        table.writerow([name, *(counts.get((label, guess), 0) for guess in range(len(classes)))])
+    return text.getvalue()
+
+
+def _pooled_confusion(results: Sequence[dict[str, Any]]) -> tuple[list[list[int]], str]:
+    """The counts of several trials together, each of its selected epoch if all have one, else each of its last."""
+    selected = all("selected_confusion" in result for result in results)
+    key = "selected_confusion" if selected else "confusion"
+    pooled: Counter[tuple[int, int]] = Counter()
+    for result in results:
+        pooled.update({(label, guess): count for label, guess, count in result[key]})
+    said = "the epoch that the protocol selects" if selected else "the last epoch"
+    return [[*pair, count] for pair, count in sorted(pooled.items())], f"{len(results)} trials, {said} of each"
+
+
+def _lineage(attempts: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The code that ran a trial, as its attempts recorded it; where they differ, all of them are named."""
+    codes = [attempt.get("code", {}) for attempt in attempts] or [{}]
+
+    def said(key: str) -> str:
+        return ", ".join(dict.fromkeys(str(code.get(key, UNKNOWN)).lower() for code in codes))
+
+    tags = {f"helix.code.{key}": said(key) for key in ("commit", "dirty", "source_sha256", "constraints_sha256")}
+    if codes[-1].get("commit", UNKNOWN) != UNKNOWN:
+        tags["mlflow.source.git.commit"] = codes[-1]["commit"]
+    return tags
 
 
 def _percent(fraction: float | None) -> float | None:

@@ -31,9 +31,11 @@ from helix.training.ranks import BACKENDS, RankLostError, Ranks
 from helix.training.trainer import Fit, StoppedError, fit, trial_folder
 from orchestration.connection import POLL_S, this_machine
 from orchestration.lease import FIRST_STEP_S, LeaseLostError, Watch, acquire
-from orchestration.ledger import is_done
+from orchestration.ledger import attempts_at, is_done
+from orchestration.lineage import code_like
+from orchestration.meter import Meter
 from orchestration.notices import Notices, sigterm_notice
-from orchestration.recovery import Budget, Ended, decide, kind, mean_between_losses_s, smaller
+from orchestration.recovery import Budget, Ended, decide, is_loss, kind, mean_between_losses_s, smaller
 from orchestration.stop import asked
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,8 @@ logger = logging.getLogger(__name__)
 #: The most seconds between checkpoints.
 SAVE_EVERY_S = 600.0
 
-#: The part of a GPU's memory that a data set may take: little enough for the prediction of a step to leave it out.
+#: The part of its GPU's memory, or of its share of that, that a data set may take: little enough for the prediction of
+#: a step to leave it out.
 DEVICE_SHARE = 0.05
 
 #: Seconds between two looks at trials that other sweeps work on.
@@ -164,6 +167,7 @@ def run_pack(where: dict[str, Any]) -> None:
             report=report,
             notices=notices,
             machine=this_machine(worker_resources(config)),
+            driver_code=config.get("code"),
             trainer=where["trainer"],
             ranks=ranks,
         )
@@ -239,6 +243,7 @@ def work_through(
     held_s: float = HELD_S,
     watch: Watch | None = None,
     machine: Mapping[str, Any] | None = None,
+    driver_code: Mapping[str, Any] | None = None,
     trainer: Callable[..., Any] | None = None,
     ranks: Ranks | None = None,
 ) -> None:
@@ -264,6 +269,7 @@ def work_through(
             watch=watch,
             notices=notices,
             machine=machine,
+            driver_code=driver_code,
             trainer=trainer,
             ranks=ranks,
         )
@@ -286,7 +292,13 @@ def data_placement(recordings: Recordings, device: str) -> Literal["host", "devi
     if torch.device(device).type != "cuda":
         return "host"
     size = sum(shard["bytes"] for shard in recordings.manifest["shards"])
-    return "device" if size <= DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory else "host"
+    ours = torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.get_device_properties(device).total_memory
+    return "device" if size <= DEVICE_SHARE * ours else "host"
+
+
+def gpu_uuids(device: str) -> tuple[str, ...]:
+    """The NVIDIA driver's name of the GPU that this process trains on; none where it trains on a CPU."""
+    return (f"GPU-{torch.cuda.get_device_properties(device).uuid}",) if device != "cpu" else ()
 
 
 def ray_notice(ranks: Ranks) -> Any:
@@ -308,14 +320,16 @@ def run_trial(
     watch: Watch | None = None,
     notices: Callable[[], bool] = lambda: False,
     machine: Mapping[str, Any] | None = None,
+    driver_code: Mapping[str, Any] | None = None,
     trainer: Callable[..., Any] | None = None,
     ranks: Ranks | None = None,
 ) -> Literal["done", "failed", "held", "stopped"]:
     """Attempt a trial until its result is stored or its budget is spent.
 
     "held" where another process works on it, "stopped" where the sweep was asked to stop. `machine`: what the attempts
-    record of what they run on. `trainer`: what stands in for `fit`. `ranks` as in `work_through`; RankLostError, which
-    leaves this function, means that all of them have to start anew.
+    record of what they run on, `driver_code` the facts of the code that sent the work. `trainer`: what stands in for
+    `fit`. `ranks` as in `work_through`. Raises what `fit` raises where that says that this process is cut off, from Ray
+    or (RankLostError: all of them start anew) from the other ranks; the trial is free for another one then.
     """
     ranks = ranks or Ranks()
     name = trial_id(spec, recordings.manifest_sha256)
@@ -323,7 +337,8 @@ def run_trial(
         if asked(storage, sweep_id) is not None:
             return "stopped"
         facts = {**(machine or {}), "ranks": ranks.count}
-        attempt = Attempt(name, sweep_id=sweep_id, device=torch.device(device).type, machine=facts)
+        kind_of_device = torch.device(device).type
+        attempt = Attempt(name, sweep_id=sweep_id, device=kind_of_device, machine=facts, driver_code=driver_code)
         lease = acquire(
             storage,
             name,
@@ -337,7 +352,7 @@ def run_trial(
         heartbeat = storage.get_json(f"{trial_folder(name)}/heartbeat.json") or {}  # before this attempt's first one
         with lease:
             _close_lost(storage, name, heartbeat)
-            records = _attempts(storage, name)
+            records = attempts_at(storage, name)
             own = [one for one in records if one["sweep_id"] == sweep_id and one["outcome"] != "stopped"]
             decision = decide([_ended(record) for record in own], budget or Budget())
             if decision.action == "stop":
@@ -345,7 +360,8 @@ def run_trial(
                 return "failed"
             most = ranks.largest_part(spec.training.batch_size)
             micro_batch, recompute = _parts(own, parts[0] or most, parts[1], shrink=decision.action == "shrink")
-            attempt.begin(storage, micro_batch=micro_batch, recompute=recompute)
+            attempt.begin(storage, lease=lease.number, micro_batch=micro_batch, recompute=recompute)
+            meter = Meter(gpus=gpu_uuids(device))
             how = Fit(
                 storage=storage,
                 device=device,
@@ -358,22 +374,24 @@ def run_trial(
                 stop_now=lambda lease=lease: lease.stop_asked,
                 on_step=lease.moved,
                 on_epoch=on_epoch,
+                measured=meter.take,
                 ranks=ranks,
             )
             order = Order(spec=spec, micro_batch=micro_batch, recompute=recompute)
             try:
                 ranks.share(lambda order=order: order)
-                (trainer or fit)(spec, recordings, how)
+                with meter:
+                    (trainer or fit)(spec, recordings, how)
             except LeaseLostError as error:
                 attempt.end(storage, "lost", error, step=lease.step)
                 return "held"
-            except RankLostError as error:
-                attempt.end(storage, "lost", error, step=lease.step)
-                raise
             except StoppedError as stopped:
                 attempt.end(storage, "stopped", step=stopped.step)
                 return "stopped"
-            except Exception as error:  # whatever it is, it is this trial's: recorded, judged by decide()
+            except Exception as error:  # whatever it is, it is recorded, and judged by decide() if it is this trial's
+                if is_loss(error):
+                    attempt.end(storage, "lost", error, step=lease.step)
+                    raise
                 attempt.end(storage, "failed", error, step=lease.step)
             else:
                 attempt.end(storage, "done")
@@ -383,7 +401,15 @@ def run_trial(
 class Attempt:
     """The record of one process working on one trial."""
 
-    def __init__(self, name: str, *, sweep_id: str, device: str, machine: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        name: str,
+        *,
+        sweep_id: str,
+        device: str,
+        machine: Mapping[str, Any] | None = None,
+        driver_code: Mapping[str, Any] | None = None,
+    ):
         now = time.time()
         self.id, self.folder = f"{int(now * 1000):014d}-{uuid.uuid4().hex[:8]}", trial_folder(name)
         self.name = name
@@ -395,12 +421,14 @@ class Attempt:
             "pid": os.getpid(),
             "device": device,
             "threads": torch.get_num_threads(),
+            "code": code_like(driver_code),
             **(machine or {}),
         }
 
-    def begin(self, storage: Storage, *, micro_batch: int, recompute: bool) -> None:
-        """Record that the attempt starts, from which step, and in what parts."""
+    def begin(self, storage: Storage, *, lease: int, micro_batch: int, recompute: bool) -> None:
+        """Record that the attempt starts, under which lease, from which step, and in what parts."""
         self.record |= {
+            "lease": lease,
             "from_step": _newest_step(storage, self.name),
             "micro_batch": micro_batch,
             "recompute": recompute,
@@ -439,11 +467,6 @@ class Attempt:
 
     def _put(self, storage: Storage) -> None:
         storage.put_json(f"{self.folder}/attempts/{self.id}.json", self.record)
-
-
-def _attempts(storage: Storage, name: str) -> list[dict[str, Any]]:
-    """All attempts at one trial, oldest first."""
-    return [storage.get_json(key) for key in storage.keys(f"{trial_folder(name)}/attempts")]
 
 
 def _close_lost(storage: Storage, name: str, heartbeat: Mapping[str, Any]) -> None:

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from helix.data.shards import Recordings, open_prepared, prepare
+from helix.loopback import FaultProxy
 from helix.protocol import profile
 from helix.spec import AugmentSpec, DataSpec, ModelSpec, TrainingSpec, TrialSpec
 from helix.storage import FolderStorage, Storage
-from tests.fault_proxy import FaultProxy
+from orchestration.grid import VARIANTS, Grid, Trial
+from orchestration.plan import Snapshot, make_plan
 
 TINY_TONES = {"clips_per_class": 16}
 
@@ -59,6 +61,29 @@ def tiny_spec() -> TrialSpec:
         augment=AugmentSpec(),
         training=TrainingSpec(epochs=3, batch_size=24, lr=1e-3),
         protocol=profile("paper"),
+    )
+
+
+@pytest.fixture
+def tiny_sweep(tiny_spec: TrialSpec, tiny_data: Recordings, storage: Storage) -> Snapshot:
+    """Two variants on two folds for two epochs, with their data in the storage and nothing trained yet."""
+    prepare("tones", TINY_TONES, source=None, storage=storage)
+    trials = []
+    for fold in (1, 2):
+        for variant in VARIANTS[3::2]:
+            spec = replace(
+                with_training(tiny_spec, epochs=2),
+                data=replace(tiny_spec.data, fold=fold),
+                model=replace(tiny_spec.model, frontend=variant.frontend, pattern=variant.pattern[2:4]),
+            )
+            trials.append(Trial(variant=variant, spec=spec))
+    return Snapshot(
+        grid_name="test",
+        grid=Grid(question="Does it replay?", dataset="tones", folds=(1, 2)),
+        plan=make_plan(trials, tiny_data),
+        recordings=tiny_data,
+        storage=storage,
+        command="test",
     )
 
 
@@ -117,7 +142,6 @@ def s3_address(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def fault_proxy(s3_server: str, s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """A proxy in front of the S3 server; storage that is opened from here on goes through it."""
-    proxy = FaultProxy(s3_server)
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.address)
-    yield proxy
-    proxy.close()
+    with FaultProxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.address)
+        yield proxy

@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.checks": ("helix.doctor", "helix.models", "helix.registry", "helix.storage"),
     "helix.process": (),
     "helix.bench": ("helix.registry",),
+    "helix.loopback": (),
     "helix.peers": (),
     "helix.loader_peers": ("helix.peers",),
     "helix.benches": (
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "helix.registry",
             "helix.spec",
         ),
-        *("helix.training", "helix.data", "helix.loader_peers", "helix.storage"),
+        *("helix.training", "helix.data", "helix.loader_peers", "helix.loopback", "helix.storage"),
     ),
     "dashboards": ("dashboards", "helix", "orchestration.ledger"),
     "orchestration": ("orchestration", "dashboards", "helix"),
@@ -55,7 +56,7 @@ ONLY_IN = {
         f"orchestration.{name}"
         for name in ("sweep", "worker", "preprocessing", "schedule", "connection", "bare", "scale")
     },
-    "mlflow": {"orchestration.tracking"},
+    "mlflow": {f"orchestration.{name}" for name in ("tracking", "model_store", "pyfunc_model")},
     "numba": {"helix.models.scan_numba"},
     "mamba_ssm": {"helix.models.scan_mamba_ssm"},
     "boto3": {"helix.storage_s3", "helix.benches.data", "cluster.fetch_secret"},
@@ -68,6 +69,7 @@ MAY_BE_MISSING = {
     "litdata",
     "litdata.streaming.writer",
     "mambapy.mamba",
+    "pynvml",
     "torchaudio.transforms",
     "transformers.models.mamba.modeling_mamba",
     "webdataset",

@@ -9,7 +9,6 @@ from dashboards.evidence import Variant
 from dashboards.text import points
 from helix.statistics import ALPHA
 
-
 #: Which verdict on a part is that on the whole: the first of these that any part has.
 DECISIVE: tuple[Verdict, ...] = ("contradicted", "no data", "underpowered", "supported")
 

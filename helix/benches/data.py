@@ -11,12 +11,8 @@ import importlib.util
 import itertools
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +44,7 @@ from helix.data.datasets.esc50 import COLUMNS, TABLE
 from helix.data.loader import Host
 from helix.data.shards import Recordings, open_prepared, prepare
 from helix.loader_peers import Read, authors_path, litdata_random, webdataset_stream
+from helix.loopback import s3_on_loopback
 from helix.peers import MissingPeerError
 from helix.process import in_own_process
 from helix.registry import BENCHES
@@ -294,56 +291,6 @@ def memory_after_all(folder: str, prefix: str) -> tuple[float, float]:
     )
     own, mapped = (int(held[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))
     return own, mapped
-
-
-@contextlib.contextmanager
-def s3_on_loopback(folder: Path) -> Iterator[str]:
-    """The address of an empty bucket of moto's server; the environment leads there alone until the end of the block."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with (folder / "moto.log").open("w") as log:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    endpoint = f"http://127.0.0.1:{port}"
-    changed = {
-        "AWS_ACCESS_KEY_ID": "bench",
-        "AWS_SECRET_ACCESS_KEY": "bench",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": str(folder / "no-config"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(folder / "no-credentials"),
-        "AWS_ENDPOINT_URL_S3": endpoint,
-        "NO_PROXY": "127.0.0.1",
-    }
-    removed = ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_REGION")
-    before = {name: os.environ.get(name) for name in (*changed, *removed)}
-    try:
-        for name in removed:
-            os.environ.pop(name, None)
-        os.environ.update(changed)
-        _make_bucket(f"{endpoint}/bench", server)
-        yield "s3://bench/data"
-    finally:
-        server.kill()
-        server.wait()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _make_bucket(url: str, server: subprocess.Popen) -> None:
-    """Raises OSError where the server does not answer within a minute."""
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="PUT")).close()
-            return
-        except OSError:
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
 
 
 @contextlib.contextmanager

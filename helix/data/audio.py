@@ -106,6 +106,14 @@ def fit_length(wave_T: np.ndarray, samples: int) -> np.ndarray:
     return wave_T[:samples] if len(wave_T) >= samples else np.pad(wave_T, (0, samples - len(wave_T)))
 
 
+def silent_tail(wave: np.ndarray) -> int:
+    """How many samples of digital silence end the wave, whoever padded it."""
+    if wave[-1]:
+        return 0
+    sounding = wave[::-1] != 0
+    return int(np.argmax(sounding)) if sounding.any() else len(wave)
+
+
 def _resampled_int16(path: Path, wave_T: np.ndarray, source_rate_hz: int, rate_hz: int) -> np.ndarray:
     """int16 samples at another rate, sample for sample what the general path gives.
 

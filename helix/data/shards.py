@@ -35,7 +35,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from helix.data.audio import AudioError
+from helix.data.audio import AudioError, silent_tail
 from helix.data.cache import ShardCache
 from helix.data.dataset import Dataset, DatasetError, Index, Recording, Scan, recordings_of
 from helix.data.sources import Content, is_unchanged, read_contents
@@ -278,7 +278,7 @@ def write_shard(task: ShardTask) -> ShardReport:
                     "group": recording.group,
                     "crc32": zlib.crc32(data),
                     "source_sha256": None if content is None else content.sha256,
-                    "padded_samples": _silent_tail(wave),
+                    "padded_samples": silent_tail(wave),
                 }
             )
             shard.add(data, write=is_wanted())
@@ -780,14 +780,6 @@ def _common_folder(recordings: Sequence[Recording]) -> PurePosixPath:
     """The folder that holds all files of a source: where it lies in what the user named is nobody's business."""
     folders = [PurePosixPath(row.path).parent for row in recordings if row.path is not None]
     return PurePosixPath(os.path.commonpath(folders)) if folders else PurePosixPath()
-
-
-def _silent_tail(wave: np.ndarray) -> int:
-    """How many samples of digital silence end the wave, whoever padded it."""
-    if wave[-1]:
-        return 0
-    sounding = wave[::-1] != 0
-    return int(np.argmax(sounding)) if sounding.any() else len(wave)
 
 
 def _index_bytes(rows: list[dict[str, Any]]) -> bytes:

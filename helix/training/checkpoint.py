@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
-from helix.storage import Storage, json_bytes
+from helix.storage import CorruptObjectError, Storage, is_sealed, sealed
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def _put_files(storage: Storage, folder: str, files: Mapping[str, dict[str, torc
 
 
 def _commit(storage: Storage, folder: str, body: dict[str, Any]) -> None:
-    storage.put_json(f"{folder}/manifest.json", {"body": body, "sha256": _sha256(json_bytes(body))})
+    storage.put_json(f"{folder}/manifest.json", sealed(body))
 
 
 #: When the first checkpoint is due: it measures what one costs.
@@ -243,15 +243,24 @@ def save_interval_s(*, hold_s: float, write_s: float, between_losses_s: float, m
     return min(most_s, max(math.sqrt(2 * hold_s * between_losses_s), 100 * hold_s, 10 * write_s))
 
 
+def best_manifest(storage: Storage, folder: str) -> dict[str, Any] | None:
+    """What the manifest of a trial's best weights says: epoch, metric, value, confusion; None where there is none.
+
+    Raises ValueError where it is damaged.
+    """
+    if not storage.exists(f"{folder}/best/manifest.json"):
+        return None
+    return _checked_body(storage, f"{folder}/best")
+
+
 def load_best(storage: Storage, folder: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """The best weights of a trial and what their manifest says; None where there are none.
 
     Raises ValueError where they are damaged.
     """
-    manifest = storage.get_json(f"{folder}/best/manifest.json")
-    if manifest is None:
+    body = best_manifest(storage, folder)
+    if body is None:
         return None
-    body = _checked_body(manifest)
     return _checked_tensors(storage, f"{folder}/best", BEST_FILE, body["files"]), body
 
 
@@ -359,12 +368,7 @@ def _verified(
     storage: Storage, folder: str, trial_id: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Progress]:
     """Weights, optimiser state and progress of a checkpoint as its manifest has them; ValueError says what is wrong."""
-    manifest = None
-    try:
-        manifest = storage.get_json(f"{folder}/manifest.json")
-    except ValueError as error:
-        raise ValueError(f"its manifest cannot be read ({error!r})") from error
-    body = _checked_body(manifest)
+    body = _checked_body(storage, folder)
     try:
         owner = body["identity"]["trial_id"]
         progress = _progress(body["progress"])
@@ -382,16 +386,20 @@ def _progress(value: Mapping[str, Any]) -> Progress:
     return Progress(**fields)
 
 
-def _checked_body(manifest: Any) -> dict[str, Any]:
-    """What a manifest says, where it is what was written."""
+def _checked_body(storage: Storage, folder: str) -> dict[str, Any]:
+    """What the manifest of `folder` says, where it is what was written."""
     try:
+        manifest = storage.get_json(f"{folder}/manifest.json")
+    except (ValueError, CorruptObjectError) as error:
+        raise ValueError(f"its manifest cannot be read ({error})") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"its manifest cannot be read (it is no JSON object but {type(manifest).__name__})")
+    if manifest.keys() == {"body", "sha256"}:  # as they were put before 2026-11-23; such trials still go on
         body = manifest["body"]
-        whole = _sha256(json_bytes(body)) == manifest["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"its manifest cannot be read ({error!r})") from error
-    if not whole:
+        manifest = {**body, "sha256": manifest["sha256"]} if isinstance(body, dict) else {}
+    if not is_sealed(manifest):
         raise ValueError("its manifest does not match its own checksum")
-    return body
+    return manifest
 
 
 def _checked_tensors(storage: Storage, folder: str, name: str, files: Any) -> dict[str, torch.Tensor]:
@@ -403,6 +411,8 @@ def _checked_tensors(storage: Storage, folder: str, name: str, files: Any) -> di
         data = storage.get(f"{folder}/{name}")
     except FileNotFoundError as error:
         raise ValueError(f"{name} is missing") from error
+    except CorruptObjectError as error:  # a bucket knows by itself
+        raise ValueError(f"{name} is damaged ({error.reason})") from error
     if len(data) != size or _sha256(data) != sha256:
         raise ValueError(f"{name} does not match its checksum ({len(data)} bytes, {size} written)")
     try:

@@ -34,9 +34,11 @@ from helix.registry import DATASETS
 from helix.spec import TrialSpec, derive_seed, identity, resolve, to_json, trial_id
 from helix.storage import Storage, json_bytes, sealed
 from helix.training.checkpoint import (
+    CheckpointError,
     Progress,
     Saver,
     become,
+    best_manifest,
     load_checkpoint,
     prune,
     replica,
@@ -88,7 +90,9 @@ class Fit:
     as the checkpoint before it is written. `save_now`: asked at every step; True (a preemption notice, say) saves at
     this step and training goes on. `stop_now`: asked at every step as well; True saves and raises StoppedError.
     `on_step`: told the optimiser steps so far after each step, and again after each batch that is evaluated, so that
-    whoever listens knows that work goes on. `on_epoch`: told each row once it is stored.
+    whoever listens knows that work goes on. `on_epoch`: told each row once it is stored. `measured`: what the machine
+    did since it was last asked, asked at the end of each epoch; it stands in the row as "system", as no part of what
+    was found.
     `ranks`: the processes of this machine that train this trial together; each calls `fit` with the same spec and the
     same way to run it, on its own device. The effective batch stays the same, and micro-batches are of a rank's part of
     it. The first rank alone reads and writes the storage, and what it is asked by `stop_now` and the clock counts;
@@ -107,6 +111,7 @@ class Fit:
     stop_now: Callable[[], bool] = lambda: False
     on_step: Callable[[int], None] = lambda _total_step: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda _row: None
+    measured: Callable[[], dict[str, float]] = dict
     clock: Callable[[], float] = time.time
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -233,16 +238,17 @@ class _Trial:
         return scan_backend(torch.device(self.how.device), torch.float32)
 
     def _restored(self) -> Progress | None:
-        """The newest checkpoint, loaded; None where there is none. All ranks take on what the first one has then."""
+        """The newest checkpoint, loaded; None where there never was one. All ranks take on what the first one has then.
+
+        Raises CheckpointError.
+        """
+        storage, prefix = self.how.storage, f"{self.folder}/checkpoints"
 
         def loaded() -> tuple[Progress | None, Any]:
-            progress = load_checkpoint(
-                self.how.storage,
-                f"{self.folder}/checkpoints",
-                model=self.model,
-                optimizer=self.optimizer,
-                trial_id=self.id,
-            )
+            progress = load_checkpoint(storage, prefix, model=self.model, optimizer=self.optimizer, trial_id=self.id)
+            rows = len(storage.children(f"{self.folder}/metrics"))
+            if progress is None and rows:  # a row is put after a checkpoint that holds it, so there was one
+                raise CheckpointError(prefix, [f"none has a manifest, though the rows of {rows} epochs are stored"])
             return progress, replica(self.model, self.optimizer) if self.ranks.count > 1 else None
 
         progress, state = self.ranks.share(loaded)
@@ -391,7 +397,9 @@ class _Trial:
         if not better:
             return best
         if self.ranks.first:
-            self.saver.best(self.model, epoch=row["epoch"], metric=metric, value=row[metric])
+            assert self.tested is not None
+            found = {"epoch": row["epoch"], "metric": metric, "value": row[metric]}
+            self.saver.best(self.model, **found, confusion=self.tested.confusion())
         return row["epoch"], row[metric]
 
     def _number(self, value: float) -> Tensor:
@@ -455,8 +463,8 @@ class _Trial:
         }
         if validation is not None:
             row |= {"validation_accuracy": validation.accuracy, "validation_loss": validation.loss}
-        now = self.how.clock()
-        return row | {"seconds": now - began, "time": now}
+        now, system = self.how.clock(), self.how.measured()
+        return row | {"seconds": now - began, "time": now} | ({"system": system} if system else {})
 
     @torch.no_grad()
     def _evaluate(self, clips: Clips, on_batch: Callable[[], None]) -> Evaluation:
@@ -487,6 +495,7 @@ class _Trial:
         rows = [storage.get_json(row_key(self.id, epoch)) for epoch in range(1, self.spec.training.epochs + 1)]
         chosen = select(rows)
         price = cost(self.spec.model, self.spec.protocol, classes=self.classes, samples=self.dataset.clip_samples)
+        best = self._best_of(rows)
         result = {
             "trial_id": self.id,
             **identity(self.spec, self.recordings.manifest_sha256),
@@ -499,6 +508,7 @@ class _Trial:
             "accuracy": {"best_test": chosen.best_test, "last": chosen.last, "validation": chosen.validation},
             "best_epoch": {"best_test": chosen.best_test_epoch, "validation": list(chosen.validation_epochs)},
             "confusion": tested.confusion(),
+            **({"selected_epoch": best["epoch"], "selected_confusion": best["confusion"]} if best else {}),
             "weights_sha256": weights_sha256(self.model),
             "skipped_steps": [step for row in rows for step in row["skipped_steps"]],
             "train_seconds": sum(row["seconds"] for row in rows),
@@ -516,6 +526,21 @@ class _Trial:
         storage.put_if_absent(f"{self.folder}/result.json", json_bytes(sealed(result)))
         prune(storage, f"{self.folder}/checkpoints", keep=1)
         return storage.get_json(f"{self.folder}/result.json")
+
+    def _best_of(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """What stands beside the best weights, if it is of these rows and holds a confusion.
+
+        It holds none where an earlier version wrote it. It is of other rows where a backend that is not deterministic
+        trained its epoch again.
+        """
+        try:
+            best = best_manifest(self.how.storage, self.folder)
+        except ValueError as error:
+            logger.warning("trial %s: what is stored of its best epoch cannot be used (%s)", self.id, error)
+            return None
+        if best is None or "confusion" not in best or best["value"] != rows[best["epoch"] - 1][best["metric"]]:
+            return None
+        return best
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,17 @@ from orchestration.tracking import logged
 #: The metric whose points are counted.
 METRIC = "test_accuracy"
 
+#: How often a worker is killed while MLflow is down.
+KILLS = 3
+
 
 @fault("MLflow down for the whole run", where="ray")
 def down(site: Site) -> Iterator[Row]:
-    """A worker is killed meanwhile. Once MLflow is there, the same command sends every row, and once only."""
+    """Workers are killed meanwhile. Once MLflow is there, the same command sends every row, and once only."""
     port = free_port()
     with Stage(site, "MLflow down for the whole run", env=_uri(port)) as stage:
-        stage.strike(lambda beat: stage.worker(beat).kill())
+        for _ in range(KILLS):
+            stage.strike(lambda beat: stage.worker(beat).kill())
         yield _replayed(stage, port, stage.machines.folder / "mlflow.db")
 
 

@@ -1,21 +1,40 @@
 """A storage that fails for a while under a running trial: it must go on training, and lose nothing."""
 
+import importlib.util
+import itertools
+import math
+import os
 import shutil
 import subprocess
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from helix.loopback import Fault, FaultProxy, Kind, s3_on_loopback
+from helix.storage import open_storage
+from helix.training.checkpoint import committed
 from helix.training.trainer import trial_folder
 from orchestration.certify import finished
 from orchestration.fault import Bench, Row, Site, fault
-from orchestration.twin import Attempt
+from orchestration.grid import Trial
+from orchestration.twin import Attempt, Twins
 
 #: What the trainer says of a checkpoint that it could not write.
 FAILED = "could not be written"
 
 DISK_MIB = 64
+
+#: The kinds of wrong answers that take turns, and how long each does so.
+WRONG: tuple[Kind, ...] = ("status", "reset", "lost_reset", "truncate", "lost")
+EACH_S = 2.0
+
+#: A trial that is to outlast an outage is made so many times as long.
+LONGER = 2.0
 
 
 @fault("storage away for a while")
@@ -42,7 +61,7 @@ def away(site: Site) -> Iterator[Row]:
 
 @fault("disk full during a save")
 def full(site: Site) -> Iterator[Row]:
-    """The trial's folder is a small file system of its own, and something else fills it to the last byte."""
+    """The trial's folder is a small file system of its own, which something else fills."""
     bench = site.bench("disk full during a save")
     root = _folder(bench)
     if root is None:
@@ -59,9 +78,13 @@ def full(site: Site) -> Iterator[Row]:
     ballast = root / "ballast"
 
     def fill() -> None:
+        # Room for a half of the next checkpoint, so that a write stops in the middle of it.
+        prefix = f"{trial_folder(bench.trial_id)}/checkpoints"
+        newest = committed(bench.storage, prefix)[-1:]
+        room = sum(bench.storage.size(key) or 0 for name in newest for key in bench.storage.keys(f"{prefix}/{name}"))
         with ballast.open("wb", buffering=0) as file:
-            free = shutil.disk_usage(root).free
-            while free:
+            free = max(0, shutil.disk_usage(root).free - room // 2)
+            while free > 0:
                 try:
                     free -= file.write(bytes(min(free, 2**20)))
                 except OSError:  # it is full now
@@ -71,6 +94,75 @@ def full(site: Site) -> Iterator[Row]:
         yield _while_failing(bench, fill, ballast.unlink)
     finally:
         subprocess.run(["umount", "--lazy", str(root)], check=True)
+
+
+@fault("storage answers 500, resets, truncated")
+def wrong_answers(site: Site) -> Iterator[Row]:
+    """For `outage_s` every request to a bucket is refused, reset, or answered with a part of what it should be."""
+    name = "storage answers 500, resets, truncated"
+    short = site.bench(name)
+    if _folder(short) is None:
+        yield short.skipped("the storage is no folder")
+        return
+    if importlib.util.find_spec("moto") is None:
+        yield short.skipped("it takes an S3 server: pip install -c constraints.txt 'moto[server]'")
+        return
+    bench = site.bench(name, _lasting(short, LONGER * site.outage_s))
+    with (
+        tempfile.TemporaryDirectory(prefix="helix-chaos-s3-") as folder,
+        s3_on_loopback(Path(folder)) as address,
+        FaultProxy(os.environ["AWS_ENDPOINT_URL_S3"]) as proxy,
+    ):
+        os.environ["AWS_ENDPOINT_URL_S3"] = proxy.address
+        with Twins() as twins:  # processes of their own, whose environment leads to the proxy
+            order = replace(bench.order, storage=address)
+            bench = replace(bench, order=order, storage=open_storage(address), twins=twins)
+            yield _through_outage(bench, proxy, site.outage_s)
+
+
+def _lasting(bench: Bench, seconds: float) -> Trial:
+    """The trial of the bench with so many epochs that it lasts this long."""
+    training = bench.trial.spec.training
+    epochs = math.ceil(training.epochs * seconds / (bench.pace.whole_s - bench.pace.start_s))
+    return replace(bench.trial, spec=replace(bench.trial.spec, training=replace(training, epochs=epochs)))
+
+
+def _through_outage(bench: Bench, proxy: FaultProxy, outage_s: float) -> Row:
+    """One attempt; from a tenth of it on the storage answers wrongly for `outage_s`."""
+    seen = dict.fromkeys(WRONG, 0)
+    span: list[float] = []
+
+    def fail() -> None:
+        span.append(time.monotonic())
+        while time.monotonic() < span[0] + outage_s:
+            kind = WRONG[int((time.monotonic() - span[0]) / EACH_S) % len(WRONG)]
+            proxy.clear()
+            caused = proxy.add(Fault(kind=kind, bytes=10))
+            time.sleep(EACH_S)
+            seen[kind] += caused.seen
+        proxy.clear()
+        span.append(time.monotonic())
+
+    failing = threading.Thread(target=fail)
+
+    def watch(_attempt: Attempt, event: dict[str, Any]) -> None:
+        if event.get("step", 0) >= bench.steps // 10 and not failing.ident:
+            failing.start()
+
+    attempt = bench.twins.run(bench.order, watch=watch)
+    failing.join()
+    times = [moment for _, moment in attempt.steps if span[0] <= moment <= span[1]]
+    problems = [f"no request met {kind}" for kind, count in seen.items() if not count]
+    if len(times) < outage_s:  # one a second is far below what such a trial makes
+        problems.append("training did not go on")
+    if attempt.ended < span[1]:
+        problems.append("the trial ended before the storage was back")
+    return bench.row(
+        [finished(attempt)],
+        problem="; ".join(problems),
+        aside=f"{outage_s:.0f} s, {sum(seen.values())} requests failed, {len(times)} steps were trained meanwhile",
+        seconds=max((later - sooner for sooner, later in itertools.pairwise(times)), default=None),
+    )
 
 
 def _while_failing(bench: Bench, fail: Callable[[], None], mend: Callable[[], None]) -> Row:

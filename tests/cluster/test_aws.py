@@ -21,6 +21,7 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import ResourceRequestByCount
 
+from orchestration.money import machine_facts, read_prices
 from tests.cluster.validators import CLUSTER, Document, copy_of, ec2_problems, load_all, ray_problems
 
 #: What a driver of a pack takes on the head, and what the head takes itself: measured on Ray 2.60, GiB of memory.
@@ -142,8 +143,11 @@ def test_the_labels_of_a_machine_tell_the_truth_and_it_has_a_price(config: Docum
         "helix/instance-type": node_type["node_config"]["InstanceType"],
     }
     validate_node_labels(node_type["labels"])
-    prices = yaml.safe_load((CLUSTER / "prices.yaml").read_text())["prices"]
-    assert node_type["node_config"]["InstanceType"] in prices
+    prices, labels = read_prices(CLUSTER / "prices.yaml"), node_type["labels"]
+    told = machine_facts(held={}, resources={}, labels=labels, environment={})  # what an attempt there records
+    assert prices.per_hour(told["instance_type"], told["market"]) is not None
+    resources = node_type["resources"]
+    assert (prices.memory_of_a_gpu(labels, resources) is not None) == bool(resources.get("GPU"))
 
 
 def test_prices_are_dated_sourced_and_spot_is_the_cheaper():

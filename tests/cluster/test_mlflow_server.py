@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,11 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import mlflow.pyfunc
+import pandas as pd
 import pytest
+import soundfile
 import yaml
 from mlflow import MlflowClient
 from mlflow.server import get_app_client
 
+from helix.data.shards import Recordings
+from helix.storage import Storage
+from orchestration.plan import Snapshot
+from orchestration.tracking import Tracker, attempt_replay
+from orchestration.worker import run_trial
 from tests.cluster.validators import CLUSTER, Document, copy_of
 
 FOLDER = CLUSTER / "mlflow"
@@ -344,4 +353,76 @@ def test_the_server_serves_whoever_signs_in_and_nobody_else(
     bucket = s3_address.removeprefix("s3://").partition("/")[0]
     keys = [entry["Key"] for entry in stored.list_objects_v2(Bucket=bucket, Prefix="mlflow/")["Contents"]]
     assert len(keys) == 1 and keys[0].endswith("report.html")
+    assert not [value for value in SECRETS.values() if value in log.read_text()]
+
+
+@pytest.mark.service
+@pytest.mark.skipif(postgres_programs() is None, reason="no PostgreSQL here (Debian: apt-get install postgresql)")
+def test_a_sweep_and_its_models_reach_a_server_on_postgresql_that_wants_a_password(
+    server: tuple[str, Path],
+    tiny_sweep: Snapshot,
+    tiny_data: Recordings,
+    storage: Storage,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    url, log = server
+    for entry in tiny_sweep.plan:
+        run_trial(entry.trial.spec, tiny_data, storage, sweep_id="s1")
+    view = tiny_sweep()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)  # the server puts into the bucket, and the sweep has no key of it
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
+    (tmp_path / "test.html").write_text("<h1>What was found</h1>")
+    problem = attempt_replay(Tracker(storage), view, tmp_path / "test.html")
+    assert problem is not None and "401" in problem
+
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRETS["admin_password"])
+    get_app_client("basic-auth", tracking_uri=url).create_user("sweeper", "sweeper-password-of-a-test")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "sweeper")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "sweeper-password-of-a-test")
+    barrier, problems = threading.Barrier(3), []
+
+    def replay() -> None:
+        tracker = Tracker(storage)
+        barrier.wait()
+        problems.extend(attempt_replay(tracker, view) for _ in range(3))
+
+    threads = [threading.Thread(target=replay) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(200)
+    assert attempt_replay(Tracker(storage), view, tmp_path / "test.html") is None
+
+    client = MlflowClient(url)
+    experiment = client.get_experiment_by_name("helix-tones")
+    assert experiment is not None
+    levels: dict[str, list[Any]] = {"cell": [], "trial": [], "report": []}
+    for run in client.search_runs([experiment.experiment_id]):
+        levels[run.data.tags["helix.level"]].append(run)
+    assert {level: len(found) for level, found in levels.items()} == {"cell": 2, "trial": 4, "report": 1}
+    for run in levels["trial"]:
+        points = client.get_metric_history(run.info.run_id, "test_accuracy")
+        rows = storage.get_json(f"trials/{run.data.tags['helix.trial_id']}/result.json")["rows"]
+        assert [(point.step, point.value) for point in points] == [
+            (row["epoch"], 100 * row["test_accuracy"]) for row in rows
+        ]
+        assert {"confusion.csv", "spec.json"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert [given.dataset.name for given in run.inputs.dataset_inputs] == ["tones"]
+    assert [file.path for file in client.list_artifacts(levels["report"][0].info.run_id)] == ["test.html"]
+
+    soundfile.write(tmp_path / "a.wav", tiny_data.wave(0), 16_000, subtype="PCM_16")
+    models = client.search_registered_models()
+    assert len(models) == 2
+    for model in models:
+        assert len(client.search_model_versions(f"name = '{model.name}'")) == 1
+        said = mlflow.pyfunc.load_model(f"models:/{model.name}@best").predict(
+            pd.DataFrame({"wav": [(tmp_path / "a.wav").read_bytes()]})
+        )
+        assert said["class"][0] in tiny_data.classes
     assert not [value for value in SECRETS.values() if value in log.read_text()]

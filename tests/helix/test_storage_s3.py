@@ -17,9 +17,9 @@ import boto3.session
 import pytest
 
 from helix import storage_s3
+from helix.loopback import Fault, FaultProxy
 from helix.storage import CorruptObjectError, FolderStorage, Storage, open_storage
 from helix.storage_s3 import SHA256, S3Storage
-from tests.fault_proxy import Fault, FaultProxy
 
 pytestmark = pytest.mark.service
 

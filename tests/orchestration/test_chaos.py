@@ -31,7 +31,7 @@ def test_the_short_form_ends_every_trial_bit_exact(tmp_path):
     assert sum(row.count for row in rows if row.fault == "process killed") == chaos.SHORT_KILLS
     for one in rows:
         assert one.passed is None or "bit-exact" in one.verdict
-        if one.passed and one.fault.startswith(("SIGTERM", "disk full", "storage away")):
+        if one.passed and one.fault.startswith(("SIGTERM", "disk full", "storage")):
             assert one.steps_lost == 0
 
 
@@ -85,6 +85,7 @@ def bench(address: str, spec: Any) -> Bench:
         order=Order(spec={}, source="", data="", storage=address),
         storage=nothing,
         whole=nothing,
+        pace=nothing,
         twins=nothing,
     )
 
@@ -109,6 +110,7 @@ def test_a_fault_that_cannot_be_caused_here_says_why(tiny_spec, tmp_path, monkey
         ("disk full during a save", f"file://{tmp_path}/disk", "the right to mount"),
         ("disk full during a save", "s3://bucket/prefix", "the storage is no folder"),
         ("storage away for a while", "s3://bucket/prefix", "the storage is no folder"),
+        ("storage answers 500, resets, truncated", "s3://bucket/prefix", "the storage is no folder"),
     ):
         site = cast(Site, SimpleNamespace(bench=lambda _name, address=address: bench(address, tiny_spec)))
         (made,) = FAULTS[name].cause(site)

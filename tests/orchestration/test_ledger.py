@@ -92,6 +92,13 @@ def test_a_failed_trial_says_why(tmp_path: Path):
     assert read(write(tmp_path, attempt(**FAILED)), TRIAL, now=NOW).error == "OSError: no space"
 
 
+def test_an_attempt_that_was_killed_after_its_result_was_put_has_ended_then(tmp_path: Path):
+    done = {"result.json": {"rows": list(rows(1).values()), "finished": LATELY}}
+    storage = write(tmp_path, attempt("1") | attempt("2", started=LONG_AGO + 1) | done)
+    found = [(one["outcome"], one["ended"]) for one in read(storage, TRIAL, now=NOW).attempts]
+    assert found == [("lost", LATELY), ("done", LATELY)]
+
+
 def test_attempts_are_told_in_the_order_in_which_they_started(tmp_path: Path):
     storage = write(tmp_path, attempt("c", started=1.0) | attempt("a", started=2.0) | attempt("b", started=3.0))
     assert [attempt["attempt_id"] for attempt in read(storage, TRIAL, now=NOW).attempts] == ["c", "a", "b"]

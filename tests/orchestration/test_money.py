@@ -107,6 +107,14 @@ def test_what_a_machine_is_comes_from_its_environment_or_its_labels():
     assert (told["instance_type"], told["market"]) == ("g5.xlarge", "spot")
 
 
+def test_what_a_gpu_holds_is_known_by_its_machine_or_by_what_ray_calls_it():
+    known = read_prices().memory_of_a_gpu
+    assert known({"helix/instance-type": "g6e.xlarge"}, {}) == 44 * 2**30
+    assert known({"ray.io/accelerator-type": "A10G"}, {}) == 22 * 2**30
+    assert known({}, {"GPU": 1.0, "accelerator_type:L4": 1.0}) == 22 * 2**30
+    assert known({"helix/instance-type": "p5.48xlarge"}, {"GPU": 8.0}) is None
+
+
 def test_sums_keep_what_has_no_price_apart():
     both = spent_on_attempt(attempt(), PRICES, until=0.0) + spent_on_attempt(
         attempt(instance_type="laptop"), PRICES, until=0.0
@@ -122,6 +130,10 @@ def test_sums_keep_what_has_no_price_apart():
         ("prices: {a: {spot_usd_per_hour: cheap}}", "spot_usd_per_hour of a is 'cheap'"),
         ("prices: {a: {spott_usd_per_hour: 1}}", "a price is one of on_demand_usd_per_hour, spot_usd_per_hour"),
         ("prices: {a: {spot_usd_per_hour: -1}}", "wanted US dollars, 0 or more"),
+        ("{prices: {}, gpus: [L4]}", "gpus is "),
+        ("{prices: {}, gpus: {L4: {memory_gib: much}}}", "memory_gib of L4 is 'much'"),
+        ("{prices: {}, gpus: {L4: {memory_gib: 0}}}", "memory_gib of L4 is 0"),
+        ("{prices: {}, gpus: {L4: {memory_gib: 22, machines: g6.xlarge}}}", "machines of L4 is 'g6.xlarge'"),
     ],
 )
 def test_a_table_that_is_none_is_refused(text: str, said: str, tmp_path: Path):

@@ -1,5 +1,6 @@
 """What a cluster can hold: told before anything waits, by the names of its pools."""
 
+from orchestration.money import read_prices
 from orchestration.pools import UNKNOWN_SLOTS, Offer, Pool, pools_of, types_of
 
 GPU = {"CPU": 1, "GPU": 1.0}
@@ -68,6 +69,26 @@ def test_node_types_of_a_cluster_file_are_pools_whether_they_run_or_not():
     nodes = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}, "Labels": {"ray.io/node-group": "spot"}}]
     pools = {pool.name: (pool.running, pool.most) for pool in pools_of(nodes, types_of(config))}
     assert pools == {"head": (0, 1), "spot": (1, 3), "tail": (0, 5)}
+
+
+def test_the_smallest_gpu_on_offer_counts_and_one_that_is_not_known_makes_all_unknown():
+    config = {
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {"resources": {"CPU": 8}},
+            "l40s": {"resources": {"CPU": 4, "GPU": 1}, "labels": {"helix/instance-type": "g6e.xlarge"}},
+            "l4": {"resources": {"CPU": 16, "GPU": 2}, "labels": {"helix/instance-type": "g6.xlarge"}},
+        },
+    }
+    known = read_prices().memory_of_a_gpu
+    offer = Offer(pools=pools_of([], types_of(config), gpu_bytes=known))
+    assert [pool.gpu_bytes for pool in offer.pools] == [None, 44 * 2**30, 22 * 2**30]
+    assert (offer.gpu_bytes, offer.workers_beside_a_gpu(1), offer.workers_beside_a_gpu(3)) == (22 * 2**30, 4, 1)
+    found = {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0, "accelerator_type:L40S": 1.0}, "Labels": {}}
+    assert Offer(pools=pools_of([found], None, gpu_bytes=known)).gpu_bytes == 44 * 2**30
+    other = {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0, "accelerator_type:Z9": 1.0}, "Labels": {}}
+    assert Offer(pools=pools_of([found, other], types_of(config), gpu_bytes=known)).gpu_bytes is None
+    assert Offer(pools=offer.pools, complete=False).gpu_bytes is None  # an autoscaler may start smaller ones
 
 
 def test_an_unknown_number_of_machines_is_not_asked_for_all_at_once():

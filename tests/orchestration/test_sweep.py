@@ -7,20 +7,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from helix import storage_s3
 from helix.data.shards import open_prepared
+from helix.loopback import FaultProxy
 from helix.registry import GRIDS
-from helix.spec import from_json
+from helix.spec import from_json, to_json
 from helix.storage import FolderStorage, Storage, open_storage
+from helix.training.memory import GIB
 from helix.training.trainer import Fit, fit
-from orchestration import sweep
-from orchestration.connection import cpu_count
-from tests.fault_proxy import FaultProxy
+from orchestration import scale, sweep
+from orchestration.certify import BIT_EXACT, compare
+from orchestration.connection import ClusterError, cpu_count
+from orchestration.grid import expand, load_grid
+from orchestration.lease import EXPIRY_S
+from orchestration.ledger import TrialState, attempts_at
+from orchestration.needs import Room, need_of
+from orchestration.pools import Offer, Pool
+from orchestration.twin import Order, Twins
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ROOT / "orchestration" / "sweep.py"
@@ -52,7 +63,9 @@ def results(root: Path) -> dict[str, dict]:
 
 def science(result: dict) -> tuple[str, str]:
     """Weights and metrics of a result, without the clock."""
-    rows = [{key: value for key, value in row.items() if key not in ("seconds", "time")} for row in result["rows"]]
+    rows = [
+        {key: value for key, value in row.items() if key not in ("seconds", "time", "system")} for row in result["rows"]
+    ]
     return result["weights_sha256"], json.dumps(rows, sort_keys=True)
 
 
@@ -89,6 +102,7 @@ def science(result: dict) -> tuple[str, str]:
         (["--grid", "demo", "--ranks", "9", "training.batch_size=8"], "a batch has 8 clips; each rank needs one"),
         (["--grid", "demo", "--ranks", "2", "--gpus-per-trial", "0.5", "--device", "cuda"], "leave one out"),
         (["--grid", "demo", "--ranks", "4", "--threads", "999", "training.batch_size=8"], "is 999 on 4 ranks, but"),
+        (["--grid", "demo", "--gpus-per-trial", "0", "--device", "cuda"], "above 0 and at most 1, or auto"),
         (["--grid", "demo", "--prices", "nowhere.yaml"], "the price table nowhere.yaml cannot be read"),
     ],
 )
@@ -132,6 +146,51 @@ def test_a_dry_run_prints_the_plan_and_leaves_no_trace(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch finds one GPU of 22 GiB, beside four cores."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=22 * GIB))
+    monkeypatch.setattr(sweep, "cpu_count", lambda: 4)
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_a_dry_run_says_what_each_trial_will_ask_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def asked(*options: str) -> list[str]:
+        arguments = [*SMALL, "--device", "cuda", "--dry-run", *options]
+        assert sweep.main(arguments) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        return [" ".join(row[8:10]) for row in rows if row[:1] in (["mamba-mel"], ["attention-raw"])]
+
+    assert asked() == ["1/4 GPU", "1/4 GPU"]
+    assert asked("--threads", "2") == ["1/2 GPU", "1/2 GPU"]  # a worker has to have its cores as well
+    assert asked("--gpus-per-trial", "auto", "training.batch_size=72") == ["1/4 GPU", "1 GPU"]
+    assert asked("--gpus-per-trial", "0.2") == ["1/5 GPU", "1/5 GPU"]
+    assert asked("--gpus-per-trial", "1") == ["1 GPU", "1 GPU"]
+
+
+def test_a_need_that_no_pool_holds_is_named_with_the_pools_before_anything_is_spent(tmp_path, monkeypatch):
+    """Of two kinds of needs one can be met: that is not enough."""
+    monkeypatch.setattr(sweep.ray.tune, "Tuner", lambda *_given, **_named: pytest.fail("something was started"))
+    pool = Pool(name="spot", resources={"CPU": 4, "GPU": 0.5}, most=3, gpu_bytes=22 * GIB)
+    monkeypatch.setattr(sweep, "offer", lambda _prices: Offer(pools=(pool,)))
+    planned = scale.planned(FolderStorage(tmp_path), 2)
+    shares = iter([0.25, 1.0])
+    monkeypatch.setattr(sweep, "need_of", lambda trial, room, *, tokens: replace(whole, gpus=next(shares)))
+    whole = need_of(planned.plan[0].trial, Room(device="cuda"), tokens=1)
+    with pytest.raises(ClusterError, match=r"needs 1 CPU, 1 GPU; its pools: spot \(4 CPU, 0.5 GPU; 0 running"):
+        sweep.train(replace(planned, room=Room(device="cuda")), planned.missing())
+    monkeypatch.setattr(sweep, "need_of", need_of)
+    tiny = replace(pool, resources={"CPU": 4, "GPU": 1}, gpu_bytes=GIB // 2)
+    monkeypatch.setattr(sweep, "offer", lambda _prices: Offer(pools=(tiny,)))
+    with pytest.raises(ClusterError, match=r"does not fit into 0\.50 GiB"):
+        sweep.train(replace(planned, room=Room(device="cuda")), planned.missing())
+    assert planned.storage.children("sweeps") == []
+
+
 @pytest.mark.ray
 def test_a_sweep_that_is_killed_and_run_again_ends_as_if_nothing_had_happened(tmp_path):
     (tmp_path / "whole").mkdir()
@@ -146,7 +205,7 @@ def test_a_sweep_that_is_killed_and_run_again_ends_as_if_nothing_had_happened(tm
     command = [sys.executable, str(SWEEP), *arguments]
     driver = subprocess.Popen(command, cwd=tmp_path / "killed", env=environment(), stdout=output, stderr=output)
     storage, deadline = FolderStorage(tmp_path / "killed" / "runs"), time.monotonic() + 200
-    while len(list(_rows(storage))) < 5:
+    while len(list(_under(storage, "metrics"))) < 5:
         assert driver.poll() is None, (tmp_path / "killed" / "output").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -161,6 +220,8 @@ def test_a_sweep_that_is_killed_and_run_again_ends_as_if_nothing_had_happened(tm
     for name, result in before.items():
         assert science(after[name]) == science(result)
     assert all(marker in again.stdout for marker in ("report:", "MLflow:", "mlflow ui", "attention-raw", "mamba-mel"))
+    assert "compare: http://127.0.0.1:5000/#/compare-runs?runs=%5B%22" in again.stdout
+    assert "runs:    http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=helix" in again.stdout
 
     weights = {name: storage.path(f"trials/{name}/result.json").stat().st_mtime_ns for name in after}
     third = run(arguments, cwd=tmp_path / "killed")
@@ -194,7 +255,7 @@ def test_two_ranks_of_which_one_is_killed_end_as_two_that_are_not_and_near_to_on
         storages[name] = FolderStorage(tmp_path / name / "runs")
     try:
         deadline = time.monotonic() + 500
-        while len(list(_rows(storages["killed"]))) < 3:
+        while len(list(_under(storages["killed"], "metrics"))) < 3:
             assert drivers["killed"].poll() is None, (tmp_path / "killed" / "output").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -220,6 +281,87 @@ def test_two_ranks_of_which_one_is_killed_end_as_two_that_are_not_and_near_to_on
     assert one["trial_id"] == name
     for a, b in zip(one["rows"][:3], whole["rows"][:3], strict=True):
         assert b["train_losses"] == pytest.approx(a["train_losses"], rel=1e-3)
+
+
+#: Runs a command on one core of this machine.
+ONE_CORE = """
+import os, sys
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="takes cores away from a process")
+def test_processes_of_ray_that_are_killed_on_a_machine_that_is_full_do_not_keep_the_sweep_from_its_end(tmp_path):
+    """The one worker takes the only core; what a dead controller or driver reserved for it has to be given back."""
+    trial = [*SMALL[-4:], "training.epochs=100"]
+    arguments = ["--grid", "demo", "--variants", "mamba-mel", "--folds", "1", *trial]
+    output = (tmp_path / "output").open("w")
+    driver = subprocess.Popen(
+        [sys.executable, "-c", ONE_CORE, sys.executable, str(SWEEP), *arguments],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=output,
+        stderr=output,
+    )
+    storage = FolderStorage(tmp_path / "runs")
+
+    def working(attempts: int) -> None:
+        """Wait until so many attempts were begun, and the last of them has finished an epoch."""
+        deadline, before = time.monotonic() + 150, 0
+        while time.monotonic() < deadline:
+            assert driver.poll() is None, (tmp_path / "output").read_text()
+            begun, rows = len(list(_under(storage, "attempts"))), len(list(_under(storage, "metrics")))
+            before = before if begun == attempts else rows
+            if begun == attempts and rows > before:
+                return
+            time.sleep(0.02)
+        pytest.fail(f"attempt {attempts} did not get on: {(tmp_path / 'output').read_text()}")
+
+    try:
+        working(1)
+        _named(driver.pid, "ray::TrainController").kill()
+        working(2)
+        _named(driver.pid, "ray::ImplicitFunc").kill()
+        assert driver.wait(timeout=150) == 0, (tmp_path / "output").read_text()
+    finally:
+        driver.kill()
+        driver.wait()
+    (name,) = results(storage.root)
+    assert [one["outcome"] for one in attempts_at(storage, name)] == ["lost", "lost", "done"]
+
+    (entry,) = expand(load_grid("demo"), overrides=trial, folds=[1], variants=["mamba-mel"])
+    (data,) = storage.children("data")
+    whole = Order(
+        spec=to_json(entry.spec),
+        source=repr(storage),
+        data=f"data/{data}",
+        storage=str(tmp_path / "whole"),
+    )
+    with Twins() as twins:
+        assert twins.run(whole).status == 0
+    assert compare(open_storage(whole.storage), storage, name)["verdict"] == BIT_EXACT
+
+
+def _named(pid: int, title: str) -> psutil.Process:
+    """The process below `pid` that Ray calls so."""
+    (found,) = [one for one in psutil.Process(pid).children(recursive=True) if _title(one).startswith(title)]
+    return found
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return process.cmdline()[0]
+    except (psutil.Error, IndexError):  # it has just ended
+        return ""
+
+
+def test_a_sweep_whose_trials_are_all_in_other_hands_says_what_it_waits_for():
+    running, partial = (TrialState(trial_id="a" * 16, status=status) for status in ("running", "partial"))
+    assert sweep.held_elsewhere([partial]) == ""
+    said = sweep.held_elsewhere([running, partial])
+    assert said.startswith("1 of the trials is worked on by another sweep") and f"after {EXPIRY_S:.0f} s" in said
 
 
 @pytest.mark.ray
@@ -297,7 +439,10 @@ def test_a_sweep_reads_from_a_bucket_and_writes_to_it_and_running_it_again_train
     assert [path.stem for path in cache.glob("*.bin")] == [shard["sha256"] for shard in manifest["shards"]]
     report = work / "runs" / "reports" / "demo.html"
     assert storage.get("reports/demo.html") == report.read_bytes()
-    assert {path.name for path in work.rglob("*") if path.is_file()} == {"demo.html", "mlflow.db"}
+    local = {path.relative_to(work / "runs") for path in work.rglob("*") if path.is_file()}
+    artifacts = {path for path in local if path.parts[0] == "mlflow-artifacts"}
+    assert {path.name for path in local - artifacts} == {"demo.html", "mlflow.db"}
+    assert {"demo.html", "confusion.csv", "spec.json", "weights.safetensors"} <= {path.name for path in artifacts}
 
     fault_proxy.requests.clear()
     again = run(arguments, cwd=work, HELIX_CACHE=str(cache))
@@ -324,6 +469,7 @@ def test_storage_that_does_not_answer_or_is_not_allowed_is_a_refusal(tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def _rows(storage: Storage):
+def _under(storage: Storage, folder: str):
+    """What the trials have in this folder of theirs."""
     for name in storage.children("trials"):
-        yield from storage.children(f"trials/{name}/metrics")
+        yield from storage.children(f"trials/{name}/{folder}")

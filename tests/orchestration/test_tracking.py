@@ -1,50 +1,47 @@
 """MLflow, the real thing on SQLite: two levels of runs that come out the same however often they are replayed."""
 
+import csv
+import io
+import json
 import sqlite3
+import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlflow.pyfunc
+import pandas as pd
 import pytest
+import soundfile
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts, load_text
+from scipy import stats
 
 from helix.data.shards import Recordings
 from helix.storage import FolderStorage, Storage, open_storage
 from orchestration import tracking
-from orchestration.grid import VARIANTS, Grid, Trial
+from orchestration.grid import Trial
 from orchestration.plan import Snapshot, make_plan
-from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, logged, without_secrets
+from orchestration.tracking import (
+    BackgroundTracker,
+    Tracker,
+    attempt_replay,
+    confusion_csv,
+    confusion_of,
+    logged,
+    without_secrets,
+)
 from orchestration.worker import run_trial
 
 
-@pytest.fixture(scope="module")
-def initialised(tmp_path_factory) -> Path:
-    """An empty MLflow database; making its tables takes seconds, so it is made once and copied."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
-def sweep(tiny_spec, tiny_data: Recordings, storage: Storage, initialised: Path, monkeypatch):
+def sweep(tiny_sweep: Snapshot, storage: Storage, initialised: Path, monkeypatch):
     """(snapshot, plan) of two variants on two folds, nothing trained yet, with a database of its own."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     storage.put("mlflow.db", initialised.read_bytes())
-    trials = []
-    for fold in (1, 2):
-        for variant in VARIANTS[3::2]:
-            spec = replace(
-                tiny_spec,
-                data=replace(tiny_spec.data, fold=fold),
-                model=replace(tiny_spec.model, frontend=variant.frontend, pattern=variant.pattern[2:4]),
-                training=replace(tiny_spec.training, epochs=2),
-            )
-            trials.append(Trial(variant=variant, spec=spec))
-    plan = make_plan(trials, tiny_data)
-    grid = Grid(question="Does it replay?", dataset="tones", folds=(1, 2))
-    snapshot = Snapshot(grid_name="test", grid=grid, plan=plan, recordings=tiny_data, storage=storage, command="test")
-    return snapshot, plan
+    return tiny_sweep, tiny_sweep.plan
 
 
 def train(entry, recordings: Recordings, storage: Storage, **changes) -> None:
@@ -54,7 +51,7 @@ def train(entry, recordings: Recordings, storage: Storage, **changes) -> None:
 def runs(storage: Storage) -> dict[str, list]:
     client = MlflowClient(tracking.tracking_uri(storage))
     found = client.search_runs([client.get_experiment_by_name("helix-tones").experiment_id])
-    levels: dict[str, list] = {"cell": [], "trial": []}
+    levels: dict[str, list] = {"cell": [], "trial": [], "report": []}
     for run in found:
         levels[run.data.tags["helix.level"]].append(run)
     return levels
@@ -243,3 +240,293 @@ def test_storage_that_is_away_for_a_while_does_not_end_the_tracking():
             time.sleep(0.01)
     assert len(calls) >= 3
     assert background.problem == "away"
+
+
+# What a run holds beside its points
+
+
+def text_of(storage: Storage, run, name: str) -> str:
+    return load_text(f"{run.info.artifact_uri}/{name}")
+
+
+def trained(sweep, tiny_data: Recordings, storage: Storage) -> list:
+    """Everything trained and replayed; the plan."""
+    snapshot, plan = sweep
+    for entry in plan:
+        train(entry, tiny_data, storage)
+    Tracker(storage).replay(snapshot())
+    return plan
+
+
+def test_a_cell_has_the_interval_of_students_t_beside_its_mean(sweep, tiny_data, storage):
+    trained(sweep, tiny_data, storage)
+    levels = runs(storage)
+    for cell in levels["cell"]:
+        children = [run for run in levels["trial"] if run.data.tags["mlflow.parentRunId"] == cell.info.run_id]
+        for rule in ("best_test", "last", "validation"):
+            values = [run.data.metrics[f"{rule}_accuracy"] for run in children]
+            found = [cell.data.metrics.get(f"{rule}_accuracy_ci95_{end}") for end in ("low", "high")]
+            if len(set(values)) == 1:
+                assert found == [None, None]  # values without a spread have no interval
+            else:
+                wanted = stats.t.interval(0.95, 1, loc=sum(values) / 2, scale=stats.sem(values))
+                assert found == pytest.approx(wanted)
+        assert cell.data.tags["helix.interval"] == "Student's t over 2 trials, 95%"
+
+
+def test_what_the_machine_did_is_under_mlflows_own_names(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    train(plan[0], tiny_data, storage)
+    Tracker(storage).replay(snapshot())
+    run = runs(storage)["trial"][0]
+    rows = snapshot.states()[plan[0].trial_id].rows
+    for name in ("cpu_utilization_percentage", "system_memory_usage_megabytes", "process_memory_peak_megabytes"):
+        points = history(storage, run, f"system/{name}")
+        assert points == [(row["epoch"], row["system"][name]) for row in rows]
+    assert run.data.metrics["system/process_memory_peak_megabytes"] > 50
+
+
+def test_a_trial_names_the_code_and_the_data_that_made_it(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    train(plan[0], tiny_data, storage)
+    for _ in range(2):
+        Tracker(storage).replay(snapshot())
+    levels = runs(storage)
+    run = MlflowClient(tracking.tracking_uri(storage)).get_run(levels["trial"][0].info.run_id)
+    code = snapshot.states()[plan[0].trial_id].attempts[0]["code"]
+    tags = run.data.tags
+    assert len(code["source_sha256"]) == len(code["constraints_sha256"]) == 64
+    assert tags["helix.code.source_sha256"] == code["source_sha256"]
+    assert tags["helix.code.constraints_sha256"] == code["constraints_sha256"]
+    assert tags["helix.code.commit"] == code["commit"] == tags.get("mlflow.source.git.commit", "unknown")
+    assert tags["helix.code.dirty"] == str(code["dirty"]).lower()
+    (given,) = run.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest) == ("tones", tiny_data.manifest_sha256[:16])
+    source = json.loads(given.dataset.source)
+    assert source["manifest_sha256"] == tiny_data.manifest_sha256
+    assert source["uri"] == f"{storage!r}/{tiny_data.prepared.prefix}"
+    assert json.loads(given.dataset.profile)["recordings"] == 96
+
+
+def test_a_trial_that_ran_under_two_codes_names_both_and_one_of_long_ago_none(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    train(plan[0], tiny_data, storage)
+    key = next(storage.keys(f"trials/{plan[0].trial_id}/attempts"))
+    record = storage.get_json(key)
+    later = {"commit": "b" * 40, "dirty": True, "source_sha256": "c" * 64, "constraints_sha256": "unknown"}
+    storage.put_json(f"{key[:-5]}-later.json", record | {"code": later, "started": record["started"] + 1})
+    storage.put_json(key, {name: value for name, value in record.items() if name != "code"})
+    Tracker(storage).replay(snapshot())
+    tags = runs(storage)["trial"][0].data.tags
+    assert tags["helix.code.commit"] == f"unknown, {'b' * 40}"
+    assert tags["helix.code.dirty"] == "unknown, true"
+    assert tags["mlflow.source.git.commit"] == "b" * 40
+
+
+def test_the_spec_and_what_was_taken_for_what_are_files_of_the_run(sweep, tiny_data, storage):
+    plan = trained(sweep, tiny_data, storage)
+    levels = runs(storage)
+    pooled: Counter[tuple[str, str]] = Counter()
+    for run in levels["trial"]:
+        name = run.data.tags["helix.trial_id"]
+        assert json.loads(text_of(storage, run, "spec.json")) == storage.get_json(f"trials/{name}/spec.json")
+        head, *rows = csv.reader(io.StringIO(text_of(storage, run, "confusion.csv")))
+        assert tuple(head[1:]) == tuple(row[0] for row in rows) == tiny_data.classes
+        counts = {(row[0], guess): int(n) for row in rows for guess, n in zip(head[1:], row[1:], strict=True)}
+        right = sum(n for (label, guess), n in counts.items() if label == guess)
+        assert 100 * right / sum(counts.values()) == pytest.approx(run.data.metrics["best_test_accuracy"])
+        assert run.data.tags["helix.confusion"].startswith("epoch ")
+        if run.data.tags["mlflow.parentRunId"] == levels["cell"][0].info.run_id:
+            pooled.update(counts)
+    head, *rows = csv.reader(io.StringIO(text_of(storage, levels["cell"][0], "confusion.csv")))
+    assert {(row[0], g): int(n) for row in rows for g, n in zip(head[1:], row[1:], strict=True)} == dict(pooled)
+    assert len(plan) == 4
+
+
+def test_a_result_of_an_earlier_version_says_that_its_confusion_is_of_the_last_epoch():
+    old = {"confusion": [[0, 0, 3], [1, 0, 1]]}
+    triples, said = confusion_of(old)
+    assert triples == old["confusion"] and said.startswith("the last epoch")
+    new = old | {"selected_confusion": [[0, 1, 4]], "selected_epoch": 7}
+    assert confusion_of(new) == ([[0, 1, 4]], "epoch 7, the one that the protocol selects")
+    assert confusion_csv(triples, ["a,b", "c"]) == 'is / taken for,"a,b",c\n"a,b",3,0\nc,1,0\n'
+
+
+def test_runs_of_an_earlier_version_get_the_files_that_they_lack(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    train(plan[0], tiny_data, storage)
+    Tracker(storage).replay(snapshot())
+    client = MlflowClient(tracking.tracking_uri(storage))
+    run = runs(storage)["trial"][0]
+    client.delete_tag(run.info.run_id, "helix.confusion")
+    before = text_of(storage, run, "confusion.csv")
+    Path(run.info.artifact_uri.removeprefix("file://"), "confusion.csv").unlink()
+    Tracker(storage).replay(snapshot())
+    assert text_of(storage, run, "confusion.csv") == before
+
+
+def versions(storage: Storage) -> dict[str, list]:
+    client = MlflowClient(tracking.tracking_uri(storage))
+    found: dict[str, list] = {model.name: [] for model in client.search_registered_models()}
+    for name, of_name in found.items():
+        of_name += client.search_model_versions(f"name = '{name}'")
+    return found
+
+
+def test_the_best_of_a_finished_cell_is_one_registered_model_that_predicts(
+    sweep, tiny_data, storage, tmp_path, monkeypatch
+):
+    snapshot, plan = sweep
+    for entry in plan[:-1]:
+        train(entry, tiny_data, storage)
+    Tracker(storage).replay(snapshot())
+    assert len(versions(storage)) == 1  # of the other cell one trial is not done
+    train(plan[-1], tiny_data, storage)
+    for _ in range(3):
+        Tracker(storage).replay(snapshot())
+    found = versions(storage)
+    assert [len(of_name) for of_name in found.values()] == [1, 1]
+    client = MlflowClient(tracking.tracking_uri(storage))
+    soundfile.write(tmp_path / "a.wav", tiny_data.wave(0), 16_000, subtype="PCM_16")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.tracking_uri(storage))
+    for cell in runs(storage)["cell"]:
+        children = [run for run in runs(storage)["trial"] if run.data.tags["mlflow.parentRunId"] == cell.info.run_id]
+        best = max(children, key=lambda run: run.data.metrics["best_test_accuracy"])
+        name = cell.data.tags["helix.model"].split("/")[1]
+        version = client.get_model_version_by_alias(name, "best")
+        trial = client.get_run(version.run_id)
+        assert trial.data.metrics["best_test_accuracy"] == best.data.metrics["best_test_accuracy"]
+        model = mlflow.pyfunc.load_model(f"models:/{name}@best")
+        said = model.predict(pd.DataFrame({"path": [str(tmp_path / "a.wav")]}))
+        assert said["class"][0] in tiny_data.classes
+
+
+def test_a_version_that_was_made_and_not_recorded_is_found_again(sweep, tiny_data, storage):
+    trained(sweep, tiny_data, storage)
+    snapshot, _ = sweep
+    storage.delete_folder("tracking")
+    client = MlflowClient(tracking.tracking_uri(storage))
+    for cell in runs(storage)["cell"]:
+        client.delete_tag(cell.info.run_id, "helix.model_sha256")
+    Tracker(storage).replay(snapshot())
+    assert [len(of_name) for of_name in versions(storage).values()] == [1, 1]
+    levels = runs(storage)
+    assert (len(levels["cell"]), len(levels["trial"])) == (2, 4)
+
+
+def test_damaged_weights_are_told_on_their_cell_and_keep_nothing_else_from_mlflow(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    for entry in plan:
+        train(entry, tiny_data, storage)
+    for entry in plan[::2]:  # both trials of the first variant
+        key = f"trials/{entry.trial_id}/best/model.safetensors"
+        storage.put(key, b"broken" + storage.get(key)[6:])
+    Tracker(storage).replay(snapshot())
+    said = {run.info.run_name: run.data.tags["helix.model"] for run in runs(storage)["cell"]}
+    assert "are damaged" in said[plan[0].trial.variant.name]
+    assert said[plan[1].trial.variant.name].startswith("models:/")
+    assert [len(of_name) for of_name in versions(storage).values()] == [1]
+
+
+def test_the_report_and_the_certificates_lie_beside_the_cells(sweep, tiny_data, storage, tmp_path):
+    snapshot, plan = sweep
+    train(plan[0], tiny_data, storage)
+    for number, trial in enumerate((plan[0].trial_id, "of-another-grid")):
+        certificate = {"certificate_id": f"c{number}", "trial_id": trial, "verdict": "bit-exact"}
+        storage.put_json(f"certificates/c{number}.json", certificate)
+    report = tmp_path / "test.html"
+    for text in ("<p>half</p>", "<p>whole</p>"):
+        report.write_text(text)
+        assert attempt_replay(Tracker(storage), snapshot(), report) is None
+    (run,) = runs(storage)["report"]
+    assert text_of(storage, run, "test.html") == "<p>whole</p>"
+    found = Path(download_artifacts(f"{run.info.artifact_uri}/certificates"))
+    assert [path.name for path in found.iterdir()] == ["c0.json"]
+    assert "Does it replay?" in run.data.tags["mlflow.note.content"]
+
+
+def test_a_run_that_was_deleted_by_hand_is_made_again_with_everything(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    train(plan[0], tiny_data, storage)
+    tracker = Tracker(storage)
+    tracker.replay(snapshot())
+    client = MlflowClient(tracking.tracking_uri(storage))
+    first = runs(storage)["trial"][0]
+    client.delete_run(first.info.run_id)
+    Tracker(storage).replay(snapshot())
+    (second,) = runs(storage)["trial"]
+    assert second.info.run_id != first.info.run_id
+    assert second.data.metrics["best_test_accuracy"] == first.data.metrics["best_test_accuracy"]
+    assert [step for step, _ in history(storage, second, "test_accuracy")] == [1, 2]
+    assert "is / taken for" in text_of(storage, second, "confusion.csv")
+
+
+def test_a_tracker_that_remembers_a_deleted_run_looks_again(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    tracker = Tracker(storage)
+    seen = []
+
+    def watch(row):
+        seen.append(attempt_replay(tracker, snapshot()))
+        if row["epoch"] == 1:
+            run = runs(storage)["trial"][0]
+            MlflowClient(tracking.tracking_uri(storage)).delete_run(run.info.run_id)
+
+    train(plan[0], tiny_data, storage, on_epoch=watch)
+    attempt_replay(tracker, snapshot())
+    assert attempt_replay(tracker, snapshot()) is None
+    (run,) = runs(storage)["trial"]
+    assert [step for step, _ in history(storage, run, "test_accuracy")] == [1, 2]
+
+
+def test_the_printed_links_name_the_cells_of_the_sweep(sweep, tiny_data, storage):
+    snapshot, _ = sweep
+    tracker = Tracker(storage)
+    assert tracker.compare_links(snapshot()) == {}
+    trained(sweep, tiny_data, storage)
+    tracker.replay(snapshot())
+    links = tracker.compare_links(snapshot())["tones"]
+    cells = {run.info.run_id for run in runs(storage)["cell"]}
+    assert all(run in links["compare"] for run in cells)
+    assert "viewStateShareKey=helix" in links["runs"]
+    experiment = MlflowClient(tracking.tracking_uri(storage)).get_experiment_by_name("helix-tones")
+    shared = json.loads(experiment.tags["mlflow.sharedViewState.helix"])
+    assert "metrics.`best_test_accuracy`" in shared["selectedColumns"]
+
+
+# Several at once
+
+
+@pytest.mark.service
+def test_replays_at_once_make_one_run_and_one_model_and_no_point_twice(
+    sweep, tiny_data, storage, mlflow_server, monkeypatch
+):
+    snapshot, plan = sweep
+    for entry in plan:
+        train(entry, tiny_data, storage)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    view, barrier, problems = snapshot(), threading.Barrier(4), []
+
+    def replay():
+        tracker = Tracker(storage)
+        barrier.wait()
+        problems.extend(attempt_replay(tracker, view) for _ in range(3))
+
+    threads = [threading.Thread(target=replay) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(200)
+    assert len(problems) == 12
+    assert attempt_replay(Tracker(storage), view) is None
+    levels = runs(storage)
+    assert Counter(run.data.tags["helix.key"] for run in levels["cell"] + levels["trial"]).most_common(1)[0][1] == 1
+    assert (len(levels["cell"]), len(levels["trial"])) == (2, 4)
+    for run in levels["trial"]:
+        for metric in ("test_accuracy", "system/cpu_utilization_percentage"):
+            assert [step for step, _ in history(storage, run, metric)] == [1, 2]
+    for run in levels["cell"]:
+        assert [step for step, _ in history(storage, run, "best_test_accuracy")] == [2]
+        assert len(run.inputs.dataset_inputs) <= 1
+    assert [len(of_name) for of_name in versions(storage).values()] == [1, 1]

@@ -6,15 +6,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray.exceptions
 import ray.train
 import torch
 
 from helix.data.shards import Recordings
+from helix.loopback import Fault, FaultProxy
 from helix.spec import from_json, to_json, trial_id
 from helix.storage import Storage, open_storage
 from orchestration import lease, stop, worker
@@ -24,7 +27,6 @@ from orchestration.ledger import read
 from orchestration.recovery import Budget
 from orchestration.worker import run_trial, work_through
 from tests.conftest import with_training
-from tests.fault_proxy import Fault, FaultProxy
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,6 +86,26 @@ def test_failures_have_a_budget(attempt):
     done, state, calls = attempt(*errors, budget=Budget(failures=2))
     assert (done, state.status, calls) == ("failed", "failed", 3)
     assert "3 failures; 2 are allowed" in state.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ray.exceptions.ActorUnavailableError("the controller's machine does not answer", None),
+        ray.exceptions.ActorDiedError(),
+        ray.exceptions.RaySystemError("the head is gone"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_worker_that_is_cut_off_from_ray_leaves_and_the_trial_has_not_failed(attempt, error):
+    """A worker whose controller or head is gone hears it when it reports or asks for notices."""
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            attempt(error, budget=Budget(failures=0))
+    done, state, calls = attempt(budget=Budget(failures=0))
+    assert (done, state.status, calls) == ("done", "done", 1)
+    assert [record["outcome"] for record in state.attempts] == ["lost", "lost", "done"]
+    assert type(error).__name__ in state.attempts[0]["error"]
 
 
 def test_a_new_sweep_tries_a_failed_trial_again(attempt):
@@ -188,34 +210,44 @@ def test_a_process_that_hangs_ends_itself_and_says_so(tiny_spec, tiny_data, stor
 
 
 DRIVER = """
-import json, sys
+import functools, json, socket, sys, time
 from pathlib import Path
 from helix.data.shards import open_prepared
 from helix.spec import from_json
 from helix.storage import FolderStorage, Storage
+from orchestration import lease
 from orchestration.worker import work_through
-specs, data, prefix, storage, sweep = sys.argv[1:]
+specs, data, prefix, storage, sweep, host, ahead_s = sys.argv[1:]
+lease.Lease = functools.partial(lease.Lease, beat_s=0.2)
+socket.gethostname = lambda: host
+time.time = lambda now=time.time: now() + float(ahead_s)
 recordings = open_prepared(FolderStorage(Path(data)), prefix)
 print("ready", flush=True)
 sys.stdin.readline()
-work_through(map(from_json, json.loads(specs)), recordings, FolderStorage(Path(storage)), sweep_id=sweep, held_s=0.1)
+watch, trials = lease.Watch(expiry_s=5), map(from_json, json.loads(specs))
+work_through(trials, recordings, FolderStorage(Path(storage)), sweep_id=sweep, held_s=0.1, watch=watch)
 """
 
 
-def drivers(specs, tiny_data: Recordings, storage: Storage, count: int) -> list[subprocess.Popen]:
-    """So many processes that work through the same trials, all of them started at one moment."""
+def drivers(
+    specs, tiny_data: Recordings, storage: Storage, hosts: Sequence[str], ahead_s: Sequence[float]
+) -> list[subprocess.Popen]:
+    """Processes that work through the same trials, all of them started at one moment.
+
+    Each takes itself to be on the machine `hosts` says, whose clock is `ahead_s` fast.
+    """
     arguments = [json.dumps([to_json(spec) for spec in specs]), str(tiny_data._storage.root)]
     arguments += [tiny_data.prepared.prefix, str(storage.root)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", DRIVER, *arguments, f"sweep-{number}"],
+            [sys.executable, "-c", DRIVER, *arguments, f"sweep-{number}", host, str(ahead)],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for number in range(count)
+        for number, (host, ahead) in enumerate(zip(hosts, ahead_s, strict=True))
     ]
     for process in processes:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
@@ -227,9 +259,14 @@ def drivers(specs, tiny_data: Recordings, storage: Storage, count: int) -> list[
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_two_sweeps_at_once_share_the_trials_and_train_none_twice(killed, tiny_spec, tiny_data, storage):
+@pytest.mark.parametrize("ahead_s", [0.0, 3600.0, -3600.0])
+@pytest.mark.parametrize("other", ["here", "there"])
+def test_two_sweeps_at_once_share_the_trials_and_train_none_twice(
+    other, ahead_s, killed, tiny_spec, tiny_data, storage
+):
+    """On one machine or on two, whose clocks may be an hour apart."""
     specs = [replace(tiny_spec, seed=seed) for seed in range(4)]
-    processes = drivers(specs, tiny_data, storage, 2)
+    processes = drivers(specs, tiny_data, storage, ["here", other], [0.0, ahead_s])
     try:
         if killed:
             time.sleep(1.0)
@@ -249,12 +286,24 @@ def test_two_sweeps_at_once_share_the_trials_and_train_none_twice(killed, tiny_s
         assert len({attempt["sweep_id"] for state in states for attempt in state.attempts}) == 2, "both had work"
 
 
+def test_the_order_of_attempts_is_that_of_their_leases_whatever_clocks_say(attempt, monkeypatch):
+    """Each attempt is made by a machine whose clock is an hour behind that of the one before."""
+    clock = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(worker, "time", SimpleNamespace(time=lambda: float(next(clock)), sleep=time.sleep))
+    done, state, calls = attempt(*[MemoryError() for _ in range(3)])
+    assert (done, calls) == ("done", 4)
+    assert [record["micro_batch"] for record in state.attempts] == [24, 12, 6, 3]
+    assert [record["lease"] for record in state.attempts] == [1, 2, 3, 4]
+    assert state.attempts[0]["started"] > state.attempts[3]["started"]
+
+
 def test_a_small_set_lives_on_the_gpu_and_a_large_one_does_not(tiny_data, monkeypatch):
     size = sum(shard["bytes"] for shard in tiny_data.manifest["shards"])
     assert worker.data_placement(tiny_data, "cpu") == "host"
-    for times, wanted in ((30, "device"), (10, "host")):
+    for times, share, wanted in ((30, 1.0, "device"), (10, 1.0, "host"), (30, 0.25, "host"), (100, 0.25, "device")):
         gpu = SimpleNamespace(total_memory=times * size)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, gpu=gpu: gpu)
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _, share=share: share)
         assert worker.data_placement(tiny_data, "cuda") == wanted
 
 

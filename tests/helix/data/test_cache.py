@@ -16,9 +16,9 @@ import pytest
 
 from helix.data.cache import ShardCache
 from helix.data.shards import CorruptShardError, open_prepared, prepare
+from helix.loopback import Fault, FaultProxy
 from helix.storage import CorruptObjectError, FolderStorage, Storage, open_storage
 from helix.storage_s3 import S3Storage
-from tests.fault_proxy import Fault, FaultProxy
 
 ROOT = Path(__file__).resolve().parents[3]
 SIZE = 200_000

@@ -32,9 +32,9 @@ from helix.data.shards import (
     verify,
     write_shard,
 )
+from helix.loopback import Fault
 from helix.registry import DATASETS
 from helix.storage import CorruptObjectError, FolderStorage, Storage, open_storage
-from tests.fault_proxy import Fault
 
 ROOT = Path(__file__).resolve().parents[3]
 OPTIONS = {"clips_per_class": 4}

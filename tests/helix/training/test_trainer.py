@@ -4,6 +4,8 @@ import hashlib
 import pickle
 import shutil
 import threading
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +18,12 @@ from safetensors.torch import save
 from helix.data.shards import Recordings
 from helix.protocol import profile
 from helix.spec import TrialSpec, trial_id
-from helix.storage import FolderStorage
+from helix.storage import FolderStorage, json_bytes
 from helix.training import trainer
-from helix.training.checkpoint import committed, load_best
+from helix.training.checkpoint import CheckpointError, committed, load_best
 from helix.training.trainer import DivergedError, Fit, StoppedError, fit, row_key
 from orchestration.grid import VARIANTS
+from tests.conftest import with_training
 
 STEPS = 9  # three epochs of three
 
@@ -105,6 +108,34 @@ def test_how_often_it_saves_is_not_science(tiny_spec, tiny_data, storage, undist
     assert science(fit(tiny_spec, tiny_data, Fit(storage=storage, save_every_s=0.0))) == undisturbed(tiny_spec)
 
 
+class Distant(FolderStorage):
+    """A storage whose every put takes a tenth of a second."""
+
+    def put(self, key: str, data: bytes) -> None:
+        time.sleep(0.1)
+        super().put(key, data)
+
+
+def test_saving_holds_up_the_training_by_a_hundredth_at_most(tiny_spec, tiny_data, tmp_path, monkeypatch):
+    """Measured around every save but the last one, which waits for the end of its writing as the trial ends with it."""
+    held: list[float] = []
+    real = trainer._Trial._save
+
+    def timed(trial, progress) -> None:
+        began = time.perf_counter()
+        real(trial, progress)
+        held.append(time.perf_counter() - began)
+
+    monkeypatch.setattr(trainer._Trial, "_save", timed)
+    began = time.perf_counter()
+    fit(with_training(tiny_spec, epochs=60), tiny_data, Fit(storage=Distant(tmp_path)))
+    took = time.perf_counter() - began
+    *while_training, _ = held
+    assert len(while_training) >= 4
+    # A busy machine may hold up a single one, for which there is no time left to make up.
+    assert sum(while_training) - max(while_training) <= 0.01 * took, held
+
+
 def test_a_row_lost_between_checkpoint_and_row_comes_back(tiny_spec, tiny_data, storage, undisturbed):
     with pytest.raises(Killed):
         fit(tiny_spec, tiny_data, Fit(storage=storage, on_step=kill_at(4)))
@@ -114,6 +145,22 @@ def test_a_row_lost_between_checkpoint_and_row_comes_back(tiny_spec, tiny_data, 
     result = fit(tiny_spec, tiny_data, Fit(storage=storage))
     assert storage.get(row_key(name, 1)) == before
     assert [row["epoch"] for row in result["rows"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("lost", ["manifests", "folder"])
+def test_a_trial_whose_checkpoints_are_gone_does_not_silently_start_again(lost, tiny_spec, tiny_data, storage):
+    """Rows are put after the checkpoint that holds them: where there are some, there was one."""
+    with pytest.raises(Killed):
+        fit(tiny_spec, tiny_data, Fit(storage=storage, save_every_s=0.0, on_step=kill_at(8)))
+    folder = f"trials/{trial_id(tiny_spec, tiny_data.manifest_sha256)}"
+    kept = committed(storage, f"{folder}/checkpoints")
+    assert kept
+    for name in kept:
+        storage.delete(f"{folder}/checkpoints/{name}/manifest.json")
+    if lost == "folder":
+        storage.delete_folder(f"{folder}/checkpoints")
+    with pytest.raises(CheckpointError, match=r"none has a manifest, though the rows of \d epochs.*helix restart"):
+        fit(tiny_spec, tiny_data, Fit(storage=storage))
 
 
 def test_a_finished_trial_is_not_trained_again(tiny_spec, tiny_data, storage):
@@ -345,6 +392,52 @@ def test_the_best_weights_are_those_of_the_best_epoch(tiny_spec, tiny_data, stor
             fit(tiny_spec, tiny_data, Fit(storage=killed, on_step=kill_at(step), save_now=lambda: True))
     fit(tiny_spec, tiny_data, Fit(storage=killed))
     assert save(load_best(killed, folder)[0]) == save(weights)
+
+
+def test_a_result_tells_what_the_selected_epoch_took_for_what(tiny_spec, tiny_data, storage):
+    result = fit(tiny_spec, tiny_data, Fit(storage=storage))
+    assert result["selected_epoch"] == result["best_epoch"]["best_test"]
+    right, clips = (sum(n for a, b, n in result["selected_confusion"] if a == b or every) for every in (False, True))
+    assert clips == result["test_clips"] and right / clips == result["accuracy"]["best_test"]
+    last = sum(n for a, b, n in result["confusion"] if a == b)
+    assert last / clips == result["accuracy"]["last"]
+
+
+def test_a_confusion_that_is_missing_damaged_or_of_other_rows_is_left_out_and_the_trial_ends(
+    tiny_spec, tiny_data, tmp_path
+):
+    def spoilt(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+        storage = FolderStorage(tmp_path / uuid.uuid4().hex)
+        name = trial_id(tiny_spec, tiny_data.manifest_sha256)
+        with pytest.raises(Killed):
+            fit(tiny_spec, tiny_data, Fit(storage=storage, on_step=kill_at(STEPS), save_now=lambda: True))
+        key = f"trials/{name}/best/manifest.json"
+        body = change(storage.get_json(key)["body"])
+        storage.put_json(key, {"body": body, "sha256": hashlib.sha256(json_bytes(body)).hexdigest()})
+        return fit(tiny_spec, tiny_data, Fit(storage=storage))
+
+    whole = fit(tiny_spec, tiny_data, Fit(storage=FolderStorage(tmp_path / "whole")))
+    if whole["selected_epoch"] == tiny_spec.training.epochs:
+        pytest.skip("the last epoch is the best one here, and writes the manifest anew")
+    assert spoilt(lambda body: body)["selected_confusion"] == whole["selected_confusion"]
+    changes = (
+        lambda body: {key: value for key, value in body.items() if key != "confusion"},  # an earlier version
+        lambda body: body | {"value": 0.123},
+    )
+    for change in changes:
+        result = spoilt(change)
+        assert "selected_confusion" not in result and "selected_epoch" not in result
+        assert result["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_what_the_machine_did_stands_in_the_row_and_changes_nothing_else(tiny_spec, tiny_data, storage, tmp_path):
+    plain = fit(tiny_spec, tiny_data, Fit(storage=storage))
+    measured = fit(tiny_spec, tiny_data, Fit(storage=FolderStorage(tmp_path / "m"), measured=lambda: {"cpu": 7.0}))
+    assert [row["system"] for row in measured["rows"]] == [{"cpu": 7.0}] * 3
+    assert not any("system" in row for row in plain["rows"])
+    for row in measured["rows"]:
+        del row["system"]
+    assert science(measured) == science(plain)
 
 
 def test_a_change_of_environment_is_told_and_recorded(tiny_spec, tiny_data, storage, monkeypatch, caplog):

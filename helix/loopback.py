@@ -1,19 +1,27 @@
-"""A proxy on loopback in front of an HTTP server that does to chosen requests what networks and servers do to them.
+"""S3 on this machine, and a proxy before any HTTP server that does to chosen requests what networks and servers do.
 
+with s3_on_loopback(folder) as address, FaultProxy(os.environ["AWS_ENDPOINT_URL_S3"]) as proxy: ...
 proxy.add(Fault(kind="status", status=503, code="SlowDown", times=3))     the next three requests
 proxy.add(Fault(kind="truncate", method="GET", bytes=100_000))            every such request until proxy.clear()
 """
 
+import contextlib
 import io
+import os
 import re
 import select
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -68,6 +76,12 @@ class FaultProxy:
         self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self._thread.start()
+
+    def __enter__(self) -> "FaultProxy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def add(self, fault: Fault) -> Fault:
         with self._lock:
@@ -202,3 +216,53 @@ def _reset(handler: BaseHTTPRequestHandler) -> None:
 def _flipped(body: bytes) -> bytes:
     middle = len(body) // 2
     return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :] if body else body
+
+
+@contextlib.contextmanager
+def s3_on_loopback(folder: Path) -> Iterator[str]:
+    """The address of an empty bucket of moto's server; the environment leads there alone until the end of the block."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (folder / "moto.log").open("w") as log:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    endpoint = f"http://127.0.0.1:{port}"
+    changed = {
+        "AWS_ACCESS_KEY_ID": "loopback",
+        "AWS_SECRET_ACCESS_KEY": "loopback",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": str(folder / "no-config"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(folder / "no-credentials"),
+        "AWS_ENDPOINT_URL_S3": endpoint,
+        "NO_PROXY": "127.0.0.1",
+    }
+    removed = ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_REGION")
+    before = {name: os.environ.get(name) for name in (*changed, *removed)}
+    try:
+        for name in removed:
+            os.environ.pop(name, None)
+        os.environ.update(changed)
+        _make_bucket(f"{endpoint}/loopback", server)
+        yield "s3://loopback/data"
+    finally:
+        server.kill()
+        server.wait()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _make_bucket(url: str, server: subprocess.Popen) -> None:
+    """Raises OSError where the server does not answer within a minute."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="PUT")).close()
+            return
+        except OSError:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
