@@ -153,7 +153,6 @@ class All(Rule):
 
     def judge(self, case: Case) -> Judgement:
         parts = [rule.judge(case) for rule in self.rules]
-        worst: tuple[Verdict, ...] = ("contradicted", "no data", "underpowered", "supported")
         verdict = next(one for one in DECISIVE if any(part.verdict == one for part in parts))
         # What decides comes first; a part that says the same as another says it once.
         decisive = dict.fromkeys(part.because for part in parts if part.verdict == verdict)
