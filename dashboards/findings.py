@@ -16,11 +16,11 @@ from dashboards.summary import (
     progress,
     rank,
     sampling_word,
-    smallest_p,
     unlike_authors,
 )
 from dashboards.text import SELECTION_WORDS, listing, percent, plural, points
 from dashboards.view import SweepView
+from helix.statistics import smallest_p
 
 #: Up to this many pairs an exact sign-flip test cannot reach p = 0.05, whatever the differences are.
 FEW_PAIRS = 5

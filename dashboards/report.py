@@ -14,7 +14,9 @@ from markupsafe import Markup
 from dashboards import text
 from dashboards.certificates import certified
 from dashboards.charts import bars, colours, glyph
+from dashboards.comparisons import statistics_table
 from dashboards.curves import Panel, panels
+from dashboards.evidence import sweep_evidence
 from dashboards.findings import Finding, comparison_note, find, parse_question, shared_unlike, sweep_cautions
 from dashboards.summary import (
     SELECTIONS,
@@ -26,6 +28,8 @@ from dashboards.summary import (
     sampling_word,
     summarise,
 )
+from dashboards.tables import Table, as_html
+from dashboards.verdicts import claims_section, concerns, evidence_tables, ledger
 from dashboards.view import CellView, DataFacts, SweepView, TrialView
 from helix.protocol import SWITCHES
 from helix.published import PAPER, README
@@ -65,18 +69,28 @@ class TrialRow:
 
 def write_report(view: SweepView, path: Path) -> None:
     """Write the report to `path` in one step: a reader sees the old file or the new one, never half of it."""
-    page = render_report(view).encode(errors="replace")
+    put(path, render_report(view))
+
+
+def report_tables(view: SweepView) -> tuple[Table, ...]:
+    """The tables that stand beside the report as CSV, Markdown and LaTeX."""
+    evidence = sweep_evidence(view)
+    return evidence_tables(evidence, ledger(evidence) if concerns(evidence) else ())
+
+
+def put(path: Path, page: str) -> None:
+    """Put a page at `path` in one step, its folder made where it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        aside.write_bytes(page)
+        aside.write_bytes(page.encode(errors="replace"))
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def render_report(view: SweepView) -> str:
-    """The whole page as text. Everything that comes from the view is escaped."""
+def page_environment() -> Environment:
+    """What the templates of this folder are drawn with: everything escaped, nothing undefined."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -86,30 +100,47 @@ def render_report(view: SweepView) -> str:
     )
     for word in ("percent", "points", "mean_std", "count", "millions", "plural", "duration", "moment", "cost_line"):
         environment.filters[word] = getattr(text, word)
+    environment.filters["as_html"] = as_html
+    return environment
+
+
+def render_report(view: SweepView) -> str:
+    """The whole page as text. Everything that comes from the view is escaped."""
+    evidence = sweep_evidence(view)
     summaries = summarise(view)
     kinds = list(dict.fromkeys(block for cell in view.cells for block in cell.pattern))
-    return environment.get_template(TEMPLATE).render(
-        view=view,
-        question=parse_question(view.question, view.grid),
-        progress=progress(view),
-        sections=[_section(view, dataset, summaries) for dataset in dict.fromkeys(cell.dataset for cell in view.cells)],
-        cautions=sweep_cautions(view),
-        failures=[(cell, trial) for cell, trial in view.trials() if trial.state.status == "failed"],
-        trials=[_trial_row(cell, trial) for cell, trial in view.trials()],
-        switches=SWITCHES,
-        changed=changed_switches(view),
-        versions=_versions(view),
-        selections=SELECTIONS,
-        selection_words=text.SELECTION_WORDS,
-        std_words=text.STD_WORDS,
-        word=sampling_word(view),
-        glyph=lambda pattern: glyph(pattern, kinds),
-        kinds=kinds,
-        gap=text.GAP,
-        paper=PAPER,
-        readme=README,
-        attempts=attempts,
-        certified=certified(view),
+    return (
+        page_environment()
+        .get_template(TEMPLATE)
+        .render(
+            view=view,
+            claims=claims_section(ledger(evidence), evidence) if concerns(evidence) else None,
+            statistics={
+                dataset: statistics_table(evidence, dataset) for dataset in {cell.dataset for cell in view.cells}
+            },
+            question=parse_question(view.question, view.grid),
+            progress=progress(view),
+            sections=[
+                _section(view, dataset, summaries) for dataset in dict.fromkeys(cell.dataset for cell in view.cells)
+            ],
+            cautions=sweep_cautions(view),
+            failures=[(cell, trial) for cell, trial in view.trials() if trial.state.status == "failed"],
+            trials=[_trial_row(cell, trial) for cell, trial in view.trials()],
+            switches=SWITCHES,
+            changed=changed_switches(view),
+            versions=_versions(view),
+            selections=SELECTIONS,
+            selection_words=text.SELECTION_WORDS,
+            std_words=text.STD_WORDS,
+            word=sampling_word(view),
+            glyph=lambda pattern: glyph(pattern, kinds),
+            kinds=kinds,
+            gap=text.GAP,
+            paper=PAPER,
+            readme=README,
+            attempts=attempts,
+            certified=certified(view),
+        )
     )
 
 

@@ -13,6 +13,7 @@ from dashboards.text import TIMES, plural
 from dashboards.view import CellView, DataFacts, SweepView, TrialView
 from helix.protocol import PROFILES, SWITCHES
 from helix.published import Published, published
+from helix.statistics import deviation, mean
 
 SELECTIONS = ("best_test", "last", "validation")
 
@@ -114,14 +115,7 @@ class Progress:
 
 def statistic(values: Sequence[float], rule: str) -> Statistic:
     """Mean and standard deviation; `rule` "population" divides by n and "sample" by n - 1. One value has no spread."""
-    n = len(values)
-    if n == 0:
-        return Statistic(n=0)
-    mean = math.fsum(values) / n
-    if n == 1:
-        return Statistic(n=1, mean=mean)
-    squares = math.fsum((value - mean) ** 2 for value in values)
-    return Statistic(n=n, mean=mean, std=math.sqrt(squares / (n if rule == "population" else n - 1)))
+    return Statistic(n=len(values), mean=mean(values), std=deviation(values, ddof=0 if rule == "population" else 1))
 
 
 def summarise(view: SweepView) -> tuple[CellSummary, ...]:
@@ -177,11 +171,6 @@ def paired(first: CellSummary, second: CellSummary, select: str) -> list[float]:
     """Accuracy of `first` minus accuracy of `second` on every fold and seed that both finished."""
     ours, theirs = _by_pair(first, select), _by_pair(second, select)
     return [ours[pair] - theirs[pair] for pair in sorted(ours.keys() & theirs.keys())]
-
-
-def smallest_p(pairs: int) -> float:
-    """The smallest two-sided p that an exact sign-flip test over this many pairs can give: 2 / 2^n."""
-    return min(1.0, 2.0 ** (1 - pairs))
 
 
 def progress(view: SweepView) -> Progress:

@@ -1,11 +1,17 @@
 """The result of a sweep as a table for the terminal: the same numbers as the report, in at most 100 columns."""
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from dashboards.claim import Entry
 from dashboards.summary import CellSummary, sampling_word, summarise
+from dashboards.tables import Table as AnyTable
+from dashboards.tables import shown
 from dashboards.text import GAP, SELECTION_WORDS, mean_std, percent, points
+from dashboards.verdicts import tallied
 from dashboards.view import SweepView
 
 
@@ -40,6 +46,47 @@ def summary_table(view: SweepView) -> Table:
     for summary in summaries:
         cost = [Text(f"${summary.cell.spent.usd:,.2f}")] if view.spent.usd else []
         table.add_row(*_row(summary, many, compared), *cost)
+    return table
+
+
+def claims_table(entries: Sequence[Entry]) -> Table:
+    """One row per claim that has data; the numbers behind the verdicts are in the files."""
+    table = Table(
+        title=Text(tallied(entries)),
+        caption=Text("those without data are left out; the numbers behind each stand in the page and in claims.csv"),
+        box=box.SIMPLE_HEAD,
+        title_style="bold",
+        title_justify="left",
+        caption_style="dim",
+        caption_justify="left",
+        header_style="bold",
+        width=100,
+    )
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("where", overflow="fold", max_width=18)
+    table.add_column("what the paper says", overflow="fold")
+    for entry in entries:
+        if entry.judgement.verdict != "no data":
+            table.add_row(*(Text(word) for word in (entry.judgement.verdict, entry.claim.where, entry.claim.says)))
+    return table
+
+
+def statistics_table(given: AnyTable) -> Table:
+    """A table of dashboards/comparisons.py with the columns that a terminal has room for."""
+    wanted = ("comparison", "n", "difference", "p: paired t", "p: corrected", "p: Holm", "p: sign flip")
+    names = [f"{column.group}: {column.heading}".removeprefix(": ") for column in given.columns]
+    table = Table(
+        title=Text(given.caption),
+        box=box.SIMPLE_HEAD,
+        title_style="bold",
+        title_justify="left",
+        header_style="bold",
+        width=100,
+    )
+    for name in wanted:
+        table.add_column(Text(name), justify="right" if given.columns[names.index(name)].number else "left")
+    for row in given.rows:
+        table.add_row(*(Text(shown(row[names.index(name)])) for name in wanted))
     return table
 
 

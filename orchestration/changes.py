@@ -8,19 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy import stats
-
 from dashboards.findings import FEW_PAIRS
-from dashboards.summary import SELECTIONS, paired, smallest_p, summarise_cell
+from dashboards.summary import SELECTIONS, paired, summarise_cell
 from dashboards.text import percent, plural, points
 from dashboards.view import CellView, SweepView, TrialView
 from helix.spec import identity
+from helix.statistics import sign_flip, smallest_p, t_test
 from helix.storage import Storage
 from orchestration.ledger import TrialState, read_all
 from orchestration.plan import Planned
-
-#: A difference is beyond noise where this interval of the paired differences does not hold 0.
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +117,7 @@ class Moved:
     """One cell before and after: mean accuracies over the `pairs` (fold, seed) that both have, and what to think of it.
 
     `low` and `high`: the 95 % interval of the mean paired difference, by Student's t; None below two pairs. `p`: of the
-    exact two-sided sign-flip test. `verdict`: "unchanged" (the same trials), "same numbers", "within noise",
+    two-sided sign-flip test. `verdict`: "unchanged" (the same trials), "same numbers", "within noise",
     "beyond noise", "one pair" (no noise can be told).
     """
 
@@ -164,10 +160,9 @@ def _moved(view: SweepView, cell: CellView, olds: Sequence[TrialView]) -> Moved:
     ]
     low = high = p = None
     if len(differences) > 1 and any(differences):
-        mean, n = math.fsum(differences) / len(differences), len(differences)
-        spread = math.sqrt(math.fsum((one - mean) ** 2 for one in differences) / (n - 1) / n)
-        margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * spread
-        low, high, p = mean - margin, mean + margin, sign_flip_p(differences)
+        found, p = t_test(differences), sign_flip(differences).p
+        # Differences that are all the same, and not 0, are no noise.
+        low, high = (found.mean, found.mean) if found.std == 0 else (found.low, found.high)
     same = {trial.trial_id for trial in olds} == {trial.trial_id for trial in cell.trials}
     if same:
         verdict = "unchanged"
@@ -189,20 +184,6 @@ def _moved(view: SweepView, cell: CellView, olds: Sequence[TrialView]) -> Moved:
         p=p,
         verdict=verdict,
     )
-
-
-def sign_flip_p(differences: Sequence[float]) -> float:
-    """The two-sided p of the exact sign-flip test of mean 0: the share of all sign choices with as large a sum.
-
-    Exact up to 16 pairs; above, by the normal approximation.
-    """
-    seen = abs(math.fsum(differences))
-    if len(differences) > 16:
-        return math.erfc(seen / math.sqrt(2 * math.fsum(one * one for one in differences)))
-    sums = [0.0]
-    for one in differences:
-        sums = [total + sign * one for total in sums for sign in (1, -1)]
-    return sum(abs(total) >= seen - 1e-12 for total in sums) / len(sums)
 
 
 def as_markdown(grid: str, changes: Sequence[str], cells: Sequence[Moved], *, select: str, command: str) -> str:

@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +13,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dashboards.evidence import published_evidence
+from dashboards.paper import write_published
+from dashboards.terminal import claims_table, statistics_table
+from dashboards.verdicts import evidence_tables, ledger
 from helix import bench, doctor
 from helix.data.dataset import Dataset, DatasetError
 from helix.data.download import DownloadError, fetch_all
@@ -239,6 +242,37 @@ def _feasibility_table(cells: Sequence[Cell], limit_bytes: int) -> Table:
     return shown
 
 
+def report(arguments: Sequence[str]) -> int:
+    """`helix report --grid esc50`, or `helix report --published` of the paper's own numbers, which trained nothing."""
+    if "--published" not in arguments:
+        return sweep.main(arguments, train_missing=False)
+    parser = argparse.ArgumentParser(
+        prog="helix report --published",
+        description="The paper's claims and comparisons, judged by the numbers that are published: a page and tables.",
+    )
+    parser.add_argument("--published", action="store_true", required=True, help="of the paper's own numbers")
+    parser.add_argument(
+        "--storage", help="where reports/published.html and its tables go (default: HELIX_STORAGE, or ./runs)"
+    )
+    given = parser.parse_args(arguments)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else sweep.PLAIN_WIDTH)
+    try:
+        storage, _ = sweep.chosen_storage(given)
+        storage.check_writable()
+        page, *tables = sweep.put_reports(storage, write_published)
+        evidence = published_evidence()
+    except (ValueError, OSError) as error:
+        return sweep.refuse(error)
+    entries = ledger(evidence)
+    console.print(claims_table(entries))
+    for one in evidence_tables(evidence, entries):
+        if one.name.startswith("statistics-"):
+            console.print(statistics_table(one))
+    console.print(f"page:    {page}", markup=False)
+    console.print(f"tables:  {len(tables)} files in {page.with_suffix('')}", markup=False)
+    return 0
+
+
 def certify_grid(arguments: Sequence[str]) -> int:
     """`helix certify --grid demo --kills 12 --seed 0`. Returns 0 where the twin ended bit-exact, 1 where not."""
     parser = argparse.ArgumentParser(
@@ -396,8 +430,8 @@ def diagnose(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "sweep": ("train what a grid lacks, track it, and compare (the same as orchestration/sweep.py)", sweep.main),
     "report": (
-        "write the report of a grid from what is stored now, without training",
-        partial(sweep.main, train_missing=False),
+        "write the report of a grid from what is stored now, without training; --published: of the paper's own numbers",
+        report,
     ),
     "prepare": ("decode a data set into shards", prepare),
     "verify": ("read back everything that is stored and list what is damaged", verify),

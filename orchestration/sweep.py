@@ -39,7 +39,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dashboards.live import LiveView
-from dashboards.report import write_report
+from dashboards.report import report_tables, write_report
+from dashboards.tables import write_tables
 from dashboards.terminal import summary_table
 from dashboards.text import cost_line
 from dashboards.view import Spent
@@ -478,16 +479,28 @@ class RayMessages(io.TextIOBase):
         return len(text)
 
 
+def put_reports(storage: Storage, write: Callable[[Path], tuple[Path, ...]]) -> tuple[Path, ...]:
+    """Write reports into the local folder and, where the storage is a bucket, put them there as well."""
+    local = local_folder(storage)
+    written = write(local / "reports")
+    if not isinstance(storage, FolderStorage):
+        for path in written:
+            storage.upload(path.relative_to(local).as_posix(), path)
+    return written
+
+
 def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int:
     """Bring MLflow up to date, write the report, print the table and where to look. Returns the exit code."""
     view = sweep.snapshot()
     tracker = Tracker(sweep.storage)
-    key = f"reports/{view.grid}.html"
-    report = local_folder(sweep.storage) / key
-    write_report(view, report)
+
+    def write(folder: Path) -> tuple[Path, ...]:
+        page = folder / f"{view.grid}.html"
+        write_report(view, page)
+        return page, *write_tables(report_tables(view), page.with_suffix(""))
+
+    report = put_reports(sweep.storage, write)[0]
     problem = attempt_replay(tracker, view, report)
-    if not isinstance(sweep.storage, FolderStorage):
-        sweep.storage.upload(key, report)
     console.print(summary_table(view))
     states = [(cell.variant, trial) for cell, trial in view.trials()]
     undone = [(variant, trial) for variant, trial in states if trial.state.status != "done"]

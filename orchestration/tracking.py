@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import logging
-import math
 import os
 import re
 import threading
@@ -31,11 +30,11 @@ from urllib.parse import quote
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
-from scipy import stats
 
 from dashboards.summary import SELECTIONS, CellSummary, statistic, summarise
 from dashboards.view import CellView, SweepView, TrialView
 from helix.data.shards import Prepared, find
+from helix.statistics import CONFIDENCE, t_test
 from helix.storage import FolderStorage, Storage, json_bytes
 from orchestration.lineage import UNKNOWN
 from orchestration.model_store import best_weights_sha256, register
@@ -50,9 +49,8 @@ BATCH = 1000
 ACCURACIES = ("train_accuracy", "test_accuracy", "validation_accuracy")
 PLAIN = ("train_loss", "test_loss", "validation_loss", "lr", "seconds")
 
-#: The confidence of the interval of a cell's mean, and what its metrics are called.
-CONFIDENCE = 0.95
-INTERVAL = "ci95"
+#: What the metrics of the interval of a cell's mean are called.
+INTERVAL = f"ci{100 * CONFIDENCE:.0f}"
 
 #: The columns that the printed address of the run list opens with, and the tag by which MLflow's UI finds them.
 COLUMNS = (
@@ -338,10 +336,10 @@ class Tracker:
             values: dict[str, float | None] = {}
             for rule in SELECTIONS:
                 accuracies = [result["accuracy"][rule] for result in found.values()]
-                over, (low, high) = statistic(accuracies, view.std), t_interval(accuracies)
+                over, tested = statistic(accuracies, view.std), t_test(accuracies)
                 values[f"{rule}_accuracy"], values[f"{rule}_accuracy_std"] = _percent(over.mean), _percent(over.std)
-                values[f"{rule}_accuracy_{INTERVAL}_low"] = _percent(low)
-                values[f"{rule}_accuracy_{INTERVAL}_high"] = _percent(high)
+                values[f"{rule}_accuracy_{INTERVAL}_low"] = _percent(tested.low)
+                values[f"{rule}_accuracy_{INTERVAL}_high"] = _percent(tested.high)
             values["n"] = len(found)
             metrics = [Metric(name, value, when, len(found)) for name, value in values.items() if value is not None]
             client.log_batch(parent.info.run_id, metrics=metrics)
@@ -553,18 +551,6 @@ def _metrics(row: dict[str, Any]) -> list[Metric]:
         + plain
         + [Metric(f"system/{name}", value, when, epoch) for name, value in row.get("system", {}).items()]
     )
-
-
-def t_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Student's t interval of the mean at CONFIDENCE, taking the values for independent; None of fewer than two.
-
-    Folds share most of their training clips, so it is too narrow for what other data would give.
-    """
-    over = statistic(values, "sample")
-    if over.mean is None or over.std is None:
-        return None, None
-    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, over.n - 1)) * over.std / math.sqrt(over.n)
-    return over.mean - margin, over.mean + margin
 
 
 def confusion_of(result: dict[str, Any]) -> tuple[list[list[int]], str]:

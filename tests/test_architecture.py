@@ -17,6 +17,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.registry": (),
     "helix.protocol": (),
     "helix.published": (),
+    "helix.statistics": (),
     "helix.storage": ("helix.registry",),
     "helix.storage_s3": ("helix.storage", "helix.registry"),
     "helix.spec": ("helix.registry", "helix.protocol", "helix.storage"),
@@ -76,7 +77,7 @@ MAY_BE_MISSING = {
 
 #: Modules that plan and read: what they import, directly or not, holds no torch (a laptop answers at once).
 WITHOUT_TORCH = (
-    *(f"helix.{name}" for name in ("spec", "registry", "protocol", "published", "storage", "storage_s3")),
+    *(f"helix.{name}" for name in ("spec", "registry", "protocol", "published", "statistics", "storage", "storage_s3")),
     *(f"orchestration.{name}" for name in ("grid", "recovery", "ledger")),
     "orchestration.grids",
 )

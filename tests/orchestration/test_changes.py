@@ -11,7 +11,7 @@ from dashboards.view import SweepView, TrialEntry
 from helix.protocol import profile
 from helix.spec import DataSpec, ModelSpec, TrialSpec
 from helix.storage import FolderStorage
-from orchestration.changes import as_markdown, moved, sign_flip_p
+from orchestration.changes import as_markdown, moved
 from orchestration.ledger import TrialState
 
 
@@ -78,10 +78,8 @@ def test_only_folds_that_both_runs_have_are_compared(tmp_path):
     assert (found.pairs, found.before, found.after) == (2, 0.5, pytest.approx(0.65))
 
 
-def test_the_sign_flip_test_agrees_with_its_definition():
-    assert sign_flip_p([1.0, 1.0, 1.0]) == 2 / 8
-    assert sign_flip_p([1.0, -1.0]) == 1.0
-    assert sign_flip_p([0.01] * 10 + [-0.01]) == pytest.approx(2 * (1 + 11) / 2**11)
+def test_differences_that_are_all_the_same_are_no_noise(tmp_path):
+    assert compared(tmp_path, [0.5, 0.5, 0.5], [0.6, 0.6, 0.6]).verdict == "beyond noise"
 
 
 def test_few_pairs_are_called_few(tmp_path):

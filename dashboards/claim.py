@@ -1,0 +1,120 @@
+"""What a sentence of the paper claims, as data, and how it is judged. The sentences stand in dashboards/claims/.
+
+A claim is supported where the numbers show it, contradicted where they exclude it, underpowered where they could do
+neither, and without data where the runs that it speaks of are not there. Its rule (dashboards/rules/) tells which.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dashboards.comparisons import Contrast, Measured, measure_family
+from dashboards.evidence import Evidence, Variant
+from dashboards.text import SELECTION_WORDS, listing
+
+Verdict = Literal["supported", "contradicted", "underpowered", "no data"]
+VERDICTS: tuple[Verdict, ...] = ("supported", "contradicted", "underpowered", "no data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """A verdict and the numbers behind it, in a sentence. `measured`: the comparison it rests on, where it is one."""
+
+    verdict: Verdict
+    because: str
+    measured: Measured | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a rule judges by: the evidence, and every comparison that any claim asked for, measured as one family."""
+
+    evidence: Evidence
+    numbers: Mapping[Contrast, Measured]
+
+
+class Rule(ABC):
+    """How a claim is judged. A member is a frozen dataclass; its fields are the cells and figures that it needs."""
+
+    @property
+    def contrasts(self) -> tuple[Contrast, ...]:
+        """The comparisons that it rests on."""
+        return ()
+
+    @property
+    def cells(self) -> tuple[tuple[str, Variant], ...]:
+        """The cells (data set, variant) whose runs it needs."""
+        return ()
+
+    @abstractmethod
+    def judge(self, case: Case) -> Judgement: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """`id` is short and stays. `where`: section, table or figure. `says`: the sentence in our words and its numbers."""
+
+    id: str
+    where: str
+    says: str
+    rule: Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Untested:
+    """A sentence that no run of a cell can test, and why; so that a reader sees that it was considered."""
+
+    where: str
+    says: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of the ledger. `unlike`: in what the runs behind it differ from the paper's, if they do."""
+
+    claim: Claim
+    judgement: Judgement
+    unlike: tuple[str, ...] = ()
+
+
+def judge(claims: Sequence[Claim], evidence: Evidence) -> tuple[Entry, ...]:
+    """Every claim with its verdict, in order. A family is all differences on one data set that claims rest on."""
+    asked: dict[str, list[Contrast]] = {}
+    for claim in claims:
+        for one in claim.rule.contrasts:
+            asked.setdefault(one.dataset, []).append(one)
+    numbers: dict[Contrast, Measured] = {}
+    for family in asked.values():
+        numbers |= measure_family(family, evidence)
+    case = Case(evidence=evidence, numbers=numbers)
+    return tuple(
+        Entry(claim=claim, judgement=claim.rule.judge(case), unlike=_unlike(evidence, claim)) for claim in claims
+    )
+
+
+def no_data(case: Case, cells: Sequence[tuple[str, Variant]]) -> Judgement:
+    return Judgement(verdict="no data", because=lacking(case, cells))
+
+
+def lacking(case: Case, cells: Sequence[tuple[str, Variant]]) -> str:
+    lacking: dict[str, list[str]] = {}
+    for dataset, (frontend, backbone) in cells:
+        runs = case.evidence.runs(dataset, (frontend, backbone))
+        if runs is None or not runs.accuracy.get(case.evidence.select):
+            lacking.setdefault(dataset, []).append(f"{backbone} {frontend}")
+    if not lacking:
+        return f"no fold and seed that all have under {SELECTION_WORDS[case.evidence.select]}"
+    return "; ".join(f"nothing of {listing(list(dict.fromkeys(names)))} on {name}" for name, names in lacking.items())
+
+
+def _unlike(evidence: Evidence, claim: Claim) -> tuple[str, ...]:
+    """In what the runs that a claim needs differ from the paper's, each phrase once."""
+    phrases = [
+        phrase
+        for dataset, variant in claim.rule.cells
+        if (runs := evidence.runs(dataset, variant)) is not None
+        for phrase in runs.unlike
+    ]
+    return tuple(dict.fromkeys(phrases))

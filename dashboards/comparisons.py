@@ -1,0 +1,275 @@
+"""Every comparison that the cells of one data set allow, measured in all ways at once; and the table of them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from dashboards.evidence import Evidence, Variant
+from dashboards.tables import Column, Figure, Table
+from dashboards.text import GAP, SELECTION_WORDS, plural, points
+from helix.statistics import (
+    ALPHA,
+    Effect,
+    Interval,
+    Outlook,
+    SignFlip,
+    TTest,
+    Units,
+    bootstrap,
+    contrast,
+    effect,
+    holm,
+    outlook,
+    sign_flip,
+    t_test,
+    two_shares,
+    units,
+)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A weighted sum of cells of one data set: two of them for a difference, four for an interaction."""
+
+    dataset: str
+    terms: tuple[tuple[Variant, float], ...]
+
+    @property
+    def name(self) -> str:
+        return " ".join(
+            f"{'+' if weight > 0 else MINUS_WORD} {backbone} {frontend}" for (frontend, backbone), weight in self.terms
+        ).removeprefix("+ ")
+
+    @property
+    def canonical(self) -> "Contrast":
+        """The same up to its sign, so that no question counts twice in a family."""
+        ordered = sorted(self.terms)
+        sign = 1.0 if ordered[0][1] > 0 else -1.0
+        return Contrast(self.dataset, tuple((variant, sign * weight) for variant, weight in ordered))
+
+
+MINUS_WORD = "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One contrast in numbers. `paired` is the plain t test, `corrected` that of Nadeau and Bengio.
+
+    `p_holm` is the corrected p and `low` to `high` the corrected interval, both adjusted for a family of so many (Holm;
+    Bonferroni, for Holm has no intervals). `ratio`: test clips over training clips. `clip_errors`: where each side is
+    one run, their difference in standard errors that come from the test clips alone.
+    """
+
+    contrast: Contrast
+    units: Units
+    paired: TTest
+    corrected: TTest
+    flip: SignFlip
+    resampled: Interval
+    effect: Effect
+    outlook: Outlook
+    ratio: float = 0.0
+    p_holm: float | None = None
+    family: int = 0
+    low: float | None = None
+    high: float | None = None
+    clip_errors: float | None = None
+
+    @property
+    def mean(self) -> float:
+        assert self.paired.mean is not None, "what has no pair is not measured"
+        return self.paired.mean
+
+    @property
+    def counted(self) -> str:
+        return plural(self.paired.n, self.units.unit)
+
+
+def difference(dataset: str, first: Variant, second: Variant) -> Contrast:
+    """First minus second."""
+    return Contrast(dataset, ((first, 1.0), (second, -1.0)))
+
+
+def interaction(dataset: str, frontends: tuple[str, str], backbones: tuple[str, str]) -> Contrast:
+    """How much more the first backbone gains by the first frontend over the second than the other backbone does."""
+    (one, other), (here, there) = frontends, backbones
+    return Contrast(dataset, (((one, here), 1.0), ((other, here), -1.0), ((one, there), -1.0), ((other, there), 1.0)))
+
+
+def measure(asked: Contrast, evidence: Evidence) -> Measured | None:
+    """The contrast in numbers; None where no (fold, seed) has all of its cells."""
+    terms = []
+    for variant, weight in asked.terms:
+        runs = evidence.runs(asked.dataset, variant)
+        if runs is None or not runs.accuracy.get(evidence.select):
+            return None
+        terms.append((runs.accuracy[evidence.select], weight))
+    differences, unpaired = contrast(terms)
+    if not differences:
+        return None
+    sample = units(differences, unpaired)
+    counts = evidence.counts.get(asked.dataset)
+    # A data set of unknown size has folds of unknown size; equal folds are the best guess, and an official split has 0.
+    folds = counts.folds if counts else len({fold for fold, _ in differences})
+    ratio = counts.ratio if counts and counts.ratio is not None else 1 / (folds - 1) if folds > 1 else 0.0
+    ratio = ratio if sample.unit == "fold" else 0.0
+    return Measured(
+        contrast=asked,
+        units=sample,
+        paired=t_test(sample.values),
+        corrected=t_test(sample.values, ratio=ratio),
+        flip=sign_flip(sample.values),
+        resampled=bootstrap(sample.values),
+        effect=effect(sample.values),
+        outlook=outlook(differences, ratio=ratio, folds_exist=folds),
+        ratio=ratio,
+        clip_errors=_clip_errors(asked, evidence, len(differences)),
+    )
+
+
+def measure_family(asked: Iterable[Contrast], evidence: Evidence) -> dict[Contrast, Measured]:
+    """Every contrast of one data set that can be measured, with Holm's p over those that ask different questions."""
+    found = {one: measured for one in dict.fromkeys(asked) if (measured := measure(one, evidence)) is not None}
+    if len({one.dataset for one in found}) > 1:
+        raise ValueError("a family is of one data set; given contrasts of several")
+    ps: dict[Contrast, float | None] = {}
+    for one, measured in found.items():
+        ps.setdefault(one.canonical, measured.corrected.p)
+    adjusted = dict(zip(ps, holm(list(ps.values())), strict=True))
+    size = sum(p is not None for p in ps.values())
+
+    def adjust(one: Contrast, measured: Measured) -> Measured:
+        wide = t_test(measured.units.values, ratio=measured.ratio, confidence=1 - ALPHA / max(size, 1))
+        return replace(measured, p_holm=adjusted[one.canonical], family=size, low=wide.low, high=wide.high)
+
+    return {one: adjust(one, measured) for one, measured in found.items()}
+
+
+def every_contrast(dataset: str, variants: Sequence[Variant]) -> list[Contrast]:
+    """Frontends within each backbone, backbones within each frontend, and how much the one depends on the other."""
+    frontends = list(dict.fromkeys(frontend for frontend, _ in variants))
+    backbones = list(dict.fromkeys(backbone for _, backbone in variants))
+    there = set(variants)
+    asked = [
+        difference(dataset, (one, backbone), (other, backbone))
+        for backbone in backbones
+        for one, other in combinations(frontends, 2)
+    ]
+    asked += [
+        difference(dataset, (frontend, one), (frontend, other))
+        for frontend in frontends
+        for one, other in combinations(backbones, 2)
+    ]
+    asked += [
+        interaction(dataset, pair, both) for pair in combinations(frontends, 2) for both in combinations(backbones, 2)
+    ]
+    return [one for one in asked if {variant for variant, _ in one.terms} <= there]
+
+
+def statistics_table(evidence: Evidence, dataset: str) -> Table:
+    """All comparisons of one data set."""
+    variants = [(runs.frontend, runs.backbone) for runs in evidence.of_dataset(dataset)]
+    found = measure_family(every_contrast(dataset, variants), evidence)
+    return Table(
+        name=f"statistics-{_file_name(dataset)}",
+        caption=f"Paired differences on {dataset}, in percentage points ({SELECTION_WORDS[evidence.select]})",
+        columns=(
+            Column(heading="comparison"),
+            Column(heading="n", number=True),
+            Column(heading="difference", number=True),
+            Column(heading="std", number=True),
+            Column(heading="low", number=True, group="95 % interval, paired t"),
+            Column(heading="high", number=True, group="95 % interval, paired t"),
+            Column(heading="low", number=True, group="the same, corrected"),
+            Column(heading="high", number=True, group="the same, corrected"),
+            Column(heading="low", number=True, group="the same, bootstrap"),
+            Column(heading="high", number=True, group="the same, bootstrap"),
+            Column(heading="paired t", number=True, group="p"),
+            Column(heading="corrected", number=True, group="p"),
+            Column(heading="Holm", number=True, group="p"),
+            Column(heading="sign flip", number=True, group="p"),
+            Column(heading="d_z", number=True, group="effect"),
+            Column(heading="g", number=True, group="effect"),
+            Column(heading="ahead in", number=True, group="effect"),
+            Column(heading="what would settle it"),
+        ),
+        rows=tuple(_row(measured, evidence.ddof) for measured in found.values()),
+        notes=_notes(evidence, dataset, list(found.values())),
+    )
+
+
+def p_shown(p: float | None) -> str:
+    """0.0023 -> "0.002"; what is smaller is called so."""
+    return GAP if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _row(one: Measured, ddof: int) -> tuple[str | Figure, ...]:
+    ratio = one.effect.superiority
+    std = one.corrected.std
+    if std is not None and ddof == 0:
+        std *= ((one.paired.n - 1) / one.paired.n) ** 0.5
+    return (
+        one.contrast.name,
+        Figure(one.paired.n, one.counted),
+        _points(one.mean),
+        Figure(std, GAP if std is None else f"{100 * std:.2f}"),
+        *(_points(value) for value in (one.paired.low, one.paired.high)),
+        *(_points(value) for value in (one.corrected.low, one.corrected.high)),
+        *(_points(value) for value in (one.resampled.low, one.resampled.high)),
+        *(Figure(p, p_shown(p)) for p in (one.paired.p, one.corrected.p, one.p_holm, one.flip.p)),
+        *(Figure(d, GAP if d is None else f"{d:.2f}") for d in (one.effect.d_z, one.effect.g)),
+        Figure(ratio, GAP if ratio is None else f"{100 * ratio:.0f} %"),
+        one.outlook.said,
+    )
+
+
+def _notes(evidence: Evidence, dataset: str, found: Sequence[Measured]) -> tuple[str, ...]:
+    if not found:
+        return ("No two cells share a finished fold and seed.",)
+    counts = evidence.counts.get(dataset)
+    family = max(one.family for one in found)
+    said = [
+        f"Holm: adjusted over the {plural(family, 'comparison')} of this table that could be tested. d_z, g: mean over "
+        "standard deviation of the differences, g without its small-sample bias. Intervals of few units by the "
+        "bootstrap (BCa, 9,999 resamples, seed 0) are too narrow. std is divided by "
+        + ("n." if evidence.ddof == 0 else f"n {MINUS_WORD} 1.")
+    ]
+    if any(one.units.unit == "fold" for one in found) and counts and counts.ratio:
+        said.append(
+            f"Corrected: by Nadeau and Bengio, for folds share training clips (test to training {counts.ratio:.3g}); "
+            "seeds of one fold are averaged first."
+        )
+    if any(one.units.unit == "seed" for one in found):
+        said.append("On one split only seeds differ: nothing is said of other test clips.")
+    floor = min(one.flip.smallest for one in found)
+    if floor >= 0.05:
+        said.append(f"With so few units no sign-flip test can reach p < 0.05; its smallest p is {floor:.4g}.")
+    if any(not one.flip.exact for one in found):
+        said.append("Sign flip: estimated from 200,000 choices of signs drawn with seed 0.")
+    unpaired = sum(one.units.unpaired for one in found)
+    if unpaired:
+        said.append("Folds and seeds that not all cells of a comparison have finished are left out of it.")
+    whys = dict.fromkeys(one.corrected.why for one in found if one.corrected.why)
+    said += [f"No test: {why}." for why in whys]
+    return tuple(said)
+
+
+def _clip_errors(asked: Contrast, evidence: Evidence, pairs: int) -> float | None:
+    """The difference of two single runs against the noise of the clips that they were tested on."""
+    if len(asked.terms) != 2 or pairs != 1:
+        return None
+    sides = [evidence.runs(asked.dataset, variant) for variant, _ in asked.terms]
+    clips = [runs.test_clips for runs in sides if runs is not None]
+    if None in clips or len(set(clips)) != 1 or not clips[0]:
+        return None
+    (one, other) = (runs.accuracy[evidence.select] for runs in sides if runs is not None)
+    key = min(set(one) & set(other))
+    return two_shares(one[key], other[key], clips[0]) * asked.terms[0][1]
+
+
+def _points(value: float | None) -> Figure:
+    return Figure(None if value is None else 100 * value, points(value))
+
+
+def _file_name(dataset: str) -> str:
+    return "".join(char if char.isascii() and (char.isalnum() or char in "-_") else "-" for char in dataset.lower())

@@ -1,0 +1,227 @@
+"""What can be held against the paper: the runs of each of its cells, from the published numbers or from a sweep."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dashboards.summary import PARAMETER_BAND, SELECTIONS, CellSummary, summarise
+from dashboards.view import SweepView
+from helix.protocol import SWITCHES
+from helix.published import PUBLISHED, Published
+from helix.registry import DATASETS
+from helix.statistics import Key, mean
+
+#: (frontend, backbone) in the words of helix/published.py
+Variant = tuple[str, str]
+
+MAMBA_RAW, MAMBA_MEL = ("raw", "mamba"), ("mel", "mamba")
+HELIX_RAW, HELIX_MEL = ("raw", "helix"), ("mel", "helix")
+ATTENTION_RAW, ATTENTION_MEL = ("raw", "attention"), ("mel", "attention")
+SIX = (MAMBA_RAW, MAMBA_MEL, HELIX_RAW, HELIX_MEL, ATTENTION_RAW, ATTENTION_MEL)
+
+#: Samples of a mel frame and its patches (section 3.1), rounded down as the authors' code does.
+RAW_STRIDE, MEL_HOP, MEL_BINS, MEL_PATCH = 160, 512, 128, 16
+
+#: The data sets of the paper, section 4.1.
+DATASETS_OF_THE_PAPER = (
+    "esc50",
+    "urbansound8k",
+    "speech_commands",
+    "concat_speech_commands",
+    "librispeech",
+    "voxpopuli",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """The runs of one cell. Accuracies are fractions by rule and (fold, seed); `curves` are test accuracies by epoch.
+
+    `epochs` is what each run trained, None where that is not stated. `drop` is how far the last epoch ended below
+    the best and `hours` the time of a run, both means. `only_claim`: nothing is known but the number that is claimed.
+    `out_of_memory`: it could not run. `unlike`: in what the runs differ from the paper's; `other_size`: of the model,
+    `other_course`: of the model, the epochs or the recordings, so that printed numbers say nothing of them.
+    """
+
+    dataset: str
+    frontend: str
+    backbone: str
+    accuracy: Mapping[str, Mapping[Key, float]] = field(default_factory=dict)
+    curves: Mapping[Key, tuple[float, ...]] = field(default_factory=dict)
+    epochs: int | None = None
+    drop: float | None = None
+    parameters: int | None = None
+    tokens: int | None = None
+    hours: float | None = None
+    test_clips: int | None = None
+    only_claim: bool = False
+    out_of_memory: bool = False
+    unlike: tuple[str, ...] = ()
+    other_size: bool = False
+    other_course: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """A data set by its own documentation. `ratio`: test clips over training clips, the mean over its folds."""
+
+    classes: int
+    recordings: int | None
+    folds: int
+    ratio: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Everything that a claim may be judged by. `select` rules comparisons; reported values are always best test.
+
+    `tokens`: of a clip, by data set and frontend. `published`: these are the paper's own numbers. `switches`: what
+    trained them, by helix/protocol.py.
+    """
+
+    name: str
+    published: bool
+    select: Literal["best_test", "last", "validation"]
+    ddof: Literal[0, 1]
+    cells: Mapping[tuple[str, str, str], Runs]
+    counts: Mapping[str, Counts]
+    tokens: Mapping[tuple[str, str], int]
+    switches: Mapping[str, str] = field(default_factory=dict)
+
+    def runs(self, dataset: str, variant: Variant) -> Runs | None:
+        """The cell, None where nothing is known of it."""
+        return self.cells.get((dataset, *variant))
+
+    def of_dataset(self, dataset: str) -> list[Runs]:
+        """Its cells that have an accuracy under the rule in force."""
+        return [runs for runs in self.cells.values() if runs.dataset == dataset and runs.accuracy.get(self.select)]
+
+
+def published_evidence() -> Evidence:
+    """The paper's tables, the per-fold numbers of its authors' README and what the data sets say of themselves."""
+    return Evidence(
+        name="the published numbers",
+        published=True,
+        select="best_test",
+        ddof=0,
+        cells={(cell.dataset, cell.frontend, cell.backbone): _published(cell) for cell in PUBLISHED},
+        counts={name: official(name) for name in DATASETS_OF_THE_PAPER},
+        tokens={
+            (name, frontend): tokens_of(name, frontend) for name in DATASETS_OF_THE_PAPER for frontend in ("raw", "mel")
+        },
+        switches={name: row["authors"] for name, row in SWITCHES.items()},
+    )
+
+
+def sweep_evidence(view: SweepView) -> Evidence:
+    """What a sweep has finished so far. A cell of several runs of one (fold, seed) cannot be: the grid refuses it."""
+    partial = frozenset(facts.name for facts in view.data if facts.partial)
+    cells: dict[tuple[str, str, str], Runs] = {}
+    ratios: dict[str, list[float]] = {}
+    for summary in summarise(view):
+        cell = summary.cell
+        cells.setdefault((cell.dataset, cell.frontend, cell.backbone), _swept(summary, cell.dataset in partial))
+        for trial in cell.trials:
+            result = trial.state.result or {}
+            if result.get("train_clips") and result.get("test_clips"):
+                ratios.setdefault(cell.dataset, []).append(result["test_clips"] / result["train_clips"])
+    counts = {}
+    for dataset in dict.fromkeys(cell.dataset for cell in view.cells):
+        known = official(dataset) if dataset in DATASETS.names() else None
+        if known is None:
+            facts = view.facts(dataset)
+            folds = len({trial.fold for cell in view.cells if cell.dataset == dataset for trial in cell.trials})
+            known = Counts(classes=facts.classes if facts else 0, recordings=None, folds=folds, ratio=None)
+        ratio = mean(ratios.get(dataset, [])) or known.ratio
+        counts[dataset] = Counts(classes=known.classes, recordings=known.recordings, folds=known.folds, ratio=ratio)
+    return Evidence(
+        name=f"the sweep {view.grid}",
+        published=False,
+        select=view.select,
+        ddof=0 if view.std == "population" else 1,
+        cells=cells,
+        counts=counts,
+        tokens={(runs.dataset, runs.frontend): runs.tokens for runs in cells.values() if runs.tokens},
+        switches=dict(view.switches),
+    )
+
+
+def official(dataset: str) -> Counts:
+    """The counts of the complete data set as its member in helix/data/datasets says them."""
+    member = DATASETS.make(dataset)
+    per_fold, folds = member.expected_per_fold, member.folds
+    recordings = member.expected_recordings
+    ratio = None
+    if recordings and len(folds) > 1:
+        ratio = math.fsum(per_fold[fold] / (recordings - per_fold[fold]) for fold in folds) / len(folds)
+    return Counts(classes=member.class_count, recordings=recordings, folds=len(folds), ratio=ratio)
+
+
+def tokens_of(dataset: str, frontend: str) -> int:
+    """Tokens of a clip as the authors' code counts them; 72 for ESC-50's mel, where the paper's formula gives 80."""
+    member = DATASETS.make(dataset)
+    if frontend == "raw":
+        return member.clip_samples // RAW_STRIDE
+    frames = 1 + member.clip_samples // MEL_HOP
+    return MEL_BINS // MEL_PATCH * (frames // MEL_PATCH)
+
+
+def _published(cell: Published) -> Runs:
+    if cell.per_fold is not None:
+        best = {(fold, 0): value for fold, value in enumerate(cell.per_fold, 1)}
+    else:
+        values = [value for value in (cell.accuracy, cell.rerun) if value is not None]
+        best = {(1, seed): value for seed, value in enumerate(values)}
+    counts = official(cell.dataset)
+    per_fold = DATASETS.make(cell.dataset).expected_per_fold
+    return Runs(
+        dataset=cell.dataset,
+        frontend=cell.frontend,
+        backbone=cell.backbone,
+        accuracy={"best_test": best} if best else {},
+        epochs=cell.epochs,
+        drop=None if cell.accuracy is None or cell.last is None else cell.accuracy - cell.last,
+        parameters=cell.parameters,
+        tokens=tokens_of(cell.dataset, cell.frontend),
+        hours=None if cell.hours is None else cell.hours / cell.folds,
+        test_clips=per_fold.get(1) if counts.folds == 1 else None,
+        only_claim=cell.per_fold is None and cell.rerun is None,
+        out_of_memory=cell.accuracy is None,
+    )
+
+
+def _swept(summary: CellSummary, partial: bool) -> Runs:
+    cell = summary.cell
+    results = [trial.state.result for trial in cell.trials if trial.state.result is not None]
+    clips = [result["test_clips"] for result in results if result.get("test_clips")]
+    comparison = summary.comparison
+    target = comparison.published if comparison is not None else None
+    ours, theirs = summary.parameters, target.parameters if target is not None else None
+    other_size = bool(ours and theirs and abs(ours / theirs - 1) > PARAMETER_BAND)
+    best, last = (summary.accuracy[rule].mean for rule in ("best_test", "last"))
+    errors = [(trial.state.error or "").lower() for trial in cell.trials if trial.state.status == "failed"]
+    return Runs(
+        dataset=cell.dataset,
+        frontend=cell.frontend,
+        backbone=cell.backbone,
+        accuracy={
+            rule: {(one.fold, one.seed): one.accuracy[rule] for one in summary.samples if rule in one.accuracy}
+            for rule in SELECTIONS
+        },
+        curves={
+            (trial.fold, trial.seed): tuple(row["test_accuracy"] for row in trial.state.rows)
+            for trial in cell.trials
+            if trial.state.result is not None and all("test_accuracy" in row for row in trial.state.rows)
+        },
+        epochs=cell.epochs,
+        drop=None if best is None or last is None else best - last,
+        parameters=summary.parameters,
+        tokens=summary.tokens,
+        hours=None if summary.train_seconds is None else summary.train_seconds / 3600,
+        test_clips=round(math.fsum(clips) / len(clips)) if clips else None,
+        out_of_memory=not summary.samples and any("outofmemory" in e.replace(" ", "") for e in errors),
+        unlike=comparison.unlike if comparison is not None else (),
+        other_size=other_size,
+        other_course=other_size or partial or (target is not None and target.epochs not in (None, cell.epochs)),
+    )

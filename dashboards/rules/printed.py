@@ -1,0 +1,150 @@
+"""Rules on numbers as they are printed: accuracies, sizes, tokens, counts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dashboards.claim import Case, Judgement, Rule, no_data
+from dashboards.evidence import Variant
+from dashboards.text import count, percent, plural, points
+from helix.statistics import deviation, mean, t_test, units
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reported(Rule):
+    """A cell of a table: the accuracy and, where there are folds, its spread (ddof 0, as the paper has it)."""
+
+    dataset: str
+    variant: Variant
+    accuracy: float
+    tolerance: float
+    std: float | None = None
+    last: bool = False
+
+    @property
+    def cells(self) -> tuple[tuple[str, Variant], ...]:
+        return ((self.dataset, self.variant),)
+
+    def judge(self, case: Case) -> Judgement:
+        runs = case.evidence.runs(self.dataset, self.variant)
+        rule = "last" if self.last else "best_test"
+        if runs is None or not runs.accuracy.get("best_test"):
+            return no_data(case, self.cells)
+        if case.evidence.published and (runs.only_claim or (self.last and not runs.accuracy.get("last"))):
+            return Judgement(verdict="no data", because="one run, of which nothing is published but this number")
+        if runs.other_course:
+            return Judgement(verdict="no data", because=f"no runs like the paper's: {'; '.join(runs.unlike)}")
+        sample = units(runs.accuracy[rule])
+        centre, spread = mean(sample.values), deviation(sample.values, ddof=0)
+        assert centre is not None
+        told = f"{percent(centre)} % over {plural(len(sample.values), sample.unit)}"
+        if self.std is not None and spread is not None:
+            other = deviation(sample.values, ddof=1)
+            told += f", std {percent(spread)} (divided by n; {percent(other)} by n - 1)"
+        away = abs(centre - self.accuracy)
+        # Within the tolerance, or the mean's own interval holds the number.
+        ratio = case.evidence.counts[self.dataset].ratio if self.dataset in case.evidence.counts else None
+        test = t_test(sample.values, ratio=(ratio or 0.0) if sample.unit == "fold" else 0.0)
+        holds = test.low is not None and test.high is not None and test.low <= self.accuracy <= test.high
+        if away <= self.tolerance:
+            return Judgement(verdict="supported", because=told)
+        if holds:
+            return Judgement(
+                verdict="underpowered", because=f"{told}: off by more than the tolerance, inside the interval"
+            )
+        return Judgement(verdict="contradicted", because=f"{told}: off by {points(centre - self.accuracy)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size(Rule):
+    """Every cell has about `parameters`, within the share `tolerance`."""
+
+    parameters: int
+    tolerance: float
+
+    def judge(self, case: Case) -> Judgement:
+        known = [runs for runs in case.evidence.cells.values() if runs.parameters]
+        sizes = sorted({runs.parameters or 0 for runs in known if not runs.other_size})
+        if not sizes:
+            why = "these models are of another size by intent" if known else "the models were not counted yet"
+            return Judgement(verdict="no data", because=why)
+        told = (
+            f"{count(sizes[0])} to {count(sizes[-1])} parameters" if len(sizes) > 1 else f"{count(sizes[0])} parameters"
+        )
+        off = [size for size in sizes if abs(size / self.parameters - 1) > self.tolerance]
+        return Judgement(verdict="contradicted" if off else "supported", because=told)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matched(Rule):
+    """On each data set the largest model is at most the share `band` larger than the smallest of the same frontends."""
+
+    band: float
+    within_frontend: bool
+
+    def judge(self, case: Case) -> Judgement:
+        groups: dict[tuple[str, str], list[int]] = {}
+        for runs in case.evidence.cells.values():
+            if runs.parameters:
+                group = runs.dataset, runs.frontend if self.within_frontend else ""
+                groups.setdefault(group, []).append(runs.parameters)
+        worst = max(
+            ((max(sizes) / min(sizes) - 1, group) for group, sizes in groups.items() if len(sizes) > 1), default=None
+        )
+        if worst is None:
+            return Judgement(verdict="no data", because="no two models to compare")
+        share, (dataset, frontend) = worst
+        told = f"at most {100 * share:.3f} % apart, on {dataset}{' ' + frontend if frontend else ''}"
+        return Judgement(verdict="supported" if share <= self.band else "contradicted", because=told)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens(Rule):
+    """A clip of `dataset` is so many tokens by that frontend, within the share `tolerance`."""
+
+    dataset: str
+    frontend: str
+    tokens: int
+    tolerance: float = 0.0
+
+    def judge(self, case: Case) -> Judgement:
+        seen = case.evidence.tokens.get((self.dataset, self.frontend))
+        if seen is None:
+            return Judgement(verdict="no data", because=f"no {self.frontend} clip of {self.dataset} was counted")
+        off = abs(seen / self.tokens - 1)
+        told = f"{count(seen)} tokens" + (f", {100 * off:.0f} % off" if seen != self.tokens else "")
+        return Judgement(verdict="supported" if off <= self.tolerance else "contradicted", because=told)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shortens(Rule):
+    """A mel clip of `dataset` has `times` fewer tokens than a raw one, or fewer still."""
+
+    dataset: str
+    times: float
+
+    def judge(self, case: Case) -> Judgement:
+        raw, mel = (case.evidence.tokens.get((self.dataset, frontend)) for frontend in ("raw", "mel"))
+        if raw is None or mel is None:
+            return Judgement(verdict="no data", because=f"no raw and mel clip of {self.dataset} were counted")
+        told = f"{count(raw)} against {count(mel)} tokens, {raw / mel:.1f} times fewer"
+        return Judgement(verdict="supported" if raw / mel > self.times else "contradicted", because=told)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holds(Rule):
+    """The data set has so many classes, recordings (within the share `tolerance`) or folds, as it says of itself."""
+
+    dataset: str
+    what: Literal["classes", "recordings", "folds"]
+    value: int
+    tolerance: float = 0.0
+
+    def judge(self, case: Case) -> Judgement:
+        counts = case.evidence.counts.get(self.dataset)
+        seen = getattr(counts, self.what) if counts else None
+        if not seen:
+            return Judgement(verdict="no data", because=f"the {self.what} of {self.dataset} are counted nowhere")
+        right = abs(seen / self.value - 1) <= self.tolerance
+        return Judgement(
+            verdict="supported" if right else "contradicted", because=f"{count(seen)} {self.what} in the official set"
+        )

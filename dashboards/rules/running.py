@@ -1,0 +1,147 @@
+"""Rules on what ran and how: memory, hours, epochs, and what the text says of the code."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dashboards.claim import Case, Judgement, Rule
+from dashboards.evidence import Evidence, Runs, Variant
+from dashboards.text import count, listing, plural
+from helix.protocol import SWITCHES
+from helix.published import GPU_BYTES
+
+#: Peak bytes of a process in one full training step of one clip of 30,000 tokens, fp32 on a CPU, six layers with the
+#: attention that keeps no matrix of weights (BENCHMARKS.md, step).
+STEP_BYTES = {("mamba", 30_000): 6.18e9, ("helix", 30_000): 5.92e9, ("attention", 30_000): 4.43e9}
+
+#: Layers of attention and heads, by which the weights of attention are counted that the authors' code asks for.
+ATTENTION_LAYERS = {"mamba": 0, "helix": 1, "attention": 6}
+HEADS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trains(Rule):
+    """`backbone` on `tokens` tokens: "trains", is "slow" (over twice pure Mamba's time) or runs out of memory.
+
+    `path` "authors": as the authors' code computes attention, which keeps its weights; "any": however it is computed.
+    """
+
+    backbone: str
+    tokens: int
+    how: Literal["trains", "slow", "OOM"]
+    path: Literal["any", "authors"] = "any"
+
+    def judge(self, case: Case) -> Judgement:
+        ran = [
+            runs
+            for runs in case.evidence.cells.values()
+            if (runs.tokens, runs.backbone, runs.other_size) == (self.tokens, self.backbone, False)
+        ]
+        done = [runs for runs in ran if any(runs.accuracy.values())]
+        if self.how == "slow":
+            return self._slow(case.evidence, done)
+        if done and (self.path == "any" or case.evidence.switches.get("attn_impl") == "weights"):
+            told = f"it ran on {listing([runs.dataset for runs in done])}"
+            return Judgement(verdict="contradicted" if self.how == "OOM" else "supported", because=told)
+        if not ran and not case.evidence.published:
+            return Judgement(verdict="no data", because=f"no run of {self.backbone} on {count(self.tokens)} raw tokens")
+        step = STEP_BYTES.get((self.backbone, self.tokens))
+        weights = ATTENTION_LAYERS[self.backbone] * HEADS * self.tokens**2 * 4
+        if self.how == "OOM" and self.path == "authors" and weights > GPU_BYTES:
+            told = f"the weights of attention that the authors' code asks for take {weights / 1e9:.0f} GB for one clip"
+            return Judgement(verdict="supported", because=told)
+        if step is not None and self.how == "OOM" and step < GPU_BYTES:
+            return Judgement(
+                verdict="contradicted",
+                because=f"one training step of one clip takes {step / 1e9:.2f} GB where no weights are kept "
+                f"(BENCHMARKS.md, fp32 on a CPU); the weights of attention that the authors' code asks for take "
+                f"{weights / 1e9:.0f} GB",
+            )
+        if any(runs.out_of_memory for runs in ran):
+            return Judgement(
+                verdict="supported" if self.how == "OOM" else "contradicted", because="it ran out of memory"
+            )
+        return Judgement(verdict="no data", because=f"no run of {self.backbone} on {count(self.tokens)} raw tokens")
+
+    def _slow(self, evidence: Evidence, done: Sequence[Runs]) -> Judgement:
+        for runs in done:
+            mamba = evidence.runs(runs.dataset, (runs.frontend, "mamba"))
+            if runs.hours and mamba is not None and mamba.hours:
+                times = runs.hours / mamba.hours
+                told = f"{times:.1f} times the time of pure Mamba on {runs.dataset}"
+                return Judgement(verdict="supported" if times > 2 else "contradicted", because=told)
+        return Judgement(
+            verdict="no data", because=f"no times of {self.backbone} and mamba on {count(self.tokens)} tokens"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Takes(Rule):
+    """All folds of one variant of `dataset` take at most `hours`; or, with `tolerance`, that share about them."""
+
+    dataset: str
+    hours: float
+    tolerance: float | None = None
+
+    def judge(self, case: Case) -> Judgement:
+        counts = case.evidence.counts.get(self.dataset)
+        folds = counts.folds if counts else 1
+        took = [
+            runs.hours * folds for runs in case.evidence.cells.values() if runs.dataset == self.dataset and runs.hours
+        ]
+        if not took:
+            return Judgement(verdict="no data", because=f"no times of {self.dataset} are known")
+        told = f"{min(took):.2g} to {max(took):.2g} hours for {plural(folds, 'fold')}"
+        right = max(took) <= self.hours
+        if self.tolerance is not None:
+            right = all(abs(one / self.hours - 1) <= self.tolerance for one in took)
+        return Judgement(verdict="supported" if right else "contradicted", because=told)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epochs(Rule):
+    """Every one of the cells stopped before `before` epochs, or (`at`) trained exactly so many."""
+
+    of: tuple[tuple[str, Variant], ...]
+    before: int | None = None
+    at: int | None = None
+
+    @property
+    def cells(self) -> tuple[tuple[str, Variant], ...]:
+        return self.of
+
+    def judge(self, case: Case) -> Judgement:
+        found = [case.evidence.runs(dataset, variant) for dataset, variant in self.of]
+        known = {f"{runs.backbone} {runs.frontend}": runs.epochs for runs in found if runs is not None and runs.epochs}
+        if not case.evidence.published:
+            return Judgement(verdict="no data", because="it tells of the authors' runs, which no other run can show")
+        if len(known) < len(self.of):
+            return Judgement(verdict="no data", because="the epochs of these runs are not published")
+        wrong = [
+            name
+            for name, epochs in known.items()
+            if (self.before is not None and epochs >= self.before) or (self.at is not None and epochs != self.at)
+        ]
+        told = ", ".join(f"{name} {epochs}" for name, epochs in known.items())
+        return Judgement(verdict="contradicted" if wrong else "supported", because=f"epochs: {told}")
+
+
+@dataclass(frozen=True)
+class SameAsPaper(Rule):
+    """The switches of helix/protocol.py are as the paper's text has them; its numbers are of the authors' code."""
+
+    switches: tuple[str, ...]
+
+    def judge(self, case: Case) -> Judgement:
+        known = [name for name in self.switches if name in case.evidence.switches]
+        if len(known) < len(self.switches):
+            return Judgement(verdict="no data", because="what was in force is not recorded")
+        other = [name for name in known if case.evidence.switches[name] != SWITCHES[name]["paper"]]
+        who = "the authors' code" if case.evidence.published else "this sweep"
+        if other and case.evidence.published:
+            told = "; ".join(f"{name}: the code does: {SWITCHES[name]['does']}" for name in other)
+            return Judgement(verdict="contradicted", because=told)
+        if other:
+            told = listing([f"{name} {case.evidence.switches[name]}" for name in other])
+            return Judgement(verdict="contradicted", because=f"{who} has {told}")
+        return Judgement(verdict="supported", because=f"{who} does as the text says in {listing(list(known))}")

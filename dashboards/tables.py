@@ -1,0 +1,214 @@
+"""A table as a value, written as HTML, CSV, Markdown and LaTeX (booktabs), each with the escaping that it needs."""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from markupsafe import Markup, escape
+
+from dashboards.text import GAP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column. Neighbours with the same `group` stand under one heading; `number` sets them to the right."""
+
+    heading: str
+    number: bool = False
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number in a table: how it is shown, and its value, which the CSV has in full. None is a gap."""
+
+    value: float | int | None
+    shown: str = GAP
+
+
+Cell = str | Figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """`name` becomes the name of its files. The first column names its row. `notes` are sentences under the table."""
+
+    name: str
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"table {self.name!r} has {len(self.columns)} columns and a row of {len(row)}: {row}")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
+            raise ValueError(f"a table is called {self.name!r}; wanted small letters, digits, '-' and '_'")
+
+
+def shown(cell: Cell) -> str:
+    """What a person reads in a cell."""
+    return cell.shown if isinstance(cell, Figure) else cell
+
+
+def as_html(table: Table, classes: str = "") -> Markup:
+    """A <table> with caption and scoped headings; everything in it is escaped."""
+    head = "".join(
+        Markup('<th scope="col"{}>{}</th>').format(_class("number" if column.number else ""), column.heading)
+        for column in table.columns
+    )
+    groups = ""
+    if any(column.group for column in table.columns):
+        spans = "".join(
+            Markup('<th colspan="{}" scope="colgroup">{}</th>').format(width, name)
+            if name
+            else Markup('<td colspan="{}"></td>').format(width)
+            for name, width in _groups(table.columns)
+        )
+        groups = f'<tr class="group">{spans}</tr>'
+    rows = []
+    for row in table.rows:
+        cells = [
+            Markup("<td{}>{}</td>").format(_class("number" if column.number else ""), shown(cell))
+            if index
+            else Markup('<th scope="row">{}</th>').format(shown(cell))
+            for index, (column, cell) in enumerate(zip(table.columns, row, strict=True))
+        ]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    caption = Markup("<caption>{}</caption>").format(table.caption)
+    notes = "".join(Markup('<p class="note">{}</p>').format(note) for note in table.notes)
+    body = "\n".join(rows)
+    return Markup(
+        f'<div class="scroll"><table{_class(classes)}>{caption}<thead>{groups}<tr>{head}</tr></thead>'
+        f"<tbody>\n{body}\n</tbody></table></div>{notes}"
+    )
+
+
+def as_csv(table: Table) -> str:
+    """One line of headings, then values in full; gaps are empty. Text that a spreadsheet would run is quoted with '."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([_csv_text(heading) for heading in _flat_headings(table)])
+    for row in table.rows:
+        writer.writerow([_csv_value(cell) for cell in row])
+    return out.getvalue()
+
+
+def as_markdown(table: Table) -> str:
+    """A pipe table with its caption above and its notes below."""
+    lines = [f"**{_markdown(table.caption)}**", ""]
+    lines.append(f"| {' | '.join(map(_markdown, _flat_headings(table)))} |")
+    lines.append(f"|{'|'.join('---:' if column.number else '---' for column in table.columns)}|")
+    lines += [f"| {' | '.join(_markdown(shown(cell)) for cell in row)} |" for row in table.rows]
+    for note in table.notes:
+        lines += ["", _markdown(note)]
+    return "\n".join(lines) + "\n"
+
+
+def as_latex(table: Table) -> str:
+    """A table environment in the style of booktabs; text in long columns wraps."""
+    long = [
+        not column.number and any(len(shown(row[index])) > 40 for row in table.rows)
+        for index, column in enumerate(table.columns)
+    ]
+    width = f"{0.8 / max(sum(long), 1):.2f}"
+    spec = "".join(
+        "r" if column.number else f"p{{{width}\\linewidth}}" if wide else "l"
+        for column, wide in zip(table.columns, long, strict=True)
+    )
+    lines = ["% needs \\usepackage{booktabs}", "\\begin{table}", "\\centering", f"\\caption{{{_latex(table.caption)}}}"]
+    lines += [f"\\label{{tab:{table.name}}}", f"\\begin{{tabular}}{{{spec}}}", "\\toprule"]
+    if any(column.group for column in table.columns):
+        cells, rules, at = [], [], 1
+        for name, span in _groups(table.columns):
+            cells.append(f"\\multicolumn{{{span}}}{{c}}{{{_latex(name)}}}")
+            if name:
+                rules.append(f"\\cmidrule(lr){{{at}-{at + span - 1}}}")
+            at += span
+        lines += [" & ".join(cells) + r" \\", "".join(rules)]
+    lines.append(" & ".join(_latex(column.heading) for column in table.columns) + r" \\")
+    lines.append("\\midrule")
+    # A row that begins with a bracket would be taken for the argument of the \\ before it.
+    lines += ["{}" + " & ".join(_latex(shown(cell)) for cell in row) + r" \\" for row in table.rows]
+    lines += ["\\bottomrule", "\\end{tabular}"]
+    lines += [f"\\par\\footnotesize {_latex(note)}" for note in table.notes]
+    return "\n".join([*lines, "\\end{table}"]) + "\n"
+
+
+#: Ending of a file -> how a table is written in it.
+FORMATS = {"csv": as_csv, "md": as_markdown, "tex": as_latex}
+
+
+def write_tables(tables: Sequence[Table], folder: Path) -> tuple[Path, ...]:
+    """Every table in every format; the files, each replaced in one step by its name and that of its format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for table in tables:
+        for ending, write in FORMATS.items():
+            path = folder / f"{table.name}.{ending}"
+            aside = path.with_name(f".{path.name}.new")
+            aside.write_text(write(table), encoding="utf-8", errors="replace", newline="\n")
+            aside.replace(path)
+            written.append(path)
+    return tuple(written)
+
+
+def _class(names: str) -> Markup:
+    return Markup(' class="{}"').format(names) if names else Markup("")
+
+
+def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:
+    return [(name, len(list(found))) for name, found in groupby(columns, key=lambda column: column.group)]
+
+
+def _flat_headings(table: Table) -> list[str]:
+    return [f"{column.group}: {column.heading}" if column.group else column.heading for column in table.columns]
+
+
+def _csv_value(cell: Cell) -> str:
+    if isinstance(cell, str):
+        return _csv_text(cell)
+    if cell.value is None or not math.isfinite(cell.value):
+        return ""
+    return repr(cell.value)
+
+
+def _csv_text(text: str) -> str:
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+def _markdown(text: str) -> str:
+    flat = " ".join(text.split())
+    return str(escape(re.sub(r"([\\`*_{}\[\]|~])", r"\\\1", flat))).replace("&#39;", "'").replace("&#34;", '"')
+
+
+_LATEX = {
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "[": "{[}",
+    "]": "{]}",
+    "\N{MINUS SIGN}": "$-$",
+    "\N{PLUS-MINUS SIGN}": r"$\pm$",
+    "\N{MULTIPLICATION SIGN}": r"$\times$",
+    "\N{ALMOST EQUAL TO}": r"$\approx$",
+    "\N{TILDE OPERATOR}": r"$\sim$",
+    "\N{GREATER-THAN OR EQUAL TO}": r"$\geq$",
+    "\N{LESS-THAN OR EQUAL TO}": r"$\leq$",
+    "\N{EN DASH}": "--",
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(char, char) for char in " ".join(text.split()))
