@@ -5,6 +5,7 @@ put atomic; linking instead of renaming makes it put-if-absent.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -21,8 +22,8 @@ from urllib.parse import quote, unquote
 from helix.registry import STORAGES
 
 TEMPORARY = ".partial-"
-#: What nobody has written to for so long belongs to no living writer: the longest pause is the decoding of a recording.
-LEFTOVER_S = 3600.0
+#: What nobody has written to for so many seconds, and nobody holds, is what a killed writer left.
+LEFTOVER_S = 60.0
 
 
 class CorruptObjectError(OSError):
@@ -110,7 +111,7 @@ class Storage(ABC):
     def delete_leftovers(  # noqa: B027 (not every storage has something to do)
         self, prefix: str, *, older_s: float = LEFTOVER_S
     ) -> None:
-        """Remove what killed writers left under the folder `prefix`, where nobody wrote to it for `older_s` seconds.
+        """Remove what killed writers left under the folder `prefix`: silent for `older_s` seconds, and held by nobody.
 
         A storage whose puts leave nothing has nothing to do.
         """
@@ -227,7 +228,7 @@ class FolderStorage(Storage):
     def delete_leftovers(self, prefix: str, *, older_s: float = LEFTOVER_S) -> None:
         for path in self.path(prefix).rglob(f"{TEMPORARY}*"):
             with contextlib.suppress(FileNotFoundError):  # its writer renames or removes it just now
-                if path.is_file() and time.time() - path.stat().st_mtime > older_s:
+                if path.is_file() and time.time() - path.stat().st_mtime > older_s and not _is_held(path):
                     path.unlink()
 
     def download(self, key: str, path: Path) -> str:
@@ -268,7 +269,7 @@ class FolderStorage(Storage):
         try:
             write(aside.file)
             aside.finish()
-        except OSError:
+        except BaseException:
             aside.discard()
             raise
         return aside.path
@@ -281,6 +282,8 @@ class _Aside(Writer):
         self.target = target
         self.path = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
         self.file = _open_new(self.path)
+        with contextlib.suppress(OSError):  # a file system without locks; `delete_leftovers` goes by age alone there
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def write(self, data: bytes | memoryview) -> None:
         self.file.write(data)
@@ -376,6 +379,18 @@ def _raise_unless_gone(error: OSError) -> None:
     """A folder that vanishes while it is listed was empty; one that cannot be read is no empty one."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process that lives has this file open for writing, however long ago it wrote: it may be suspended."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return False
+    return False
 
 
 def _open_new(path: Path) -> BinaryIO:

@@ -63,7 +63,7 @@ def prepare_with_ray(
         run=run,
         watch=watch,
     )
-    storage.delete_leftovers(prepared.prefix)
+    storage.delete_leftovers("data")  # also what a preparation left that was killed and given up for another
     return prepared
 
 

@@ -153,7 +153,7 @@ class All(Rule):
 
     def judge(self, case: Case) -> Judgement:
         parts = [rule.judge(case) for rule in self.rules]
-        verdict = next(one for one in DECISIVE if any(part.verdict == one for part in parts))
+        verdict: Verdict = next(one for one in DECISIVE if any(part.verdict == one for part in parts))
         # What decides comes first; a part that says the same as another says it once.
         decisive = dict.fromkeys(part.because for part in parts if part.verdict == verdict)
         others = dict.fromkeys(f"{part.because} ({part.verdict})" for part in parts if part.verdict != verdict)

@@ -342,16 +342,25 @@ def test_speakers_of_a_set_without_folds_are_told_without_one(tmp_path):
 
 
 def test_what_killed_writers_left_goes_with_the_next_success_and_a_living_writers_file_stays(tmp_path):
+    """A living writer may have been suspended for hours; its file is its own."""
     storage = FolderStorage(tmp_path / "runs")
     how = {"source": None, "storage": storage, "storage_named": True, "allow_partial": False, "workers": 1}
     shards = storage.path(prepare_with_ray(TONES, **how).prefix) / "shards"
-    old, living = shards / f"{TEMPORARY}old", shards / f"{TEMPORARY}living"
-    for path in (old, living):
-        path.write_bytes(b"half a shard")
-    os.utime(old, (time.time() - 3_700,) * 2)
-    os.utime(living, (time.time() - 3_500,) * 2)
+    left, elsewhere = (
+        shards / f"{TEMPORARY}left",
+        storage.path("data/given-up-0123456789ab/shards") / f"{TEMPORARY}left",
+    )
+    elsewhere.parent.mkdir(parents=True)
     before = contents(tmp_path / "runs")
+    living = storage.writer("data/another/shards/0000.bin")
+    living.write(b"half a shard")
+    (held,) = storage.path("data/another/shards").iterdir()
+    for path in (left, elsewhere, held):
+        if path != held:
+            path.write_bytes(b"half a shard")
+        os.utime(path, (time.time() - 7_200,) * 2)
     prepare_with_ray(TONES, **how)
-    assert not old.exists() and living.exists() and contents(tmp_path / "runs") == before
-    storage.delete_leftovers("data", older_s=3_400)
-    assert not living.exists() and contents(tmp_path / "runs") == before
+    assert not left.exists() and not elsewhere.exists() and held.exists()
+    assert contents(tmp_path / "runs") == before
+    living.keep()
+    assert storage.get("data/another/shards/0000.bin") == b"half a shard"
