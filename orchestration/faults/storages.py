@@ -33,7 +33,8 @@ DISK_MIB = 64
 WRONG: tuple[Kind, ...] = ("status", "reset", "lost_reset", "truncate", "lost")
 EACH_S = 2.0
 
-#: A trial that is to outlast an outage is made so many times as long.
+#: An outage lasts so many times as long where some kind has met no request yet; and a trial that is to outlast it.
+LATEST = 1.5
 LONGER = 2.0
 
 
@@ -134,8 +135,8 @@ def _through_outage(bench: Bench, proxy: FaultProxy, outage_s: float) -> Row:
 
     def fail() -> None:
         span.append(time.monotonic())
-        while time.monotonic() < span[0] + outage_s:
-            kind = WRONG[int((time.monotonic() - span[0]) / EACH_S) % len(WRONG)]
+        while time.monotonic() < span[0] + outage_s * (1.0 if all(seen.values()) else LATEST):
+            kind = min(WRONG, key=lambda one: seen[one])
             proxy.clear()
             caused = proxy.add(Fault(kind=kind, bytes=10))
             time.sleep(EACH_S)

@@ -108,12 +108,13 @@ def test_a_backend_that_is_not_deterministic_gives_drift_and_keeps_both_runs(tri
 
 
 class Forgetful(Twins):
-    """Before its second attempt somebody loses all checkpoints but the knowledge that there were some."""
+    """Before each attempt somebody loses all checkpoints, and the rows by which a trial would know of them."""
 
     def run(self, order: Order, **options) -> Attempt:
         storage = FolderStorage(Path(order.storage.removeprefix("file://")))
         for name in storage.children("trials"):
-            shutil.rmtree(storage.path(f"trials/{name}/checkpoints"), ignore_errors=True)
+            for lost in ("checkpoints", "metrics"):
+                shutil.rmtree(storage.path(f"trials/{name}/{lost}"), ignore_errors=True)
         return super().run(order, **options)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from helix.data.shards import Recordings
 from helix.protocol import profile
 from helix.spec import TrialSpec, trial_id
-from helix.storage import FolderStorage, json_bytes
+from helix.storage import FolderStorage, sealed
 from helix.training import trainer
 from helix.training.checkpoint import CheckpointError, committed, load_best
 from helix.training.trainer import DivergedError, Fit, StoppedError, fit, row_key
@@ -412,8 +412,8 @@ def test_a_confusion_that_is_missing_damaged_or_of_other_rows_is_left_out_and_th
         with pytest.raises(Killed):
             fit(tiny_spec, tiny_data, Fit(storage=storage, on_step=kill_at(STEPS), save_now=lambda: True))
         key = f"trials/{name}/best/manifest.json"
-        body = change(storage.get_json(key)["body"])
-        storage.put_json(key, {"body": body, "sha256": hashlib.sha256(json_bytes(body)).hexdigest()})
+        body = {name: value for name, value in storage.get_json(key).items() if name != "sha256"}
+        storage.put_json(key, sealed(change(body)))
         return fit(tiny_spec, tiny_data, Fit(storage=storage))
 
     whole = fit(tiny_spec, tiny_data, Fit(storage=FolderStorage(tmp_path / "whole")))
