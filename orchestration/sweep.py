@@ -48,6 +48,7 @@ from helix.protocol import PROFILES
 from helix.spec import to_json
 from helix.storage import FolderStorage, Storage, open_storage
 from helix.training.memory import GIB, Device, Placement, available_bytes, gib
+from orchestration.asked import DriverRecord, put_asked
 from orchestration.connection import ClusterError, connect, cpu_count, driver_resources, joins_cluster, offer
 from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
 from orchestration.ledger import TrialState, read
@@ -236,6 +237,7 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
 
 def run_sweep(sweep: Sweep, console: Console) -> str | None:
     """Train what has no result yet, showing it live and tracking it as it goes; why it stopped, if it had to."""
+    put_asked(sweep.storage, sweep.snapshot.asked)
     missing = sweep.missing()
     console.print(f"{len(sweep.plan)} trials: {len(sweep.plan) - len(missing)} done, {len(missing)} to train")
     if not missing:
@@ -336,6 +338,7 @@ class Guard(ray.tune.Stopper):
         self.stopped: str | None = None
         self.impossible: str | None = None
         self._waiting, self._cancel, self._asked_at = "", False, 0.0
+        self._record = DriverRecord(sweep.storage, sweep.snapshot.asked.grid, sweep_id)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="helix-guard", daemon=True)
 
@@ -353,6 +356,7 @@ class Guard(ray.tune.Stopper):
 
     def __enter__(self) -> "Guard":
         self.sweep.snapshot.waiting = lambda: self._waiting
+        self._record.say()
         self._thread.start()
         return self
 
@@ -360,6 +364,7 @@ class Guard(ray.tune.Stopper):
         self._over.set()
         self._thread.join(timeout=10.0)
         self._waiting = ""
+        self._record.end()
 
     def _watch(self) -> None:
         while not self._over.wait(LOOK_S):
@@ -383,12 +388,12 @@ class Guard(ray.tune.Stopper):
             prices = self.sweep.snapshot.prices
             spent = (spent_on_trial(state, prices, sweep_id=self.sweep_id) for state in states.values())
             reason = self.sweep.limits.reached(sum(spent, Spent()), now=now)
-            if reason is None:
-                return
-            ask(self.sweep.storage, self.sweep_id, reason)
-            self.stopped, self._asked_at = reason, time.monotonic()
+            if reason is not None:
+                ask(self.sweep.storage, self.sweep_id, reason)
+                self.stopped, self._asked_at = reason, time.monotonic()
         elif not under_way or time.monotonic() - self._asked_at > GRACE_S:
             self._cancel = True
+        self._record.say(waiting=self._waiting, stopped=self.stopped)
 
 
 def _cut(placement: Placement) -> dict[str, Any]:
