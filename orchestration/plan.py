@@ -126,14 +126,21 @@ class Snapshot:
         command: str,
         prices: Prices | None = None,
     ):
-        self.plan, self.storage, self.prices = plan, storage, prices or Prices()
+        self.grid_name, self.grid, self.plan, self.storage, self.command = grid_name, grid, plan, storage, command
+        self.prices = prices or Prices()
         #: What trials that could run wait for; whoever runs the sweep may say so here.
         self.waiting: Callable[[], str] = lambda: ""
-        self.asked = Asked(
-            grid=grid_name,
-            question=grid.question,
-            command=command,
-            data=(data_facts(recordings, [entry.trial for entry in plan]),),
+        self.facts = data_facts(recordings, [entry.trial for entry in plan])
+        self._known: dict[str, TrialState] = {}
+
+    @property
+    def asked(self) -> Asked:
+        """The plan as it is kept for those who look from afar."""
+        return Asked(
+            grid=self.grid_name,
+            question=self.grid.question,
+            command=self.command,
+            data=(self.facts,),
             trials=tuple(
                 AskedTrial(
                     trial_id=entry.trial_id,
@@ -143,11 +150,10 @@ class Snapshot:
                     parameters=entry.cost.parameters,
                     tokens=entry.cost.tokens,
                 )
-                for entry in plan
+                for entry in self.plan
             ),
             prices=self.prices,
         )
-        self._known: dict[str, TrialState] = {}
 
     def states(self) -> dict[str, TrialState]:
         """What storage knows of each trial of the plan, by its id."""

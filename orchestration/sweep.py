@@ -52,6 +52,7 @@ from orchestration.asked import DriverRecord, put_asked
 from orchestration.connection import ClusterError, connect, cpu_count, driver_resources, joins_cluster, offer
 from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
 from orchestration.ledger import TrialState, read
+from orchestration.metrics import SweepMetrics
 from orchestration.money import Limits, machine_facts, read_prices, spent_on_trial, until
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, pack, place, price
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
@@ -284,6 +285,7 @@ def train(
             "trial_ids": [entry.trial_id for entry in entries],
             "specs": [to_json(entry.trial.spec) for entry in entries],
             "placements": [_cut(sweep.placement(entry)) for entry in entries],
+            "labels": [_labels(sweep.snapshot.grid_name, entry.trial) for entry in entries],
             "threads": sweep.threads,
             "gpu": sweep.gpu,
             "gpus": sweep.gpus_per_trial,
@@ -338,7 +340,8 @@ class Guard(ray.tune.Stopper):
         self.stopped: str | None = None
         self.impossible: str | None = None
         self._waiting, self._cancel, self._asked_at = "", False, 0.0
-        self._record = DriverRecord(sweep.storage, sweep.snapshot.asked.grid, sweep_id)
+        self._record = DriverRecord(sweep.storage, sweep.snapshot.grid_name, sweep_id)
+        self._metrics = SweepMetrics(sweep.snapshot.grid_name)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="helix-guard", daemon=True)
 
@@ -384,8 +387,10 @@ class Guard(ray.tune.Stopper):
         self.impossible = self.impossible or (None if attempts else on_offer.impossible(self.sweep.need))
         if self.impossible:
             self._cancel = True
+        prices = self.sweep.snapshot.prices
+        on_all = sum((spent_on_trial(state, prices) for state in states.values()), Spent())
+        self._metrics.tell(states.values(), on_all, waiting=bool(self._waiting))
         if self.stopped is None:
-            prices = self.sweep.snapshot.prices
             spent = (spent_on_trial(state, prices, sweep_id=self.sweep_id) for state in states.values())
             reason = self.sweep.limits.reached(sum(spent, Spent()), now=now)
             if reason is not None:
@@ -398,7 +403,13 @@ class Guard(ray.tune.Stopper):
 
 def _cut(placement: Placement) -> dict[str, Any]:
     """What the worker has to know of a placement."""
-    return {name: getattr(placement, name) for name in ("micro_batch", "recompute", "compact")}
+    said = {name: getattr(placement, name) for name in ("micro_batch", "recompute", "compact")}
+    return said | {"peak_bytes": placement.predicted.peak_bytes}
+
+
+def _labels(grid: str, trial: Trial) -> dict[str, str]:
+    """What the metrics of a trial are labelled with."""
+    return {"grid": grid, "variant": trial.variant.name, "fold": str(trial.spec.data.fold), "trial": trial.label}
 
 
 def memory_limit(options: argparse.Namespace, *, trials: int) -> int | None:

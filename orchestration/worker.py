@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import psutil
 import ray.train
 import torch
 from ray.train.torch import TorchTrainer
@@ -27,6 +28,7 @@ from helix.training.trainer import Fit, StoppedError, fit, trial_folder
 from orchestration.connection import POLL_S, this_machine
 from orchestration.lease import LeaseLostError, Watch, acquire
 from orchestration.ledger import is_done
+from orchestration.metrics import TrialMetrics
 from orchestration.notices import Notices, sigterm_notice
 from orchestration.recovery import Budget, Ended, decide, kind, mean_between_losses_s, smaller
 from orchestration.stop import asked
@@ -119,7 +121,13 @@ def run_pack(where: dict[str, Any]) -> None:
 
     if config["gpu"] and config["gpus"] < 1:  # beside others on one GPU: none takes what is another's
         torch.cuda.set_per_process_memory_fraction(config["gpus"])
-    placements = config["placements"]
+    placements, labels = config["placements"], config["labels"]
+
+    def metrics(number: int, spec: TrialSpec) -> TrialMetrics:
+        predicted = placements[number]["peak_bytes"]
+        used = partial(memory_used, "cuda" if config["gpu"] else "cpu")
+        return TrialMetrics(labels[number], batch_size=spec.training.batch_size, predicted_bytes=predicted, used=used)
+
     if any(placement["compact"] for placement in placements):
         compact_large_blocks()
     work_through(
@@ -133,6 +141,7 @@ def run_pack(where: dict[str, Any]) -> None:
         notices=Notices([ray_notice, sigterm_notice()]),
         machine=this_machine(worker_resources(config)),
         trainer=where["trainer"],
+        metrics=metrics,
     )
 
 
@@ -164,6 +173,7 @@ def work_through(
     watch: Watch | None = None,
     machine: Mapping[str, Any] | None = None,
     trainer: Callable[..., Any] | None = None,
+    metrics: Callable[[int, TrialSpec], TrialMetrics] | None = None,
 ) -> None:
     """Run trials in turn until each is done or has failed, here or elsewhere; those that are done are passed over.
 
@@ -187,6 +197,7 @@ def work_through(
             notices=notices,
             machine=machine,
             trainer=trainer,
+            metrics=None if metrics is None else metrics(number, spec),
         )
         if outcome == "stopped":
             return
@@ -208,6 +219,21 @@ def data_placement(recordings: Recordings, device: str) -> Literal["host", "devi
     return "device" if size <= DEVICE_SHARE * torch.cuda.get_device_properties(0).total_memory else "host"
 
 
+def each(*listeners: Callable[[Any], None]) -> Callable[[Any], None]:
+    """What tells all of these listeners, in turn."""
+
+    def tell(said: Any) -> None:
+        for listener in listeners:
+            listener(said)
+
+    return tell
+
+
+def memory_used(device: str) -> int:
+    """On a GPU the peak of what tensors took, on a CPU what the process holds, in bytes."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+
+
 def ray_notice() -> Any:
     """What Ray knows of the end of this node, None while it knows of none."""
     return ray.train.get_preemption_info()
@@ -227,6 +253,7 @@ def run_trial(
     notices: Callable[[], bool] = lambda: False,
     machine: Mapping[str, Any] | None = None,
     trainer: Callable[..., Any] | None = None,
+    metrics: TrialMetrics | None = None,
 ) -> Literal["done", "failed", "held", "stopped"]:
     """Attempt a trial until its result is stored or its budget is spent.
 
@@ -271,8 +298,9 @@ def run_trial(
                 between_losses_s=mean_between_losses_s(records, now=time.time()),
                 save_now=notices,
                 stop_now=lambda lease=lease: lease.stop_asked,
-                on_step=lease.moved,
-                on_epoch=on_epoch,
+                on_step=each(lease.moved, *([metrics.on_step] if metrics else [])),
+                on_epoch=each(on_epoch, *([metrics.on_epoch] if metrics else [])),
+                **({"on_save": metrics.on_save} if metrics else {}),
             )
             try:
                 (trainer or fit)(spec, recordings, how)

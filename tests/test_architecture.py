@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY_IN = {
     "ray": {
         f"orchestration.{name}"
-        for name in ("sweep", "worker", "preprocessing", "schedule", "connection", "bare", "scale")
+        for name in ("sweep", "worker", "preprocessing", "schedule", "connection", "bare", "scale", "metrics")
     },
     "mlflow": {"orchestration.tracking"},
     "numba": {"helix.models.scan_numba"},
@@ -75,7 +75,7 @@ MAY_BE_MISSING = {
 #: Modules that plan and read: what they import, directly or not, holds no torch (a laptop answers at once).
 WITHOUT_TORCH = (
     *(f"helix.{name}" for name in ("spec", "registry", "protocol", "published", "storage", "storage_s3")),
-    *(f"orchestration.{name}" for name in ("grid", "recovery", "ledger")),
+    *(f"orchestration.{name}" for name in ("grid", "recovery", "ledger", "asked", "status", "money")),
     "orchestration.grids",
 )
 

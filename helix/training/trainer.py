@@ -76,7 +76,8 @@ class Fit:
     as the checkpoint before it is written. `save_now`: asked at every step; True (a preemption notice, say) saves at
     this step and training goes on. `stop_now`: asked at every step as well; True saves and raises StoppedError.
     `on_step`: told the optimiser steps so far after each step, and again after each batch that is evaluated, so that
-    whoever listens knows that work goes on. `on_epoch`: told each row once it is stored.
+    whoever listens knows that work goes on. `on_epoch`: told each row once it is stored. `on_save`: told of checkpoints
+    that were written: the seconds for which one held up the training, and those that its writing took.
     """
 
     storage: Storage
@@ -91,6 +92,7 @@ class Fit:
     stop_now: Callable[[], bool] = lambda: False
     on_step: Callable[[int], None] = lambda _total_step: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda _row: None
+    on_save: Callable[[float, float], None] = lambda _hold_s, _write_s: None
     clock: Callable[[], float] = time.time
 
 
@@ -155,7 +157,7 @@ class _Trial:
         self.model, self.optimizer = self._initial()
         described = {"trial_id": self.id, "spec": to_json(self.spec), "versions": versions()}
         self.saver = Saver(how.storage, self.folder, identity=described)
-        self.saved = how.clock()
+        self.saved, self.told = how.clock(), 0
         # Rows of finished epochs: those that no committed checkpoint has yet, and those stored and not yet told.
         self.pending: deque[dict[str, Any]] = deque()
         self.stored: deque[dict[str, Any]] = deque()
@@ -325,7 +327,10 @@ class _Trial:
             self.stored.append(row)
 
     def _tell(self) -> None:
-        """Tell the listener of stored rows, in the thread that trains."""
+        """Tell the listeners of stored rows and of checkpoints, in the thread that trains."""
+        if self.saver.written > self.told:
+            self.told = self.saver.written
+            self.how.on_save(self.saver.hold_s, self.saver.write_s)
         while self.stored:
             self.how.on_epoch(self.stored.popleft())
 
