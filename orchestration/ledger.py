@@ -8,6 +8,7 @@ trials/<trial_id>/metrics/epoch-0007.json       one row per finished epoch
 trials/<trial_id>/checkpoints/step-00000070/    all state at a step (helix/training/checkpoint.py)
 trials/<trial_id>/best/                         the weights of the best epoch so far
 trials/<trial_id>/result.json                   put last and only once: the trial is done
+grids/<grid>/                                   what was asked of a grid, and by whom (orchestration/asked.py)
 certificates/<certificate_id>.json              what killing a trial again and again changed in it: nothing, or what
 """
 
@@ -95,11 +96,12 @@ def read(
         status, error, heard = "done", None, result.get("finished")
     else:
         row_keys = sorted(key for key in keys if key.startswith(f"{folder}/metrics/"))
-        if recent is not None and len(row_keys) > recent:
-            best = _best(storage, keys, folder)
-        wanted = row_keys if best is None or recent is None else row_keys[-recent:]
         # A trial that has fewer rows than before was begun anew.
         same = known if known is not None and known.epochs_done <= len(row_keys) else None
+        if recent is not None and len(row_keys) > recent:
+            unmoved = same is not None and same.best is not None and same.epochs_done == len(row_keys)
+            best = same.best if unmoved and same is not None else _best(storage, keys, folder)
+        wanted = row_keys if best is None or recent is None else row_keys[-recent:]
         rows = _rows(storage, wanted, same)
         epochs_done = len(row_keys) if best is not None else len(rows)
         beat = f"{folder}/heartbeat.json"

@@ -300,7 +300,7 @@ def run_trial(
                 stop_now=lambda lease=lease: lease.stop_asked,
                 on_step=each(lease.moved, *([metrics.on_step] if metrics else [])),
                 on_epoch=each(on_epoch, *([metrics.on_epoch] if metrics else [])),
-                **({"on_save": metrics.on_save} if metrics else {}),
+                on_save=metrics.on_save if metrics else lambda _hold_s, _write_s: None,
             )
             try:
                 (trainer or fit)(spec, recordings, how)

@@ -184,9 +184,9 @@ def observed() -> Iterator[Observed]:
     try:
         with (folder / "ray.log").open("w") as ray_log, (folder / "prometheus.log").open("w") as prometheus_log:
             processes.append(subprocess.Popen([sys.executable, "-c", RAY, *start], stdout=ray_log, **said))
+            until(found.exists, processes[0], folder / "ray.log")
             processes.append(subprocess.Popen(watch, stdout=prometheus_log, **said))
             until(lambda: answers(f"{url}/-/ready"), processes[1], folder / "prometheus.log")
-            until(found.exists, processes[0], folder / "ray.log")
             began = time.time()
             sweep = subprocess.run(
                 [sys.executable, "orchestration/sweep.py", *SMALL, "--storage", str(folder / "storage")],
