@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 RECENT_EPOCHS = 5
 
 #: Lines of the terminal that are neither cells nor trials: headings, notes and the footer.
-FRAME_LINES = 13
+FRAME_LINES = 14
 
 STATUS_WORDS = {"missing": "waiting", "partial": "paused"}
 STATUS_STYLES = {"done": "green", "running": "bold cyan", "failed": "bold red", "partial": "yellow", "missing": "dim"}
@@ -119,7 +119,7 @@ def render(
         Text.assemble((view.grid, "bold"), (f"  profile {view.profile}, {view.storage}", "dim"))
     ]
     if cells:
-        parts += [_cells_table(view, cells, width), Text(_legend(view, cells, width), style="dim")]
+        parts += [Text(), _cells_table(view, cells, width), Text(_legend(view, cells, width), style="dim")]
     if len(cells) < len(view.cells):
         parts.append(Text(f"and {plural(len(view.cells) - len(cells), 'more variant')}", style="dim"))
     if listed:

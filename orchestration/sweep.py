@@ -377,6 +377,7 @@ class Guard(ray.tune.Stopper):
                 Exception
             ) as error:  # the storage or Ray is away for a moment; the sweep goes on and this looks again
                 logger.warning("the limits of the sweep could not be looked at just now (%s)", error)
+            self._record.say(waiting=self._waiting, stopped=self.stopped)
 
     def _look(self) -> None:
         on_offer, now = offer(), time.time()
@@ -398,7 +399,6 @@ class Guard(ray.tune.Stopper):
                 self.stopped, self._asked_at = reason, time.monotonic()
         elif not under_way or time.monotonic() - self._asked_at > GRACE_S:
             self._cancel = True
-        self._record.say(waiting=self._waiting, stopped=self.stopped)
 
 
 def _cut(placement: Placement) -> dict[str, Any]:

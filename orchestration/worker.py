@@ -124,6 +124,8 @@ def run_pack(where: dict[str, Any]) -> None:
     placements, labels = config["placements"], config["labels"]
 
     def metrics(number: int, spec: TrialSpec) -> TrialMetrics:
+        if config["gpu"]:  # the peak of this trial, not of those before it
+            torch.cuda.reset_peak_memory_stats()
         predicted = placements[number]["peak_bytes"]
         used = partial(memory_used, "cuda" if config["gpu"] else "cpu")
         return TrialMetrics(labels[number], batch_size=spec.training.batch_size, predicted_bytes=predicted, used=used)

@@ -28,7 +28,7 @@ class Told:
                 assert sorted(tags) == sorted(labels) and about.endswith(".")
                 told.values.setdefault((name, tuple(sorted(tags.items()))), []).append(value)
 
-            set = inc  # noqa: A003 (Ray's name)
+            set = inc
 
         return Metric()
 

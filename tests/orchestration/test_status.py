@@ -8,11 +8,14 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from dashboards.text import GAP
 from helix.storage import FolderStorage, Storage, open_storage
 from orchestration import cli, status
 from orchestration.asked import DriverRecord, put_asked
@@ -201,6 +204,29 @@ def test_only_the_last_rows_are_read_and_show_what_all_would(storage: Storage):
     for name in ("status", "epochs_done", "step", "heard", "attempts"):
         assert getattr(whole.state, name) == getattr(trial.state, name)
     assert max(one["test_accuracy"] for one in whole.state.rows) == trial.state.best
+
+
+def test_a_terminal_shows_variants_by_folds(storage: Storage):
+    fill(storage, lambda number: ("done", "running", "failed", "missing")[number % 4])
+    console = Console(file=StringIO(), force_terminal=True, color_system=None, width=90)
+    status.show(Standing(storage, "demo")(), console)
+    assert isinstance(console.file, StringIO)
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    assert ["variant", "fold", "1", "fold", "2"] in lines
+    assert ["mamba-raw", "50.0", "✗3/8"] in lines
+    assert ["mamba-mel", "▸3/8", "·"] in lines
+    assert ["helix-raw", "1", "failed", "3/8", "30.3", "50.0", "10.0", GAP] in lines
+
+
+def test_a_price_table_of_ones_own_replaces_that_of_the_sweep(storage: Storage, capsys, tmp_path: Path):
+    fill(storage, lambda _: "done")
+    table = tmp_path / "prices.yaml"
+    table.write_text("prices: {g5.xlarge: {spot_usd_per_hour: 4.0}}")
+    costs = []
+    for arguments in ([], ["--prices", str(table)]):
+        assert cli.main(["status", "--storage", repr(storage), "--json", *arguments]) == 0
+        costs.append(json.loads(capsys.readouterr().out)[0]["cost"]["usd"])
+    assert costs[1] == pytest.approx(10 * costs[0])
 
 
 def test_watching_ends_when_the_sweep_does(storage: Storage, capsys, monkeypatch: pytest.MonkeyPatch):
