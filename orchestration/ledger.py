@@ -162,7 +162,8 @@ def _attempts(storage: Storage, keys: Set[str], folder: str, known: TrialState |
         attempt = settled.get(key.rpartition("/")[2].removesuffix(".json")) or storage.get_json(key)
         if attempt is not None:  # deleted meanwhile
             found.append(attempt)
-    return sorted(found, key=lambda attempt: attempt["started"])
+    # Leases are numbered and their numbers only grow; the clocks of the machines may disagree.
+    return sorted(found, key=lambda attempt: (attempt.get("lease", 0), attempt["started"]))
 
 
 def _rows(storage: Storage, keys: Sequence[str], known: TrialState | None) -> list[dict[str, Any]]:

@@ -233,7 +233,7 @@ def each(*listeners: Callable[[Any], None]) -> Callable[[Any], None]:
 
 def memory_used(device: str) -> int:
     """On a GPU the peak of what tensors took, on a CPU what the process holds, in bytes."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+    return torch.cuda.max_memory_allocated() if device != "cpu" else psutil.Process().memory_info().rss
 
 
 def ray_notice() -> Any:
