@@ -1,14 +1,16 @@
-"""The terminal while a sweep runs: a table where stdout is a terminal, one plain line per change where it is not.
+"""How a sweep stands, for the terminal: tables where stdout is a terminal, plain lines where it is not.
 
-`render` and `lines` are pure functions of snapshots; `LiveView` is the thread that asks for snapshots and shows them.
-It only looks: whatever goes wrong in it, the sweep goes on.
+`render`, `standing` and `lines` are pure functions of snapshots; `LiveView` is the thread that asks for snapshots and
+shows them. It only looks: whatever goes wrong in it, the sweep goes on. `helix status` shows the same from storage.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -16,8 +18,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from dashboards.summary import attempts, progress
-from dashboards.text import GAP, duration, percent, plural
+from dashboards.summary import attempts, progress, sampling_word
+from dashboards.text import GAP, cost_line, duration, moment, percent, plural
 from dashboards.view import CellView, SweepView, TrialView
 
 logger = logging.getLogger(__name__)
@@ -25,14 +27,17 @@ logger = logging.getLogger(__name__)
 #: Epochs that the pace of a trial is measured on: recent ones, so that a change of machine shows.
 RECENT_EPOCHS = 5
 
-#: More trials than this are shown as those that run and a count of the rest.
-ALL_TRIALS = 24
-
-#: Lines of the terminal that are not trials: headings, notes and the footer.
-FRAME_LINES = 8
+#: Lines of the terminal that are neither cells nor trials: headings, notes and the footer.
+FRAME_LINES = 14
 
 STATUS_WORDS = {"missing": "waiting", "partial": "paused"}
 STATUS_STYLES = {"done": "green", "running": "bold cyan", "failed": "bold red", "partial": "yellow", "missing": "dim"}
+
+#: Why trials failed is told of so many; the rest is in the report.
+FAILURES = 3
+
+#: What stands for a trial where there is room for one character, and before its epochs where there is room for them.
+MARKS = {"done": "✓", "running": "▸", "failed": "✗", "partial": "‖", "missing": "·"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,34 +81,106 @@ def sweep_eta(view: SweepView) -> Eta:
     return Eta(seconds=max(sum(measured) / side_by_side, *measured), unmeasured=len(known) - len(measured))
 
 
-def render(view: SweepView, *, now: float, began: float, height: int = 50) -> RenderableType:
-    """The table and its footer; at most `height` lines."""
-    trials = view.trials()
-    room = max(height - FRAME_LINES - bool(view.waiting), 3)
-    shown = (
-        trials if len(trials) <= min(ALL_TRIALS, room) else [one for one in trials if one[1].state.status == "running"]
-    )
-    hidden = max(len(shown) - room, 0)
-    shown = shown[:room]
-    many = len({cell.dataset for cell in view.cells}) > 1
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("variant", no_wrap=True)
-    for heading in ("fold", "seed"):
-        table.add_column(heading, justify="right")
-    table.add_column("status", no_wrap=True)
-    for heading in ("epoch", "test %", "best %", "s/epoch", "ETA"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for cell, trial in shown:
-        table.add_row(*_row(cell, trial, many))
-    notes = []
-    if hidden:
-        notes.append(Text(f"and {hidden} more running", style="dim"))
-    elif len(shown) < len(trials):
-        notes.append(Text(f"{plural(len(trials) - len(shown), 'trial')} not running and not listed", style="dim"))
+def best(trial: TrialView) -> float | None:
+    """The best test accuracy of any epoch so far."""
+    told = [row["test_accuracy"] for row in trial.state.rows if "test_accuracy" in row]
+    return max([*told, *([] if trial.state.best is None else [trial.state.best])], default=None)
+
+
+def steps_per_s(cell: CellView, trial: TrialView) -> float | None:
+    """Optimiser steps a second over the recent epochs, evaluation included; None before the first epoch."""
+    per_epoch, row = pace(cell, trial), trial.state.rows[-1] if trial.state.rows else {}
+    return row["step"] / row["epoch"] / per_epoch if per_epoch and row.get("step") else None
+
+
+def silence(view: SweepView, trial: TrialView) -> float | None:
+    """Seconds since a trial was last heard of, where somebody began it and left without a word."""
+    last = trial.state.attempts[-1] if trial.state.attempts else {}
+    if trial.state.status != "partial" or trial.state.heard is None or "ended" in last:
+        return None
+    return max(view.created - trial.state.heard, 0.0)
+
+
+def render(
+    view: SweepView, *, now: float, began: float | None = None, height: int | None = None, width: int = 100
+) -> RenderableType:
+    """Cells x folds, the trials that people have to know of, and a footer; at most `height` lines, None for all.
+
+    `began`: when the watching began, None where nobody watches.
+    """
+    shown = [one for one in view.trials() if one[1].state.status not in ("done", "missing")]
+    shown.sort(key=lambda one: ("running", "failed", "partial").index(one[1].state.status))
+    failures = min(sum(trial.state.status == "failed" for _, trial in shown), FAILURES)
+    waiting = -(-len(view.waiting) // width)
+    room = len(view.cells) + len(shown) if height is None else max(height - FRAME_LINES - failures - waiting, 4)
+    cells = view.cells[: max(room - min(len(shown), 3), 1)]
+    listed = shown[: max(room - len(cells), 0)]
+    parts: list[RenderableType] = [
+        Text.assemble((view.grid, "bold"), (f"  profile {view.profile}, {view.storage}", "dim"))
+    ]
+    if cells:
+        parts += [Text(), _cells_table(view, cells, width), Text(_legend(view, cells, width), style="dim")]
+    if len(cells) < len(view.cells):
+        parts.append(Text(f"and {plural(len(view.cells) - len(cells), 'more variant')}", style="dim"))
+    if listed:
+        parts += [Text(), _trials_table(view, listed)]
+    if len(listed) < len(shown):
+        parts.append(Text(f"and {_counted(shown[len(listed) :])} more, not listed", style="dim"))
+    parts += [Text(), *(Text(line, style="red") for line in _failures(listed, width))]
     if view.waiting:
-        notes.append(Text(view.waiting, style="yellow"))
-    title = Text.assemble((view.grid, "bold"), (f"  profile {view.profile}", "dim"))
-    return Group(title, *([table] if shown else []), *notes, _footer(view, now, began))
+        parts.append(Text(view.waiting, style="yellow"))
+    parts.append(Text(counts(view), style="bold"))
+    parts += [Text(line) for line in _footer(view, None if began is None else now - began)]
+    return Group(*parts)
+
+
+def standing(view: SweepView) -> list[str]:
+    """How the sweep stands in plain lines, one for each trial: for pipes and logs."""
+    footer = _footer(view, None)
+    said = [f"{view.grid}, profile {view.profile}: {plural(progress(view).asked, 'trial')}; {counts(view)}", *footer]
+    if view.waiting:
+        said.append(view.waiting)
+    return said + [f"{label(cell, trial)}: {_stands(view, cell, trial)}" for cell, trial in view.trials()]
+
+
+def as_json(view: SweepView) -> dict[str, Any]:
+    """The same as plain JSON values; times are Unix seconds, and None is what is not known."""
+    state, eta, spent = progress(view), sweep_eta(view), view.spent
+    return {
+        "grid": view.grid,
+        "profile": view.profile,
+        "storage": view.storage,
+        "time": view.created,
+        "statuses": state.statuses,
+        "epochs_done": state.epochs_done,
+        "epochs_asked": state.epochs_asked,
+        "eta_seconds": eta.seconds,
+        "unmeasured_trials": eta.unmeasured,
+        "waiting": view.waiting,
+        "cost": asdict(spent) | {"unpriced": list(spent.unpriced)},
+        "trials": [
+            {
+                "trial_id": trial.trial_id,
+                "variant": cell.variant,
+                "fold": trial.fold,
+                "seed": trial.seed,
+                "status": trial.state.status,
+                "epochs_done": trial.state.epochs_done,
+                "epochs_asked": cell.epochs,
+                "best_test_accuracy": best(trial),
+                "seconds_per_epoch": pace(cell, trial),
+                "steps_per_second": steps_per_s(cell, trial),
+                "eta_seconds": trial_eta(cell, trial) if trial.state.status == "running" else None,
+                "attempts": attempts(trial),
+                "host": (trial.state.attempts[-1] if trial.state.attempts else {}).get("host"),
+                "heard": trial.state.heard,
+                "error": trial.state.error,
+                "usd": trial.spent.usd,
+                "hours": trial.spent.hours,
+            }
+            for cell, trial in view.trials()
+        ],
+    }
 
 
 def lines(
@@ -142,10 +219,7 @@ def label(cell: CellView, trial: TrialView) -> str:
 
 def counts(view: SweepView) -> str:
     """ "3 done, 2 running, 1 failed, 12 waiting", without the zeros."""
-    statuses = progress(view).statuses
-    order = ("done", "running", "failed", "partial", "missing")
-    said = [f"{statuses[name]} {STATUS_WORDS.get(name, name)}" for name in order if statuses.get(name)]
-    return ", ".join(said) or "none"
+    return _counted(view.trials()) or "none"
 
 
 class LiveView:
@@ -173,6 +247,13 @@ class LiveView:
         self._previous: SweepView | None = None
         self._said: dict[str, float] = {}
         self._complaints: set[str] = set()
+        self._shown = threading.Condition()
+        self._last: SweepView | None = None
+
+    def wait(self, until: Callable[[SweepView], bool]) -> None:
+        """Until a view of which `until` is true was shown."""
+        with self._shown:
+            self._shown.wait_for(lambda: self._last is not None and until(self._last))
 
     def __enter__(self) -> "LiveView":
         if self._live is not None:
@@ -195,17 +276,22 @@ class LiveView:
 
     def _look(self) -> None:
         try:
-            self._show(self.snapshot())
+            view = self.snapshot()
+            self._show(view)
+            with self._shown:
+                self._last = view
+                self._shown.notify_all()
         except Exception as error:
             complaint = f"{type(error).__name__}: {error}"
             if complaint not in self._complaints:
                 self._complaints.add(complaint)
-                logger.warning("the live view cannot be shown just now (%s); the sweep goes on", complaint)
+                logger.warning("the sweep cannot be shown just now (%s); it goes on", complaint)
 
     def _show(self, view: SweepView) -> None:
         now = self.clock()
         if self._live is not None:
-            self._live.update(render(view, now=now, began=self._began, height=self.console.height), refresh=True)
+            size = {"height": self.console.height, "width": self.console.width}
+            self._live.update(render(view, now=now, began=self._began, **size), refresh=True)
             return
         spoken, self._said = lines(self._previous, view, self._said, now=now, every_s=self.every_s)
         self._previous = view
@@ -221,41 +307,180 @@ def _epochs_behind(cell: CellView, trial: TrialView) -> float:
     return max(float(trial.state.epochs_done), trial.state.step * rows[-1]["epoch"] / rows[-1]["step"])
 
 
-def _row(cell: CellView, trial: TrialView, many: bool) -> list[Text]:
+def _cells_table(view: SweepView, cells: Sequence[CellView], width: int) -> Table:
+    """A row for each cell and a column for each of its folds and seeds, or a character where they are too many."""
+    many = len({cell.dataset for cell in view.cells}) > 1
+    columns = _columns(view)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("variant", no_wrap=True)
+    if _wide(view, width):
+        for fold, seed in columns:
+            table.add_column(f"fold {fold}" + (f" seed {seed}" if _seeds(view) else ""), justify="right", no_wrap=True)
+    else:
+        table.add_column(f"{sampling_word(view)}s", overflow="fold")
+        table.add_column("done", justify="right", no_wrap=True)
+        table.add_column("mean best %", justify="right", no_wrap=True)
+    for cell in cells:
+        by_column = {(trial.fold, trial.seed): trial for trial in cell.trials}
+        name = Text(f"{cell.dataset} {cell.variant}" if many else cell.variant)
+        if _wide(view, width):
+            table.add_row(name, *(_cell(cell, by_column.get(column)) for column in columns))
+            continue
+        marks = Text()
+        for trial in cell.trials:
+            marks.append(MARKS[trial.state.status], style=STATUS_STYLES[trial.state.status])
+        done = [trial for trial in cell.trials if trial.state.status == "done"]
+        known = [value for trial in done if (value := best(trial)) is not None]
+        mean = sum(known) / len(known) if known else None
+        table.add_row(name, marks, Text(f"{len(done)}/{len(cell.trials)}"), Text(percent(mean, 1)))
+    return table
+
+
+def _columns(view: SweepView) -> list[tuple[int, int]]:
+    """Fold and seed of every column."""
+    pairs = {(trial.fold, trial.seed) for _, trial in view.trials()}
+    return sorted(pairs, key=lambda pair: (pair[1], pair[0]))
+
+
+def _seeds(view: SweepView) -> bool:
+    """Whether trials differ in their seeds."""
+    return len({trial.seed for _, trial in view.trials()}) > 1
+
+
+def _wide(view: SweepView, width: int) -> bool:
+    """Whether every trial has room for its epochs beside the names of the variants."""
+    names = max((len(cell.variant) + len(cell.dataset) + 2 for cell in view.cells), default=0)
+    room = max((len(f"{MARKS['running']}{cell.epochs}/{cell.epochs}") for cell in view.cells), default=0)
+    return names + len(_columns(view)) * (max(room, 14 if _seeds(view) else 7) + 1) <= width
+
+
+def _cell(cell: CellView, trial: TrialView | None) -> Text:
+    """One trial in a few characters: its best accuracy where it is done, else how far it is; never by colour alone."""
+    if trial is None:
+        return Text()
+    state = trial.state
+    words = {"done": percent(best(trial), 1), "missing": MARKS["missing"]}
+    word = words.get(state.status, f"{MARKS.get(state.status)}{state.epochs_done}/{cell.epochs}")
+    return Text(word, style=STATUS_STYLES[state.status])
+
+
+def _legend(view: SweepView, cells: Sequence[CellView], width: int) -> str:
+    """What the signs mean that are there."""
+    there = {trial.state.status for cell in cells for trial in cell.trials}
+    said = ["best test accuracy in %"] if _wide(view, width) and "done" in there else []
+    if not _wide(view, width) and "done" in there:
+        said.append(f"{MARKS['done']} done")
+    others = [status for status in ("running", "partial", "failed", "missing") if status in there]
+    return ", ".join([*said, *(f"{MARKS[status]} {STATUS_WORDS.get(status, status)}" for status in others)])
+
+
+def _trials_table(view: SweepView, shown: Sequence[tuple[CellView, TrialView]]) -> Table:
+    many = len({cell.dataset for cell in view.cells}) > 1
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("variant", no_wrap=True)
+    for heading in ("fold", "seed") if _seeds(view) else ("fold",):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    for heading in ("epoch", "test %", "best %", "s/epoch", "ETA"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for cell, trial in shown:
+        table.add_row(*_row(view, cell, trial, many))
+    return table
+
+
+def _row(view: SweepView, cell: CellView, trial: TrialView, many: bool) -> list[Text]:
     state = trial.state
     accuracies = [row["test_accuracy"] for row in state.rows]
     own_pace = pace(cell, trial)
     left = trial_eta(cell, trial) if state.status == "running" else None
-    status = STATUS_WORDS.get(state.status, state.status)
+    status, silent_s = STATUS_WORDS.get(state.status, state.status), silence(view, trial)
     if state.status == "running" and attempts(trial) > 1:
         status = f"attempt {attempts(trial)}"
+    elif silent_s is not None:
+        status = f"silent {duration(60 * round(silent_s / 60)).removesuffix(' 00 s')}"
     words = [
         f"{cell.dataset} {cell.variant}" if many else cell.variant,
         str(trial.fold),
-        str(trial.seed),
+        *([str(trial.seed)] if _seeds(view) else []),
         status,
         f"{state.epochs_done}/{cell.epochs}",
         percent(accuracies[-1] if accuracies else None, 1),
-        percent(max(accuracies, default=None), 1),
+        percent(best(trial), 1),
         GAP if own_pace is None else f"{own_pace:.1f}",
         duration(left if left is None else round(left)),
     ]
-    style = STATUS_STYLES.get(state.status, "")
-    return [Text(word, style=style if index == 3 else "") for index, word in enumerate(words)]
+    style = STATUS_STYLES[state.status]
+    return [Text(word, style=style if word is status else "") for word in words]
 
 
-def _footer(view: SweepView, now: float, began: float) -> Text:
+def _failures(shown: Sequence[tuple[CellView, TrialView]], width: int) -> list[str]:
+    """Why trials failed, a line each, for as many as are worth the room."""
+    failed = [one for one in shown if one[1].state.status == "failed"]
+    said = [f"{label(cell, trial)}: {_reason(trial)}" for cell, trial in failed[:FAILURES]]
+    return [line if len(line) <= width else f"{line[: width - 1]}…" for line in said]
+
+
+def _reason(trial: TrialView) -> str:
+    """The first line of why a trial failed."""
+    return next(iter((trial.state.error or "no error was recorded").strip().splitlines()), "")
+
+
+def _counted(shown: Sequence[tuple[CellView, TrialView]]) -> str:
+    """ "3 running, 1 failed": of these trials, without the zeros."""
+    statuses = Counter(trial.state.status for _, trial in shown)
+    order = ("done", "running", "failed", "partial", "missing")
+    return ", ".join(f"{statuses[name]} {STATUS_WORDS.get(name, name)}" for name in order if statuses[name])
+
+
+def _footer(view: SweepView, elapsed_s: float | None) -> list[str]:
+    """Epochs, the time left and by how many at once, and what it cost so far."""
     state, eta = progress(view), sweep_eta(view)
+    running = state.statuses.get("running", 0)
+    over = state.statuses.get("done", 0) + state.statuses.get("failed", 0) == state.asked
     if state.finished:
         left = "all done"
+    elif over:
+        left = "nothing left but what failed"
     elif eta.seconds is None:
         left = f"ETA {GAP}"
     elif eta.unmeasured:
         left = f"ETA at least {duration(eta.seconds)} ({plural(eta.unmeasured, 'trial')} not measured yet)"
     else:
-        left = f"ETA about {duration(eta.seconds)}"
-    done = f"{state.epochs_done}/{state.epochs_asked} epochs"
-    return Text.assemble((counts(view), "bold"), f"\n{done}, {left}, elapsed {duration(now - began)}")
+        left = f"ETA about {duration(eta.seconds)} ({moment(view.created + eta.seconds)})"
+    said = [f"{state.epochs_done}/{state.epochs_asked} epochs, {left}"]
+    watched = [f"{plural(running, 'worker')} active"] if running else []
+    watched += [] if elapsed_s is None else [f"elapsed {duration(elapsed_s)}"]
+    said += [", ".join(watched)] if watched else []
+    if view.spent.hours:
+        said.append(f"cost so far: {cost_line(view.spent)}")
+    return said
+
+
+def _stands(view: SweepView, cell: CellView, trial: TrialView) -> str:
+    """One trial in a sentence: status, epochs, accuracy, speed, time left, attempts and who works on it."""
+    state, silent_s = trial.state, silence(view, trial)
+    last = state.attempts[-1] if state.attempts else {}
+    if state.status == "missing":
+        return STATUS_WORDS["missing"]
+    said = [STATUS_WORDS.get(state.status, state.status), f"epoch {state.epochs_done} of {cell.epochs}"]
+    if (found := best(trial)) is not None:
+        said.append(f"best test accuracy {percent(found, 1)} %")
+    own_pace, speed = pace(cell, trial), steps_per_s(cell, trial)
+    if own_pace is not None:
+        said.append(f"{own_pace:.1f} s an epoch" + (f" ({speed:.2f} steps/s)" if speed else ""))
+    if state.status == "running":
+        if (left := trial_eta(cell, trial)) is not None:
+            said.append(f"{duration(round(left))} left")
+        if last.get("host"):
+            said.append(f"on {last['host']}")
+    if attempts(trial) > 1:
+        said.append(f"attempt {attempts(trial)}" if state.status == "running" else f"{attempts(trial)} attempts")
+    if silent_s is not None:
+        where = f" on {last['host']}" if last.get("host") else ""
+        said.append(f"silent since {moment(view.created - silent_s)}{where}")
+    if state.status == "failed":
+        said.append(_reason(trial))
+    return ", ".join(said)
 
 
 def _change(view: SweepView, old: TrialView | None, trial: TrialView) -> str | None:
@@ -271,8 +496,7 @@ def _change(view: SweepView, old: TrialView | None, trial: TrialView) -> str | N
     if status == "done":
         return f"finished, {_outcome(trial)}; {counts(view)}"
     if status == "failed":
-        reason = (trial.state.error or "no error was recorded").strip().splitlines()
-        return f"failed after epoch {trial.state.epochs_done}: {reason[0] if reason else ''}"
+        return f"failed after epoch {trial.state.epochs_done}: {_reason(trial)}"
     if status == "partial":
         return f"interrupted after epoch {trial.state.epochs_done}, waiting to go on"
     return None
@@ -295,8 +519,7 @@ def _epoch(cell: CellView, trial: TrialView) -> str:
     row = trial.state.rows[-1] if trial.state.rows else {}
     said = [f"epoch {trial.state.epochs_done} of {cell.epochs}"]
     if "test_accuracy" in row:
-        best = max(one["test_accuracy"] for one in trial.state.rows)
-        said.append(f"test accuracy {percent(row['test_accuracy'], 1)} % (best {percent(best, 1)})")
+        said.append(f"test accuracy {percent(row['test_accuracy'], 1)} % (best {percent(best(trial), 1)})")
     if "seconds" in row:
         said.append(f"{row['seconds']:.1f} s")
     left = trial_eta(cell, trial)

@@ -28,7 +28,7 @@ from helix.spec import TrialSpec, apply_overrides, identity
 from helix.training import feasibility as feasible
 from helix.training.feasibility import TOKENS, Cell, table
 from helix.training.memory import GIB, gib
-from orchestration import sweep
+from orchestration import status, sweep
 from orchestration.certify import BIT_EXACT, certificate_table, certify
 from orchestration.connection import ClusterError, cpu_count, rehearse
 from orchestration.forecast import Forecast, calibrate, forecasts, measured, shape
@@ -433,6 +433,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
         "write the report of a grid from what is stored now, without training; --published: of the paper's own numbers",
         report,
     ),
+    "status": ("how sweeps stand now, from anywhere, from what is stored alone", status.main),
     "prepare": ("decode a data set into shards", prepare),
     "verify": ("read back everything that is stored and list what is damaged", verify),
     "doctor": ("what works on this machine, found by trying it, and what to do about the rest", diagnose),

@@ -8,12 +8,14 @@ trials/<trial_id>/metrics/epoch-0007.json       one row per finished epoch
 trials/<trial_id>/checkpoints/step-00000070/    all state at a step (helix/training/checkpoint.py)
 trials/<trial_id>/best/                         the weights of the best epoch so far
 trials/<trial_id>/result.json                   put last and only once: the trial is done
+grids/<grid>/                                   what was asked of a grid, and by whom (orchestration/asked.py)
 certificates/<certificate_id>.json              what killing a trial again and again changed in it: nothing, or what
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from helix.storage import Storage
@@ -37,6 +39,7 @@ class TrialState:
     `status`: "done" (a result is stored), "running" (an attempt is under way and was heard of lately), "failed" (the
     last attempt ended with an error), "partial" (begun, and nobody works on it), "missing" (nothing yet).
     `step` counts optimiser steps, finished epochs or not. `heard` is when the last attempt was last heard of.
+    `best` is the best test accuracy so far where `rows` are only the last ones, None where they are all.
     """
 
     trial_id: str
@@ -48,43 +51,76 @@ class TrialState:
     result: dict[str, Any] | None = field(default=None, repr=False)
     error: str | None = None
     heard: float | None = None
+    best: float | None = None
 
 
-def read_all(storage: Storage, trial_ids: Iterable[str], *, now: float) -> dict[str, TrialState]:
-    """The states of many trials. Of those that nobody began, nothing is asked but one listing of all that were."""
+def read_all(
+    storage: Storage,
+    trial_ids: Iterable[str],
+    *,
+    now: float,
+    known: Mapping[str, TrialState] = MappingProxyType({}),
+    recent: int | None = None,
+) -> dict[str, TrialState]:
+    """The states of many trials. Of those that nobody began, nothing is asked but one listing of all that were.
+
+    `known`: what an earlier call gave; what cannot have changed since is not read again. `recent`: see `read`.
+    """
     begun, wanted = set(storage.children("trials")), list(trial_ids)
     some = [name for name in wanted if name in begun]
     with ThreadPoolExecutor(READERS) as readers:
-        states = dict(zip(some, readers.map(lambda name: read(storage, name, now=now), some), strict=True))
+        found = readers.map(lambda name: read(storage, name, now=now, known=known.get(name), recent=recent), some)
+        states = dict(zip(some, found, strict=True))
     return {name: states.get(name) or TrialState(trial_id=name, status="missing") for name in wanted}
 
 
-def read(storage: Storage, trial_id: str, *, now: float) -> TrialState:
-    """The state of one trial at the time `now`."""
+def read(
+    storage: Storage, trial_id: str, *, now: float, known: TrialState | None = None, recent: int | None = None
+) -> TrialState:
+    """The state of one trial at the time `now`: one listing of its folder, and a request for each thing that is needed.
+
+    `known`: an earlier state of it, whose rows and ended attempts are not read again. `recent`: of a trial that is not
+    done, only so many of its last rows are read, where the manifest of its best weights tells the best accuracy.
+    """
     folder = f"trials/{trial_id}"
-    result = storage.get_json(f"{folder}/result.json")
-    attempts = attempts_at(storage, trial_id)
+    keys = set(storage.keys(folder))
+    done = f"{folder}/result.json" in keys
+    if done and known is not None and known.status == "done":
+        return known
+    result = storage.get_json(f"{folder}/result.json") if done else None
+    attempts = _attempts(storage, keys, folder, known)
+    best = None
     if result is not None:
-        rows = result["rows"]
         attempts = _closed(attempts, result)
-        step = rows[-1]["step"]
+        rows = result["rows"]
+        epochs_done, step = len(rows), rows[-1]["step"]
         status, error, heard = "done", None, result.get("finished")
     else:
-        rows = _all(storage, f"{folder}/metrics")
-        heartbeat = storage.get_json(f"{folder}/heartbeat.json") or {}
+        row_keys = sorted(key for key in keys if key.startswith(f"{folder}/metrics/"))
+        # A trial that has fewer rows than before was begun anew.
+        same = known if known is not None and known.epochs_done <= len(row_keys) else None
+        if recent is not None and len(row_keys) > recent:
+            unmoved = same is not None and same.best is not None and same.epochs_done == len(row_keys)
+            best = same.best if unmoved and same is not None else _best(storage, keys, folder)
+        wanted = row_keys if best is None or recent is None else row_keys[-recent:]
+        rows = _rows(storage, wanted, same)
+        epochs_done = len(row_keys) if best is not None else len(rows)
+        beat = f"{folder}/heartbeat.json"
+        heartbeat = (storage.get_json(beat) if beat in keys else None) or {}
         step = max(heartbeat.get("step", 0), rows[-1]["step"] if rows else 0)
         status, error = _status(attempts, heartbeat, begun=bool(rows or step), now=now)
         heard = _heard(attempts[-1], heartbeat) if attempts else None
     return TrialState(
         trial_id=trial_id,
         status=status,
-        epochs_done=len(rows),
+        epochs_done=epochs_done,
         step=step,
         rows=tuple(rows),
         attempts=tuple(attempts),
         result=result,
         error=error,
         heard=heard,
+        best=best,
     )
 
 
@@ -93,8 +129,8 @@ def attempts_at(storage: Storage, trial_id: str) -> list[dict[str, Any]]:
 
     By the numbers of their leases, which only grow: the clocks of the machines that they ran on may disagree.
     """
-    found = _all(storage, f"trials/{trial_id}/attempts")
-    return sorted(found, key=lambda attempt: (attempt.get("lease", 0), attempt["started"]))
+    folder = f"trials/{trial_id}"
+    return _attempts(storage, set(storage.keys(f"{folder}/attempts")), folder, None)
 
 
 def _closed(attempts: list[dict[str, Any]], result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -142,7 +178,28 @@ def _heard(last: dict[str, Any], heartbeat: dict[str, Any]) -> float:
     return max(last["started"], beat)
 
 
-def _all(storage: Storage, prefix: str) -> list[dict[str, Any]]:
-    """The JSON values under a folder, by name; a key that is deleted meanwhile is left out."""
-    values = (storage.get_json(key) for key in storage.keys(prefix))
+def _attempts(storage: Storage, keys: Set[str], folder: str, known: TrialState | None) -> list[dict[str, Any]]:
+    """All attempts, oldest first. One that ended and was followed by another does not change any more."""
+    settled = {one["attempt_id"]: one for one in (known.attempts if known else ())[:-1] if "ended" in one}
+    found = []
+    for key in sorted(key for key in keys if key.startswith(f"{folder}/attempts/")):
+        attempt = settled.get(key.rpartition("/")[2].removesuffix(".json")) or storage.get_json(key)
+        if attempt is not None:  # deleted meanwhile
+            found.append(attempt)
+    # Leases are numbered and their numbers only grow; the clocks of the machines may disagree.
+    return sorted(found, key=lambda attempt: (attempt.get("lease", 0), attempt["started"]))
+
+
+def _rows(storage: Storage, keys: Sequence[str], known: TrialState | None) -> list[dict[str, Any]]:
+    """The rows of these keys, by epoch. Those that are known stand."""
+    before = {row["epoch"]: row for row in (known.rows if known else ())}
+    values = (before.get(int(key[-9:-5])) or storage.get_json(key) for key in keys)
     return [value for value in values if value is not None]
+
+
+def _best(storage: Storage, keys: Set[str], folder: str) -> float | None:
+    """The best test accuracy so far, if the manifest of the best weights tells that one; else the rows have to."""
+    key = f"{folder}/best/manifest.json"
+    manifest = (storage.get_json(key) if key in keys else None) or {}
+    body = manifest.get("body", manifest)  # as they were put before 2026-11-23
+    return body["value"] if body.get("metric") == "test_accuracy" else None

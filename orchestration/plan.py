@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dashboards.view import DataFacts, SweepView, TrialEntry
+from dashboards.view import DataFacts, SweepView
 from helix.data.dataset import Dataset, split_facts
 from helix.data.shards import Recordings
 from helix.models.classifier import Cost, cost
@@ -14,9 +14,10 @@ from helix.registry import DATASETS
 from helix.spec import resolve, trial_id
 from helix.storage import Storage
 from helix.training.memory import Device, Placement, choose
+from orchestration.asked import Asked, AskedTrial
 from orchestration.grid import Grid, Trial
 from orchestration.ledger import TrialState, certificates, read_all
-from orchestration.money import Prices, spent_on_trial
+from orchestration.money import Prices
 
 #: Within one frontend, parameter counts may differ by this share of the larger one (the paper's section 3.2).
 BAND = 0.001
@@ -115,7 +116,7 @@ def pack(plan: Sequence[Planned], *, workers: int) -> list[list[Planned]]:
 
 
 class Snapshot:
-    """How the trials of a plan stand: called, it reads storage and returns a view. Finished trials are read once."""
+    """How the trials of a plan stand: called, it reads storage and returns a view. Nothing is read twice in vain."""
 
     def __init__(
         self,
@@ -133,37 +134,44 @@ class Snapshot:
         #: What trials that could run wait for; whoever runs the sweep may say so here.
         self.waiting: Callable[[], str] = lambda: ""
         self.facts = data_facts(recordings, [entry.trial for entry in plan])
-        self._done: dict[str, TrialState] = {}
+        self._known: dict[str, TrialState] = {}
 
-    def states(self) -> dict[str, TrialState]:
-        """What storage knows of each trial of the plan, by its id."""
-        unknown = [entry.trial_id for entry in self.plan if entry.trial_id not in self._done]
-        states = read_all(self.storage, unknown, now=time.time()) if unknown else {}
-        self._done |= {name: state for name, state in states.items() if state.status == "done"}
-        return {entry.trial_id: self._done.get(entry.trial_id) or states[entry.trial_id] for entry in self.plan}
-
-    def __call__(self) -> SweepView:
-        states = self.states()
-        return SweepView.build(
+    @property
+    def asked(self) -> Asked:
+        """The plan as it is kept for those who look from afar."""
+        return Asked(
             grid=self.grid_name,
             question=self.grid.question,
-            protocol=self.plan[0].trial.spec.protocol,
             command=self.command,
-            created=time.time(),
-            storage=repr(self.storage),
-            data=[self.facts],
-            trials=[
-                TrialEntry(
+            data=(self.facts,),
+            trials=tuple(
+                AskedTrial(
+                    trial_id=entry.trial_id,
                     variant=entry.trial.variant.name,
                     backbone=entry.trial.variant.backbone,
                     spec=entry.trial.spec,
-                    state=states[entry.trial_id],
                     parameters=entry.cost.parameters,
                     tokens=entry.cost.tokens,
-                    spent=spent_on_trial(states[entry.trial_id], self.prices),
                 )
                 for entry in self.plan
-            ],
+            ),
+            prices=self.prices,
+        )
+
+    def states(self) -> dict[str, TrialState]:
+        """What storage knows of each trial of the plan, by its id."""
+        names = [entry.trial_id for entry in self.plan]
+        unknown = [name for name in names if name not in self._known or self._known[name].status != "done"]
+        states = read_all(self.storage, unknown, now=time.time(), known=self._known) if unknown else {}
+        # Several threads look at once: each takes what it read itself, and leaves the newest for the next look.
+        self._known = known = self._known | states
+        return {name: known[name] for name in names}
+
+    def __call__(self) -> SweepView:
+        return self.asked.view(
+            self.states(),
+            storage=repr(self.storage),
+            now=time.time(),
             certificates=certificates(self.storage),
             waiting=self.waiting(),
         )

@@ -49,6 +49,7 @@ from helix.protocol import PROFILES
 from helix.spec import to_json
 from helix.storage import FolderStorage, Storage, open_storage
 from helix.training.memory import GIB, Placement, available_bytes, gib
+from orchestration.asked import DriverRecord, put_asked
 from orchestration.connection import (
     ClusterError,
     connect,
@@ -62,6 +63,7 @@ from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
 from orchestration.lease import EXPIRY_S
 from orchestration.ledger import TrialState, read
 from orchestration.lineage import code_facts
+from orchestration.metrics import SweepMetrics
 from orchestration.money import Limits, machine_facts, read_prices, spent_on_trial, until
 from orchestration.needs import Need, Room, deal, need_of
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, price
@@ -257,6 +259,7 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
 
 def run_sweep(sweep: Sweep, console: Console) -> str | None:
     """Train what has no result yet, showing it live and tracking it as it goes; why it stopped, if it had to."""
+    put_asked(sweep.storage, sweep.snapshot.asked)
     missing = sweep.missing()
     console.print(f"{len(sweep.plan)} trials: {len(sweep.plan) - len(missing)} done, {len(missing)} to train")
     if not missing:
@@ -314,6 +317,7 @@ def train(
             "trial_ids": [entry.trial_id for entry in pack.entries],
             "specs": [to_json(entry.trial.spec) for entry in pack.entries],
             "placements": [_cut(needs[entry.trial_id].placement) for entry in pack.entries],
+            "labels": [_labels(sweep.snapshot.grid_name, entry.trial) for entry in pack.entries],
             "threads": sweep.threads,
             "gpu": sweep.gpu,
             "gpus": pack.gpus,
@@ -374,6 +378,8 @@ class Guard(ray.tune.Stopper):
         self.stopped: str | None = None
         self.impossible: str | None = None
         self._waiting, self._cancel, self._asked_at = "", False, 0.0
+        self._record = DriverRecord(sweep.storage, sweep.snapshot.grid_name, sweep_id)
+        self._metrics = SweepMetrics(sweep.snapshot.grid_name)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="helix-guard", daemon=True)
 
@@ -391,6 +397,7 @@ class Guard(ray.tune.Stopper):
 
     def __enter__(self) -> "Guard":
         self.sweep.snapshot.waiting = lambda: self._waiting
+        self._record.say()
         self._thread.start()
         return self
 
@@ -398,6 +405,7 @@ class Guard(ray.tune.Stopper):
         self._over.set()
         self._thread.join(timeout=10.0)
         self._waiting = ""
+        self._record.end()
 
     def _watch(self) -> None:
         while not self._over.wait(LOOK_S):
@@ -407,6 +415,7 @@ class Guard(ray.tune.Stopper):
                 Exception
             ) as error:  # the storage or Ray is away for a moment; the sweep goes on and this looks again
                 logger.warning("the limits of the sweep could not be looked at just now (%s)", error)
+            self._record.say(waiting=self._waiting, stopped=self.stopped)
 
     def _look(self) -> None:
         free_what_the_dead_hold()
@@ -421,14 +430,15 @@ class Guard(ray.tune.Stopper):
             self.impossible = next(filter(None, (on_offer.impossible(need) for need, _ in self.wanted)), None)
         if self.impossible:
             self._cancel = True
+        prices = self.sweep.snapshot.prices
+        on_all = sum((spent_on_trial(state, prices) for state in states.values()), Spent())
+        self._metrics.tell(states.values(), on_all, waiting=bool(self._waiting))
         if self.stopped is None:
-            prices = self.sweep.snapshot.prices
             spent = (spent_on_trial(state, prices, sweep_id=self.sweep_id) for state in states.values())
             reason = self.sweep.limits.reached(sum(spent, Spent()), now=now)
-            if reason is None:
-                return
-            ask(self.sweep.storage, self.sweep_id, reason)
-            self.stopped, self._asked_at = reason, time.monotonic()
+            if reason is not None:
+                ask(self.sweep.storage, self.sweep_id, reason)
+                self.stopped, self._asked_at = reason, time.monotonic()
         elif not under_way or time.monotonic() - self._asked_at > GRACE_S:
             self._cancel = True
 
@@ -446,7 +456,13 @@ def held_elsewhere(states: Iterable[TrialState]) -> str:
 
 def _cut(placement: Placement) -> dict[str, Any]:
     """What the worker has to know of a placement."""
-    return {name: getattr(placement, name) for name in ("micro_batch", "recompute", "compact")}
+    said = {name: getattr(placement, name) for name in ("micro_batch", "recompute", "compact")}
+    return said | {"peak_bytes": placement.predicted.peak_bytes}
+
+
+def _labels(grid: str, trial: Trial) -> dict[str, str]:
+    """What the metrics of a trial are labelled with."""
+    return {"grid": grid, "variant": trial.variant.name, "fold": str(trial.spec.data.fold), "trial": trial.label}
 
 
 def room_here(options: argparse.Namespace, *, trials: int) -> Room:

@@ -9,6 +9,7 @@ from typing import Any
 from helix.data.shards import prepared_prefixes, verify
 from helix.storage import CorruptObjectError, Storage, is_sealed, json_bytes
 from helix.training.checkpoint import committed, damage, load_best
+from orchestration.asked import GRIDS
 from orchestration.ledger import CERTIFICATES
 from orchestration.preprocessing import FACTS, summary
 
@@ -44,7 +45,8 @@ def verify_storage(
             found.sound.append(f"{prefix}: {summary(prepared)}")
         elif not problems:
             found.unfinished.append(f"{prefix}: its preparation was never finished; helix prepare goes on with it")
-    for key in storage.keys(FACTS) if dataset is None else []:
+    plans = [key for key in storage.keys(GRIDS) if key.endswith("/plan.json")] if dataset is None else []
+    for key in [*storage.keys(FACTS), *plans] if dataset is None else []:
         value, unreadable = _read_json(storage, key)
         found.damaged.extend(unreadable or ([] if is_sealed(value) else [f"{key}: does not match its own checksum"]))
     for key in storage.keys(CERTIFICATES) if dataset is None else []:

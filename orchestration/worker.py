@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import psutil
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
@@ -34,6 +35,7 @@ from orchestration.lease import FIRST_STEP_S, LeaseLostError, Watch, acquire
 from orchestration.ledger import attempts_at, is_done
 from orchestration.lineage import code_like
 from orchestration.meter import Meter
+from orchestration.metrics import TrialMetrics
 from orchestration.notices import Notices, sigterm_notice
 from orchestration.recovery import Budget, Ended, decide, is_loss, kind, mean_between_losses_s, smaller
 from orchestration.stop import asked
@@ -140,7 +142,15 @@ def run_pack(where: dict[str, Any]) -> None:
 
     if config["gpu"] and config["gpus"] < 1:  # beside others on one GPU: none takes what is another's
         torch.cuda.set_per_process_memory_fraction(config["gpus"])
-    placements = config["placements"]
+    placements, labels = config["placements"], config["labels"]
+
+    def metrics(number: int, spec: TrialSpec) -> TrialMetrics:
+        if config["gpu"]:  # the peak of this trial, not of those before it
+            torch.cuda.reset_peak_memory_stats()
+        predicted = placements[number]["peak_bytes"]
+        used = partial(memory_used, "cuda" if config["gpu"] else "cpu")
+        return TrialMetrics(labels[number], batch_size=spec.training.batch_size, predicted_bytes=predicted, used=used)
+
     if any(placement["compact"] for placement in placements):
         compact_large_blocks()
     ranks = Ranks(ray.train.get_context().get_world_rank(), config["ranks"])
@@ -170,6 +180,7 @@ def run_pack(where: dict[str, Any]) -> None:
             driver_code=config.get("code"),
             trainer=where["trainer"],
             ranks=ranks,
+            metrics=metrics,
         )
 
 
@@ -246,6 +257,7 @@ def work_through(
     driver_code: Mapping[str, Any] | None = None,
     trainer: Callable[..., Any] | None = None,
     ranks: Ranks | None = None,
+    metrics: Callable[[int, TrialSpec], TrialMetrics] | None = None,
 ) -> None:
     """Run trials in turn until each is done or has failed, here or elsewhere; those that are done are passed over.
 
@@ -272,6 +284,7 @@ def work_through(
             driver_code=driver_code,
             trainer=trainer,
             ranks=ranks,
+            metrics=None if metrics is None else metrics(number, spec),
         )
         if outcome == "stopped":
             break
@@ -294,6 +307,21 @@ def data_placement(recordings: Recordings, device: str) -> Literal["host", "devi
     size = sum(shard["bytes"] for shard in recordings.manifest["shards"])
     ours = torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.get_device_properties(device).total_memory
     return "device" if size <= DEVICE_SHARE * ours else "host"
+
+
+def each(*listeners: Callable[[Any], None]) -> Callable[[Any], None]:
+    """What tells all of these listeners, in turn."""
+
+    def tell(said: Any) -> None:
+        for listener in listeners:
+            listener(said)
+
+    return tell
+
+
+def memory_used(device: str) -> int:
+    """On a GPU the peak of what tensors took, on a CPU what the process holds, in bytes."""
+    return torch.cuda.max_memory_allocated() if device != "cpu" else psutil.Process().memory_info().rss
 
 
 def gpu_uuids(device: str) -> tuple[str, ...]:
@@ -323,6 +351,7 @@ def run_trial(
     driver_code: Mapping[str, Any] | None = None,
     trainer: Callable[..., Any] | None = None,
     ranks: Ranks | None = None,
+    metrics: TrialMetrics | None = None,
 ) -> Literal["done", "failed", "held", "stopped"]:
     """Attempt a trial until its result is stored or its budget is spent.
 
@@ -372,8 +401,9 @@ def run_trial(
                 between_losses_s=mean_between_losses_s(records, now=time.time()),
                 save_now=notices,
                 stop_now=lambda lease=lease: lease.stop_asked,
-                on_step=lease.moved,
-                on_epoch=on_epoch,
+                on_step=each(lease.moved, *([metrics.on_step] if metrics else [])),
+                on_epoch=each(on_epoch, *([metrics.on_epoch] if metrics else [])),
+                on_save=metrics.on_save if metrics else lambda _hold_s, _write_s: None,
                 measured=meter.take,
                 ranks=ranks,
             )

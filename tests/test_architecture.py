@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY_IN = {
     "ray": {
         f"orchestration.{name}"
-        for name in ("sweep", "worker", "preprocessing", "schedule", "connection", "bare", "scale")
+        for name in ("sweep", "worker", "preprocessing", "schedule", "connection", "bare", "scale", "metrics")
     },
     "mlflow": {f"orchestration.{name}" for name in ("tracking", "model_store", "pyfunc_model")},
     "numba": {"helix.models.scan_numba"},
@@ -78,7 +78,7 @@ MAY_BE_MISSING = {
 #: Modules that plan and read: what they import, directly or not, holds no torch (a laptop answers at once).
 WITHOUT_TORCH = (
     *(f"helix.{name}" for name in ("spec", "registry", "protocol", "published", "statistics", "storage", "storage_s3")),
-    *(f"orchestration.{name}" for name in ("grid", "recovery", "ledger")),
+    *(f"orchestration.{name}" for name in ("grid", "recovery", "ledger", "asked", "status", "money")),
     "orchestration.grids",
 )
 

@@ -71,9 +71,18 @@ def test_every_bench_of_the_readme_is_there(command: str):
     assert BENCHES.make(name, read_options(name, options))
 
 
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("helix status")])
+def test_every_status_of_the_readme_says_that_nothing_was_asked_yet(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(command)[1:]) == sweep.REFUSED
+    assert "nothing of a sweep is stored" in capsys.readouterr().err
+
+
 def test_every_helix_command_of_the_readme_is_one_of_those_above():
     verbs = {command.split()[1] for command in COMMANDS if command.startswith("helix")}
-    assert verbs <= {"report", "prepare", "verify", "doctor", "bench"}
+    assert verbs <= {"report", "prepare", "verify", "doctor", "bench", "status"}
 
 
 @pytest.mark.parametrize("target", ["sweep", "test", "check", "golden"])

@@ -152,7 +152,7 @@ class Saver:
 
     `save` copies the state and returns; a thread writes it. A storage that fails for a while costs no step: what was
     to be saved is told, and the next checkpoint tries again with a newer state. `hold_s` and `write_s` are how long the
-    last one held up the training and how long it took to write.
+    last one held up the training and how long it took to write; `written` counts them.
     """
 
     def __init__(
@@ -168,6 +168,7 @@ class Saver:
         self.patience_s = patience_s
         self.failing_since: float | None = None
         self.hold_s = self.write_s = 0.0
+        self.written = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="helix-checkpoint")
         self._writing: Future[None] | None = None
         self._best: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None
@@ -227,6 +228,7 @@ class Saver:
                 self._best = None
         _write(self.storage, f"{self.folder}/checkpoints", state, identity=self.identity, keep=self.keep)
         self.write_s = time.monotonic() - began
+        self.written += 1
         then()
 
 

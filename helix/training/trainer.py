@@ -92,7 +92,8 @@ class Fit:
     `on_step`: told the optimiser steps so far after each step, and again after each batch that is evaluated, so that
     whoever listens knows that work goes on. `on_epoch`: told each row once it is stored. `measured`: what the machine
     did since it was last asked, asked at the end of each epoch; it stands in the row as "system", as no part of what
-    was found.
+    was found. `on_save`: told of checkpoints that were written: the seconds for which one held up the training, and
+    those that its writing took.
     `ranks`: the processes of this machine that train this trial together; each calls `fit` with the same spec and the
     same way to run it, on its own device. The effective batch stays the same, and micro-batches are of a rank's part of
     it. The first rank alone reads and writes the storage, and what it is asked by `stop_now` and the clock counts;
@@ -112,6 +113,7 @@ class Fit:
     on_step: Callable[[int], None] = lambda _total_step: None
     on_epoch: Callable[[dict[str, Any]], None] = lambda _row: None
     measured: Callable[[], dict[str, float]] = dict
+    on_save: Callable[[float, float], None] = lambda _hold_s, _write_s: None
     clock: Callable[[], float] = time.time
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -180,7 +182,7 @@ class _Trial:
         self.model, self.optimizer = self._initial()
         described = {"trial_id": self.id, "spec": to_json(self.spec), "versions": versions()}
         self.saver = Saver(how.storage, self.folder, identity=described)
-        self.saved = how.clock()
+        self.saved, self.told = how.clock(), 0
         # Rows of finished epochs: those that no committed checkpoint has yet, and those stored and not yet told.
         self.pending: deque[dict[str, Any]] = deque()
         self.stored: deque[dict[str, Any]] = deque()
@@ -379,7 +381,10 @@ class _Trial:
         return len(self.stored)
 
     def _tell(self, rows: float) -> None:
-        """Tell the listener of so many stored rows, in the thread that trains."""
+        """Tell the listeners of checkpoints and of so many stored rows, in the thread that trains."""
+        if self.saver.written > self.told:
+            self.told = self.saver.written
+            self.how.on_save(self.saver.hold_s, self.saver.write_s)
         if rows:
             for row in self.ranks.share(lambda: [self.stored.popleft() for _ in range(int(rows))]):
                 self.how.on_epoch(row)

@@ -1,5 +1,7 @@
 """The live view: what it says, what it expects, and that it never gets in the way of the sweep."""
 
+import json
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,9 +10,20 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from dashboards.live import LiveView, lines, pace, render, sweep_eta, trial_eta
+from dashboards.live import (
+    LiveView,
+    as_json,
+    best,
+    lines,
+    pace,
+    render,
+    standing,
+    steps_per_s,
+    sweep_eta,
+    trial_eta,
+)
 from dashboards.text import GAP
-from dashboards.view import CellView, SweepView, TrialView
+from dashboards.view import CellView, Spent, SweepView, TrialView
 
 MakeView = Callable[..., SweepView]
 NOW = 1_774_180_900.0
@@ -30,7 +43,7 @@ def said(previous: SweepView | None, current: SweepView, told: dict[str, float] 
 
 def shown(view: SweepView, width: int = 100, height: int = 50) -> str:
     console = Console(file=StringIO(), width=width)
-    console.print(render(view, now=NOW, began=NOW - 125, height=height))
+    console.print(render(view, now=NOW, began=NOW - 125, height=height, width=width))
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
 
@@ -138,22 +151,99 @@ def test_failed_trials_are_not_waited_for(make_view: MakeView):
 
 def test_a_small_sweep_shows_every_trial_in_80_columns(make_view: MakeView):
     text = shown(make_view(folds=(1, 2, 3), status=at(7)), width=80)
-    assert text.count("mamba-raw") == 3
+    assert text.count("mamba-raw") == 1 + 3  # its row among the cells, and its trials
+    assert text.count("▸7/20") == 18
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
     assert "18 running" in text
-    assert "elapsed 2 min 05 s" in text
+    assert "18 workers active, elapsed 2 min 05 s" in text
 
 
 def test_a_large_sweep_shows_what_runs_and_fits_the_screen(make_view: MakeView):
     def status(variant: str, fold: int, seed: int) -> tuple[str, int]:
         return ("running", 2) if variant == "helix-mel" else ("missing", 0)
 
-    text = shown(make_view(folds=tuple(range(1, 11)), status=status), height=16)
-    assert "mamba-raw" not in text
-    assert "and 2 more running" in text
-    assert "10 running, 50 waiting" in text
-    assert len(text.splitlines()) <= 16
+    for height in (22, 24, 30):
+        text = shown(make_view(folds=tuple(range(1, 11)), status=status), height=height)
+        assert "10 running, 50 waiting" in text
+        assert len(text.splitlines()) <= height
+        hidden = re.findall(r"and (\d+) running more, not listed", text)
+        assert text.count("\nhelix-mel") - 1 + sum(map(int, hidden)) == 10
+        assert bool(hidden) == (height < 30)
+
+
+def test_a_cell_shows_accuracy_epochs_or_a_sign_for_each_fold(make_view: MakeView):
+    stands = {1: ("done", 0), 2: ("running", 7), 3: ("failed", 3), 4: ("partial", 5), 5: ("missing", 0)}
+    view = make_view(folds=stands, variants=[("mamba", "raw")], status=lambda v, fold, s: stands[fold])
+    row = next(line for line in shown(view).splitlines() if line.startswith("mamba-raw"))
+    accuracy = 100 * max(one["test_accuracy"] for one in view.cells[0].trials[0].state.rows)
+    assert row.split() == ["mamba-raw", f"{accuracy:.1f}", "▸7/20", "✗3/20", "‖5/20", "·"]
+    assert "best test accuracy in %, ▸ running, ‖ paused, ✗ failed, · waiting" in shown(view)
+    assert "mamba-raw fold 3 seed 0: DivergedError: the loss of step 350 is not finite" in shown(view)
+
+
+def test_many_folds_and_seeds_are_a_sign_each(make_view: MakeView):
+    view = make_view(
+        folds=range(1, 11), seeds=range(3), status=lambda v, fold, s: ("done" if fold < 3 else "failed", 1)
+    )
+    row = next(line for line in shown(view, width=80).splitlines() if line.startswith("helix-mel"))
+    assert row.split()[1:3] == [("✓" * 2 + "✗" * 8) * 3, "6/30"]
+
+
+def test_who_fell_silent_is_shown_and_since_when(make_view: MakeView):
+    view = heard(one(make_view, 5, "partial"), ago_s=720.0, host="node-7")
+    assert "silent 12 min" in shown(view)
+    (line,) = [line for line in standing(view) if "fold 1" in line]
+    assert "paused, epoch 5 of 20" in line
+    assert line.endswith("silent since 2026-03-22 11:48 UTC on node-7")
+    ended = heard(one(make_view, 5, "partial"), ago_s=720.0, ended=1.0)
+    assert "silent" not in shown(ended) + "".join(standing(ended))
+
+
+def heard(view: SweepView, *, ago_s: float, **attempt: object) -> SweepView:
+    def told(trial: TrialView) -> TrialView:
+        attempts = ({"attempt_id": "first", "started": 0.0, **attempt},)
+        return replace(trial, state=replace(trial.state, attempts=attempts, heard=view.created - ago_s))
+
+    cells = [replace(cell, trials=tuple(told(trial) for trial in cell.trials)) for cell in view.cells]
+    return replace(view, cells=tuple(cells))
+
+
+def test_plain_lines_hold_a_line_for_each_trial_with_its_speed(make_view: MakeView):
+    view = make_view(folds=(1, 2), variants=[("mamba", "raw")], status=lambda v, fold, s: ("running", 4 * fold))
+    pace_s, speed = pace(view.cells[0], view.cells[0].trials[1]), steps_per_s(view.cells[0], view.cells[0].trials[1])
+    assert speed is not None and pace_s is not None and speed == pytest.approx(50 / pace_s)
+    told = standing(view)
+    assert told[0] == "esc50, profile paper: 2 trials; 2 running"
+    assert told[1].startswith("12/40 epochs, ETA about ")
+    assert f"{pace_s:.1f} s an epoch ({speed:.2f} steps/s)" in told[-1]
+    assert told[-1].startswith("mamba-raw fold 2 seed 0: running, epoch 8 of 20, best test accuracy ")
+
+
+def test_the_best_epoch_may_be_older_than_the_rows_at_hand(make_view: MakeView):
+    trial = one(make_view, 5).cells[0].trials[0]
+    assert best(replace(trial, state=replace(trial.state, rows=trial.state.rows[-1:], best=0.9))) == 0.9
+    assert best(replace(trial, state=replace(trial.state, rows=()))) is None
+
+
+def test_cost_so_far_stands_in_the_footer(make_view: MakeView):
+    view = one(make_view, 3)
+    trial = replace(view.cells[0].trials[0], spent=Spent(hours=2.0, gpu_hours=2.0, usd=0.8))
+    view = replace(view, cells=(replace(view.cells[0], trials=(trial,)),))
+    assert "cost so far: 2.00 GPU-hours, $0.80" in shown(view)
+    assert "cost so far: 2.00 GPU-hours, $0.80" in standing(view)
+
+
+def test_the_json_of_a_view_can_be_written_and_says_the_same(make_view: MakeView):
+    view = make_view(
+        status=lambda v, fold, s: ("done" if fold == 1 else "running" if fold == 2 else "missing", 3 * (fold == 2))
+    )
+    value = json.loads(json.dumps(as_json(view), allow_nan=False))
+    assert value["statuses"] == {"done": 6, "running": 6, "missing": 6}
+    assert [trial["status"] for trial in value["trials"][:3]] == ["done", "running", "missing"]
+    assert value["trials"][1]["seconds_per_epoch"] == pace(view.cells[0], view.cells[0].trials[1])
+    assert value["trials"][2]["best_test_accuracy"] is None
+    assert value["eta_seconds"] == sweep_eta(view).seconds
 
 
 def test_an_empty_sweep_can_be_shown(make_view: MakeView):

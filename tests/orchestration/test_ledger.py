@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from helix.storage import FolderStorage, Storage
-from orchestration.ledger import SILENCE_S, is_done, read, read_all
+from orchestration.ledger import SILENCE_S, TrialState, is_done, read, read_all
 
 TRIAL = "0123456789abcdef"
 NOW = 1_000_000.0
@@ -166,3 +166,73 @@ def test_of_two_thousand_trials_only_those_that_were_begun_are_read(tmp_path: Pa
     assert {states[name].status for name in names} == {"missing"}
     assert all(states[name] == read(FolderStorage(tmp_path), name, now=NOW) for name in names[:3])
     assert len(storage.asked) < 12
+
+
+# Looking again
+
+
+def reads(storage: Counting, known: TrialState | None, **how: int) -> tuple[TrialState, list[str]]:
+    storage.asked.clear()
+    state = read(storage, TRIAL, now=NOW, known=known, **how)
+    return state, [key.removeprefix(f"trials/{TRIAL}/") for key in storage.asked if key != f"trials/{TRIAL}"]
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_what_is_known_changes_nothing_in_what_is_found(tmp_path: Path, case: str):
+    storage = write(tmp_path, TABLE[case][0])
+    found = read(storage, TRIAL, now=NOW)
+    assert read(storage, TRIAL, now=NOW, known=found) == found
+    for earlier in TABLE:
+        before = read(write(tmp_path / "earlier" / earlier.replace(" ", "-"), TABLE[earlier][0]), TRIAL, now=NOW)
+        if before.status != "done" and not before.attempts:
+            assert read(storage, TRIAL, now=NOW, known=before) == found
+
+
+def test_rows_and_attempts_that_are_over_are_not_read_again(tmp_path: Path):
+    lost, now = attempt("1", ended=LATELY, outcome="lost"), attempt("2", started=LATELY)
+    storage = Counting(write(tmp_path, lost | now | beat("2", time=LATELY) | rows(2)).root)
+    first, asked = reads(storage, None)
+    assert len(asked) == 5
+    write(tmp_path, rows(3))
+    second, asked = reads(storage, first)
+    assert sorted(asked) == ["attempts/2.json", "heartbeat.json", "metrics/epoch-0003.json"]
+    assert second == read(storage, TRIAL, now=NOW) and second.epochs_done == 3
+
+
+def test_the_last_attempt_is_read_again_for_its_end_may_be_rewritten(tmp_path: Path):
+    storage = Counting(write(tmp_path, attempt(ended=LATELY, outcome="lost") | rows(1)).root)
+    first, _ = reads(storage, None)
+    write(tmp_path, attempt(**FAILED))
+    assert reads(storage, first)[0].status == "failed"
+
+
+def test_a_trial_that_was_begun_anew_is_read_as_a_whole(tmp_path: Path):
+    storage = Counting(write(tmp_path, rows(3)).root)
+    first, _ = reads(storage, None)
+    for epoch in (1, 2, 3):
+        storage.delete(f"trials/{TRIAL}/metrics/epoch-{epoch:04d}.json")
+    write(tmp_path, {"metrics/epoch-0001.json": {"epoch": 1, "step": 99}})
+    assert reads(storage, first)[0].rows == ({"epoch": 1, "step": 99},)
+
+
+BEST = {"best/manifest.json": {"body": {"metric": "test_accuracy", "value": 0.75}}}
+
+
+def test_the_last_rows_are_enough_where_the_best_weights_tell_the_best(tmp_path: Path):
+    storage = Counting(write(tmp_path, BEST | rows(9) | beat(time=LATELY) | attempt()).root)
+    state, asked = reads(storage, None, recent=2)
+    assert [key for key in asked if "metrics" in key] == ["metrics/epoch-0008.json", "metrics/epoch-0009.json"]
+    assert (state.best, state.epochs_done, state.step, state.status) == (0.75, 9, 90, "running")
+    again, asked = reads(storage, state, recent=2)
+    assert again == state and sorted(asked) == ["attempts/1.json", "heartbeat.json"]
+    whole, _ = reads(storage, None)
+    assert (whole.best, whole.epochs_done, whole.step) == (None, 9, 90)
+
+
+@pytest.mark.parametrize(
+    "manifest", [{}, {"best/manifest.json": {"body": {"metric": "validation_accuracy", "value": 1}}}]
+)
+def test_all_rows_are_read_where_nothing_tells_the_best(tmp_path: Path, manifest: dict[str, Any]):
+    storage = write(tmp_path, rows(9) | manifest)
+    state = read(storage, TRIAL, now=NOW, recent=2)
+    assert len(state.rows) == 9 and state.best is None

@@ -468,3 +468,14 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence(tiny_spec, tiny_da
     monkeypatch.setattr(trainer._Trial, "_evaluate", evaluate)
     with pytest.raises(DivergedError, match="the validation loss of step 4 is not finite"):
         fit(spec, tiny_data, Fit(storage=storage))
+
+
+def test_every_checkpoint_is_told_with_what_it_cost_and_costs_no_number(
+    tiny_data: Recordings, tiny_spec: TrialSpec, storage: FolderStorage, tmp_path: Path
+):
+    told: list[tuple[float, float]] = []
+    how = Fit(storage=storage, save_now=lambda: True, on_save=lambda hold_s, write_s: told.append((hold_s, write_s)))
+    watched = fit(tiny_spec, tiny_data, how)
+    assert len(told) >= STEPS  # each step, and the ends of epochs
+    assert all(hold_s > 0 and write_s > 0 for hold_s, write_s in told)
+    assert science(fit(tiny_spec, tiny_data, Fit(storage=FolderStorage(tmp_path / "alone")))) == science(watched)

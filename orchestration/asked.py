@@ -1,0 +1,196 @@
+"""What was asked of a grid last and who drives it, as storage keeps it: enough to show how it stands from anywhere.
+
+grids/<grid>/plan.json                 what the last sweep of the grid asked for: its trials, data, prices; sealed
+grids/<grid>/drivers/<sweep_id>.json   what the driver of a sweep said last: that it lives, what it waits for, its end
+
+Neither holds a secret: no environment, and addresses as `repr(storage)` writes them.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from dashboards.view import DataFacts, SweepView, TrialEntry
+from helix.spec import TrialSpec, from_json, to_json
+from helix.storage import Storage, is_sealed, json_bytes, sealed
+from orchestration.ledger import SILENCE_S, TrialState
+from orchestration.money import Prices, spent_on_trial
+
+logger = logging.getLogger(__name__)
+
+#: Where it all lies.
+GRIDS = "grids"
+
+#: Raised when what a plan says changes so that an older reader would misunderstand it.
+FORMAT = 1
+
+#: A driver says that it lives this often, and at once when what it says changes.
+DRIVER_S = 15.0
+
+#: Drivers that are looked at: several sweeps may share a grid, and those before the last few are over.
+DRIVERS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedTrial:
+    """One trial that was asked for. `variant` and `backbone` are the grid's words; `tokens` are per clip."""
+
+    trial_id: str
+    variant: str
+    backbone: str
+    spec: TrialSpec
+    parameters: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A grid as it was asked for last: what is shown of a sweep beside the states of its trials."""
+
+    grid: str
+    question: str
+    command: str
+    data: tuple[DataFacts, ...]
+    trials: tuple[AskedTrial, ...]
+    prices: Prices = field(default_factory=Prices)
+
+    def view(
+        self,
+        states: Mapping[str, TrialState],
+        *,
+        storage: str,
+        now: float,
+        certificates: Iterable[dict[str, Any]] = (),
+        waiting: str = "",
+        prices: Prices | None = None,
+    ) -> SweepView:
+        """The view of these trials in these `states`, by their ids. `prices`: in place of those of the sweep."""
+        prices = prices or self.prices
+        return SweepView.build(
+            grid=self.grid,
+            question=self.question,
+            protocol=self.trials[0].spec.protocol,
+            command=self.command,
+            created=now,
+            storage=storage,
+            data=self.data,
+            trials=[
+                TrialEntry(
+                    variant=one.variant,
+                    backbone=one.backbone,
+                    spec=one.spec,
+                    state=states[one.trial_id],
+                    parameters=one.parameters,
+                    tokens=one.tokens,
+                    spent=spent_on_trial(states[one.trial_id], prices),
+                )
+                for one in self.trials
+            ],
+            certificates=certificates,
+            waiting=waiting,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values, sealed. What trials share stands once for each variant, so that thousands stay small."""
+        cells: dict[bytes, dict[str, Any]] = {}
+        for one in self.trials:
+            shared = replace(one.spec, data=replace(one.spec.data, fold=0), seed=0)
+            said = {name: getattr(one, name) for name in ("variant", "backbone", "parameters", "tokens")}
+            said["spec"] = to_json(shared)
+            cell = cells.setdefault(json_bytes(said), said | {"trials": []})
+            cell["trials"].append([one.trial_id, one.spec.data.fold, one.spec.seed])
+        return sealed(
+            {
+                "format": FORMAT,
+                "grid": self.grid,
+                "question": self.question,
+                "command": self.command,
+                "data": [asdict(facts) | {"notes": list(facts.notes)} for facts in self.data],
+                "cells": list(cells.values()),
+                "prices": [[*key, usd] for key, usd in sorted(self.prices.usd.items())],
+            }
+        )
+
+
+def put_asked(storage: Storage, asked: Asked) -> None:
+    """Keep what is asked of a grid, in place of what was asked before."""
+    storage.put_json(_plan_key(asked.grid), asked.as_json())
+
+
+def asked_grids(storage: Storage) -> list[str]:
+    """The names of the grids that anything was asked of."""
+    return storage.children(GRIDS)
+
+
+def read_asked(storage: Storage, grid: str) -> Asked | None:
+    """What was asked of a grid last; None where nothing was. ValueError where that cannot be read."""
+    value = storage.get_json(_plan_key(grid))
+    if value is None:
+        return None
+    if not is_sealed(value):
+        raise ValueError(f"{_plan_key(grid)} does not match its own checksum; a sweep of {grid} writes it again")
+    if value["format"] != FORMAT:
+        raise ValueError(
+            f"{_plan_key(grid)} is of format {value['format']}, and this version reads {FORMAT}; use the version of "
+            "this project that ran the sweep, or run it with this one"
+        )
+    trials = []
+    for cell in value["cells"]:
+        shared = from_json(cell["spec"])
+        said = {name: cell[name] for name in ("variant", "backbone", "parameters", "tokens")}
+        for trial_id, fold, seed in cell["trials"]:
+            spec = replace(shared, data=replace(shared.data, fold=fold), seed=seed)
+            trials.append(AskedTrial(trial_id=trial_id, spec=spec, **said))
+    return Asked(
+        grid=value["grid"],
+        question=value["question"],
+        command=value["command"],
+        data=tuple(DataFacts(**{**facts, "notes": tuple(facts["notes"])}) for facts in value["data"]),
+        trials=tuple(trials),
+        prices=Prices(usd={(name, market): usd for name, market, usd in value["prices"]}),
+    )
+
+
+class DriverRecord:
+    """What the driver of one sweep says of itself in the storage. A storage that is away holds nothing up."""
+
+    def __init__(self, storage: Storage, grid: str, sweep_id: str, *, clock: Callable[[], float] = time.time):
+        self.storage, self.key, self.clock = storage, f"{GRIDS}/{grid}/drivers/{sweep_id}.json", clock
+        self._said: dict[str, Any] = {"sweep_id": sweep_id, "began": clock(), "waiting": "", "stopped": None}
+        self._told = 0.0
+        self._one = threading.Lock()
+
+    def say(self, **said: Any) -> None:
+        """`waiting`: what trials wait for, "" where nothing holds them up. `stopped`: why the sweep ends early."""
+        with self._one:
+            new = self._said | said
+            if new == self._said and self.clock() - self._told < DRIVER_S:
+                return
+            self._said = new
+            with contextlib.suppress(OSError):
+                self.storage.put_json(self.key, new | {"time": self.clock()})
+                self._told = self.clock()
+
+    def end(self) -> None:
+        """Say that the driver leaves."""
+        self.say(waiting="", ended=self.clock())
+
+
+def read_drivers(storage: Storage, grid: str) -> list[dict[str, Any]]:
+    """What the last few drivers of a grid said, oldest first."""
+    folder = f"{GRIDS}/{grid}/drivers"
+    values = (storage.get_json(f"{folder}/{name}") for name in storage.children(folder)[-DRIVERS:])
+    return [value for value in values if value is not None]
+
+
+def drives(driver: Mapping[str, Any], *, now: float) -> bool:
+    """Whether a driver is still there, as far as it was heard of."""
+    return "ended" not in driver and now - driver["time"] < SILENCE_S
+
+
+def _plan_key(grid: str) -> str:
+    return f"{GRIDS}/{grid}/plan.json"
