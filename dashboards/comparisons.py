@@ -204,7 +204,9 @@ def p_shown(p: float | None) -> str:
 
 
 def _row(one: Measured, ddof: int) -> tuple[str | Figure, ...]:
-    ratio = one.effect.superiority
+    ahead = one.effect.superiority
+    # Of one unit the test has one possible outcome, p 1: no test.
+    flip = one.flip.p if one.paired.n > 1 else None
     std = one.corrected.std
     if std is not None and ddof == 0:
         std *= ((one.paired.n - 1) / one.paired.n) ** 0.5
@@ -216,9 +218,9 @@ def _row(one: Measured, ddof: int) -> tuple[str | Figure, ...]:
         *(_points(value) for value in (one.paired.low, one.paired.high)),
         *(_points(value) for value in (one.corrected.low, one.corrected.high)),
         *(_points(value) for value in (one.resampled.low, one.resampled.high)),
-        *(Figure(p, p_shown(p)) for p in (one.paired.p, one.corrected.p, one.p_holm, one.flip.p)),
+        *(Figure(p, p_shown(p)) for p in (one.paired.p, one.corrected.p, one.p_holm, flip)),
         *(Figure(d, GAP if d is None else f"{d:.2f}") for d in (one.effect.d_z, one.effect.g)),
-        Figure(ratio, GAP if ratio is None else f"{100 * ratio:.0f} %"),
+        Figure(ahead, GAP if ahead is None else f"{100 * ahead:.0f} %"),
         one.outlook.said,
     )
 

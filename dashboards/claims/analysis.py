@@ -52,18 +52,6 @@ CLAIMS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
-        id="infeasible-full-attention",
-        where="section 6",
-        says="On 30,000 tokens full attention is computationally infeasible.",
-        rule=Trains(backbone="attention", tokens=30_000, how="OOM"),
-    ),
-    Claim(
-        id="one-layer-is-cheap",
-        where="section 6",
-        says="One attention layer gives global interaction at little cost: HELIX runs on 30,000 tokens.",
-        rule=Trains(backbone="helix", tokens=30_000, how="trains"),
-    ),
-    Claim(
         id="short-favours-recurrence",
         where="section 6",
         says="Short stationary audio favours recurrence, on ESC-50 as on UrbanSound8K.",
