@@ -5,7 +5,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -50,6 +50,21 @@ class Table:
                 raise ValueError(f"table {self.name!r} has {len(self.columns)} columns and a row of {len(row)}: {row}")
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
             raise ValueError(f"a table is called {self.name!r}; wanted small letters, digits, '-' and '_'")
+
+
+def without_gaps(table: Table) -> Table:
+    """The same without the columns of numbers in which no row has one."""
+    kept = [
+        index
+        for index, column in enumerate(table.columns)
+        if not column.number
+        or any(cell.value is not None for row in table.rows if isinstance(cell := row[index], Figure))
+    ]
+    return replace(
+        table,
+        columns=tuple(table.columns[index] for index in kept),
+        rows=tuple(tuple(row[index] for index in kept) for row in table.rows),
+    )
 
 
 def shown(cell: Cell) -> str:

@@ -3,7 +3,6 @@
 from dashboards.claim import Claim, Untested
 from dashboards.evidence import ATTENTION_MEL, ATTENTION_RAW, HELIX_MEL, HELIX_RAW, MAMBA_MEL, MAMBA_RAW
 from dashboards.rules.differences import All, Better, Depends, Grows, Level
-from dashboards.rules.running import Trains
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(

@@ -1,8 +1,8 @@
 """What the methodology (section 3) claims."""
 
 from dashboards.claim import Claim, Untested
-from dashboards.rules.printed import Matched, Shortens, Size, Tokens
-from dashboards.rules.running import SameAsPaper, Trains
+from dashboards.rules.printed import Matched, Shortens, Tokens
+from dashboards.rules.running import SameAsPaper
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(

@@ -72,7 +72,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         id="helix-closes-11.5",
         where="abstract; contribution 3; section 5.3; Figure 1",
-        says="On 5-minute speaker identification (VoxPopuli) HELIX is 11.5 points above pure Mamba, 85.07 against 73.55.",
+        says="On 5-minute speaker identification (VoxPopuli) HELIX is 11.5 points above pure Mamba, 85.07 against "
+        "73.55.",
         rule=Better(dataset="voxpopuli", first=HELIX_RAW, second=MAMBA_RAW, by=0.115, tolerance=0.03),
     ),
     Claim(

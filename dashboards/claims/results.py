@@ -3,7 +3,7 @@
 from dashboards.claim import Claim, Untested
 from dashboards.evidence import ATTENTION_MEL, ATTENTION_RAW, HELIX_MEL, HELIX_RAW, MAMBA_MEL, MAMBA_RAW, SIX
 from dashboards.rules.courses import Collapses, Converged, PullsAway, StillRising
-from dashboards.rules.differences import All, Better, Depends, Grows, Level
+from dashboards.rules.differences import All, Better, Grows, Level
 from dashboards.rules.printed import Reported, Tokens
 from dashboards.rules.running import Epochs
 from helix.published import PUBLISHED, Published

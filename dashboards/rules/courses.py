@@ -126,9 +126,8 @@ class StillRising(Rule):
         if any(runs is None or runs.other_course or not runs.curves for runs in found):
             drops = _drops(case.evidence, self.of)
             told = ", ".join(f"{name} ends {points(drop).lstrip('+')} below its best" for name, drop in drops.items())
-            return Judgement(
-                verdict="no data", because="no accuracy by epoch of such runs is there" + (f"; {told}" if told else "")
-            )
+            why = "no accuracy by epoch of such runs is there" + (f"; {told}" if told else "")
+            return Judgement(verdict="no data", because=why)
         curves = [curve for runs in found if runs is not None for curve in runs.curves.values()]
         ends = [slope(smooth(curve)[-max(len(curve) // 3, 3) :]) for curve in curves]
         told = f"the last third rises by {points(min(ends), 3)} to {points(max(ends), 3)} points an epoch"
@@ -152,7 +151,7 @@ def slope(values: Sequence[float]) -> float:
 
 
 def _drops(evidence: Evidence, cells: Sequence[tuple[str, Variant]]) -> dict[str, float]:
-    """How far below its best epoch each cell ended, where both are known of runs as long and as large as the paper's."""
+    """How far below its best epoch each cell ended, where that is known of runs as long and large as the paper's."""
     found = [evidence.runs(dataset, variant) for dataset, variant in cells]
     return {
         f"{runs.backbone} {runs.frontend} on {runs.dataset}": runs.drop

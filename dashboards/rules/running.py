@@ -48,9 +48,8 @@ class Trains(Rule):
                 verdict = "supported" if self.how == "OOM" else "contradicted"
                 return Judgement(verdict=verdict, because="it ran out of memory")
             why = f"no finished run of {self.backbone} on {count(self.tokens)} raw tokens"
-            return Judgement(
-                verdict="no data", because=why + (" as the authors' code computes attention" if done else "")
-            )
+            how = " as the authors' code computes attention" if done else ""
+            return Judgement(verdict="no data", because=why + how)
         step = STEP_BYTES.get((self.backbone, self.tokens))
         weights = ATTENTION_LAYERS[self.backbone] * HEADS * self.tokens**2 * 4
         if self.how == "OOM" and self.path == "authors" and weights > GPU_BYTES:
