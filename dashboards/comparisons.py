@@ -202,9 +202,8 @@ def p_shown(p: float | None) -> str:
 
 
 def _row(one: Measured, ddof: int) -> tuple[str | Figure, ...]:
-    ahead = one.effect.superiority
-    # Of one unit the test has one possible outcome, p 1: no test.
-    flip = one.flip.p if one.paired.n > 1 else None
+    # One unit is always ahead in 0 or 100 %, and its sign-flip test has p 1 whatever it is.
+    ahead, flip = (one.effect.superiority, one.flip.p) if one.paired.n > 1 else (None, None)
     std = one.corrected.std
     if std is not None and ddof == 0:
         std *= ((one.paired.n - 1) / one.paired.n) ** 0.5

@@ -81,6 +81,7 @@ def statistics_table(given: AnyTable) -> Table:
         title_style="bold",
         title_justify="left",
         header_style="bold",
+        width=100 if len(there) > 3 else None,
     )
     for at in there:
         # Wide enough for a difference of two; an interaction, of four, is folded.
