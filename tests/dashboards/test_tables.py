@@ -20,7 +20,7 @@ from dashboards.tables import (
     without_gaps,
     write_tables,
 )
-from dashboards.text import GAP
+from dashboards.text import GAP, MINUS
 
 EVIL = "<script>alert('x')</script> & \"50 %\" $x_1^2$ #1 ~ {a} \\end{table} | `b` *c* [d](e)"
 
@@ -35,7 +35,10 @@ def make_table(text: str = "plain", caption: str = "A table") -> Table:
             Column(heading="high", number=True, group="interval"),
             Column(heading="why"),
         ),
-        rows=((text, Figure(0.1234567, "+0.12"), Figure(None), text), ("b", Figure(-1, "−1.00"), Figure(2), "c")),
+        rows=(
+            (text, Figure(0.1234567, "+0.12"), Figure(None), text),
+            ("b", Figure(-1, f"{MINUS}1.00"), Figure(2), "c"),
+        ),
         notes=(text,),
     )
 
@@ -45,7 +48,7 @@ class Tags(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words = ""
-        self.feed(source)
+        self.feed(str(source))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -75,9 +78,16 @@ def test_csv_has_values_in_full_and_gaps_empty():
     assert rows[2] == ["b", "-1", "2", "c"]
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@sum", "\tx", "\rx"])
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@sum", "\tx"])
 def test_a_spreadsheet_runs_nothing(text: str):
     assert list(csv.reader(io.StringIO(as_csv(make_table(text)), newline="")))[1][0] == f"'{text}"
+
+
+@pytest.mark.parametrize("text", ["\rx", "a\rb", "a\r\nb"])
+def test_a_return_ends_no_row_of_a_csv(text: str):
+    rows = list(csv.reader(io.StringIO(as_csv(make_table(text)), newline="")))
+    assert [len(row) for row in rows] == [4, 4, 4]
+    assert rows[1][0].lstrip("'") == text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def test_csv_keeps_quotes_commas_and_lines_in_their_cell():
@@ -103,7 +113,7 @@ def test_latex_escapes_all_that_it_would_run():
     source = as_latex(make_table(EVIL, EVIL))
     assert source.count(r"\begin{table}") == source.count(r"\end{table}") == 1
     body = source.split(r"\midrule")[1].split(r"\bottomrule")[0]
-    assert not re.search(r"(?<!\\)[#%$_]", body)
+    assert not re.search(r"(?<!\\)[#%$_]", body.replace("$-$", ""))
     assert r"\textbackslash{}end\{table\}" in body
     assert all(line.count(" & ") == 3 for line in body.strip().splitlines() if line.endswith(r"\\"))
     depth = 0
@@ -122,6 +132,13 @@ def test_latex_is_in_the_style_of_booktabs():
     assert r"p{0.80\linewidth}" in as_latex(
         Table(name="t", caption="", columns=(Column(heading="x"),), rows=(("long " * 20,),))
     )
+
+
+def test_a_table_longer_than_a_page_may_break():
+    table = make_table()
+    source = as_latex(Table(**{**vars(table), "rows": table.rows * 40}))
+    assert r"\begin{longtable}{lrrl}" in source and "{table}" not in source
+    assert source.index(r"\caption{") < source.index(r"\endhead") < source.index(r"\end{longtable}")
 
 
 def test_a_row_that_begins_with_a_bracket_is_no_length_of_the_line_before_it():
