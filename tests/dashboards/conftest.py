@@ -180,7 +180,8 @@ def make_evidence(
 ) -> Evidence:
     """Evidence of a sweep that was made up: accuracies of cells (under both rules, or by rule) and fields of `Runs`."""
     cells = {}
-    for dataset, variant in dict.fromkeys([*(accuracies or {}), *(runs or {})]):
+    asked: list[tuple[str, Variant]] = [*(accuracies or {}), *(runs or {})]
+    for dataset, variant in dict.fromkeys(asked):
         given = (accuracies or {}).get((dataset, variant), {})
         by_rule = given if all(isinstance(key, str) for key in given) else {"best_test": given, "last": given}
         more = (runs or {}).get((dataset, variant), {})

@@ -3,12 +3,14 @@
 import importlib
 import pkgutil
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from dashboards import claims
-from dashboards.claim import VERDICTS, judge
+from dashboards.claim import VERDICTS, Claim, Judgement, Rule, judge
 from dashboards.claims import results
 from dashboards.evidence import (
     ATTENTION_MEL,
@@ -18,6 +20,7 @@ from dashboards.evidence import (
     MAMBA_MEL,
     MAMBA_RAW,
     SIX,
+    Evidence,
     published_evidence,
     sweep_evidence,
     tokens_of,
@@ -37,7 +40,12 @@ from dashboards.verdicts import (
     tallied,
     tally,
 )
+from dashboards.view import SweepView
 from helix.published import FEASIBILITY, PUBLISHED
+
+MakeView = Callable[..., SweepView]
+MakeEvidence = Callable[..., Evidence]
+Gaps = tuple[float, ...]
 
 PLACE = re.compile(
     r"abstract|contribution [123]|sections? (?:[1-6](?:\.[1-4])?(?:, | and )?)+(?:, eq\. (?:[2-9]|10))?"
@@ -45,25 +53,25 @@ PLACE = re.compile(
 )
 
 
-def of(claim_id, evidence=None):
+def of(claim_id: str, evidence: Evidence | None = None) -> Judgement:
     return next(one for one in ledger(evidence or published_evidence()) if one.claim.id == claim_id).judgement
 
 
-def verdict(rule, evidence):
+def verdict(rule: Rule, evidence: Evidence) -> str:
     """The verdict on one claim that stands alone."""
     claim = claims_like(rule)
     return judge([claim], evidence)[0].judgement.verdict
 
 
-def because(rule, evidence):
+def because(rule: Rule, evidence: Evidence) -> str:
     return judge([claims_like(rule)], evidence)[0].judgement.because
 
 
-def claims_like(rule):
-    return type(CLAIMS[0])(id="made-up", where="Table 1", says="made up", rule=rule)
+def claims_like(rule: Rule) -> Claim:
+    return Claim(id="made-up", where="Table 1", says="made up", rule=rule)
 
 
-def folds(*values):
+def folds(*values: float) -> dict[tuple[int, int], float]:
     return {(fold, 0): value for fold, value in enumerate(values, 1)}
 
 
@@ -83,7 +91,7 @@ def test_every_claim_has_its_own_name_and_its_own_sentence():
 
 
 def test_no_two_claims_ask_the_same():
-    def parts(rule):
+    def parts(rule: Rule):
         return frozenset(map(repr, rule.rules)) if isinstance(rule, All) else frozenset([repr(rule)])
 
     asked = {}
@@ -93,13 +101,13 @@ def test_no_two_claims_ask_the_same():
 
 
 @pytest.mark.parametrize("claim", [*CLAIMS, *UNTESTED], ids=lambda one: one.says[:40])
-def test_every_sentence_stands_at_a_place_of_the_paper(claim):
+def test_every_sentence_stands_at_a_place_of_the_paper(claim: Any):
     assert all(PLACE.fullmatch(place) for place in claim.where.split("; ")), claim.where
     assert claim.says.endswith((".", "?"))
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
-def test_every_claim_is_about_cells_of_the_paper(claim):
+def test_every_claim_is_about_cells_of_the_paper(claim: Any):
     assert all(dataset in DATASETS_OF_THE_PAPER and variant in SIX for dataset, variant in claim.rule.cells)
     asked = {(one.dataset, variant) for one in claim.rule.contrasts for variant, _ in one.terms}
     assert asked <= set(claim.rule.cells), "what it compares is what it needs"
@@ -125,7 +133,7 @@ def test_every_cell_of_table_1_is_a_claim():
 
 
 @pytest.mark.parametrize("one", UNTESTED, ids=lambda one: one.says[:40])
-def test_what_is_not_tested_says_why(one):
+def test_what_is_not_tested_says_why(one: Any):
     assert one.why and not one.why.endswith(".")
 
 
@@ -186,7 +194,7 @@ def test_what_is_not_tested_says_why(one):
         ("concat-separates", "no data"),
     ],
 )
-def test_the_published_numbers_say(claim_id, wanted):
+def test_the_published_numbers_say(claim_id: str, wanted: Any):
     assert of(claim_id).verdict == wanted
 
 
@@ -228,14 +236,14 @@ def test_the_tally_counts_every_claim_once():
         ("voxpopuli", 30000, 4688),
     ],
 )
-def test_tokens_are_those_of_the_authors_code(dataset, raw, mel):
+def test_tokens_are_those_of_the_authors_code(dataset: str, raw: int, mel: int):
     assert (tokens_of(dataset, "raw"), tokens_of(dataset, "mel")) == (raw, mel)
 
 
 # On sweeps
 
 
-def test_where_nothing_ran_every_claim_of_a_run_is_without_data(make_evidence):
+def test_where_nothing_ran_every_claim_of_a_run_is_without_data(make_evidence: MakeEvidence):
     for one in ledger(make_evidence()):
         if not isinstance(one.claim.rule, Holds):  # what a data set says of itself needs no run
             assert one.judgement.verdict == "no data", one.claim.id
@@ -243,14 +251,14 @@ def test_where_nothing_ran_every_claim_of_a_run_is_without_data(make_evidence):
 
 
 @pytest.mark.parametrize("status", ["missing", "running", "failed"])
-def test_a_sweep_that_has_finished_nothing_shows_nothing_of_accuracy_time_or_memory(make_view, status):
+def test_a_sweep_that_has_finished_nothing_shows_nothing_of_accuracy_time_or_memory(make_view: MakeView, status: str):
     evidence = sweep_evidence(make_view(epochs=100, facts=None, status=lambda *_: (status, 4)))
     for one in ledger(evidence):
         if not isinstance(one.claim.rule, (Holds, Size, Matched, Tokens, Shortens, SameAsPaper)):
             assert one.judgement.verdict == "no data", one.claim.id
 
 
-def test_one_fold_settles_nothing_of_five(make_view):
+def test_one_fold_settles_nothing_of_five(make_view: MakeView):
     for one in ledger(sweep_evidence(make_view(folds=(1,), epochs=100, facts=None))):
         if isinstance(one.claim.rule, Reported) and one.claim.rule.dataset == "esc50":
             assert one.judgement.verdict == "underpowered"
@@ -259,8 +267,8 @@ def test_one_fold_settles_nothing_of_five(make_view):
             assert one.judgement.verdict == "underpowered"
 
 
-def test_a_half_finished_sweep_with_failures_is_judged_by_what_is_there(make_view):
-    def status(variant, fold, seed):
+def test_a_half_finished_sweep_with_failures_is_judged_by_what_is_there(make_view: MakeView):
+    def status(variant: str, fold: int, seed: int):
         if variant == "attention-raw":
             return "failed", 7
         return ("done", 0) if fold < 4 else ("running", 3)
@@ -273,14 +281,14 @@ def test_a_half_finished_sweep_with_failures_is_judged_by_what_is_there(make_vie
     assert "3 folds of 5" in entry.unlike
 
 
-def test_runs_unlike_the_papers_cannot_speak_of_its_printed_numbers(make_view):
+def test_runs_unlike_the_papers_cannot_speak_of_its_printed_numbers(make_view: MakeView):
     evidence = sweep_evidence(make_view(epochs=3))
     for claim_id in ("esc50-mamba-raw", "esc50-hours", "mamba-surpasses-mel"):
         assert of(claim_id, evidence).verdict == "no data", claim_id
     assert "3 epochs instead of 100" in of("esc50-mamba-raw", evidence).because
 
 
-def test_a_small_model_or_a_short_run_without_a_published_number_is_still_none_of_the_papers(make_view):
+def test_a_small_model_or_a_short_run_without_a_published_number_is_still_none_of_the_papers(make_view: MakeView):
     full = make_view(dataset="urbansound8k", facts=None, epochs=100)
     small = replace(full, cells=tuple(replace(cell, parameters=40_000) for cell in full.cells))
     short = make_view(dataset="urbansound8k", facts=None, epochs=2)
@@ -289,7 +297,7 @@ def test_a_small_model_or_a_short_run_without_a_published_number_is_still_none_o
     assert said[0].because == "8.5 to 8.5 hours for 10 folds"
 
 
-def test_a_whole_sweep_can_support_and_contradict_the_paper(make_view):
+def test_a_whole_sweep_can_support_and_contradict_the_paper(make_view: MakeView):
     view = make_view(folds=(1, 2, 3, 4, 5), seeds=(0, 1, 2), epochs=100, facts=None)
     counted = tally(ledger(sweep_evidence(view)))
     assert counted["supported"] and counted["contradicted"] and counted["underpowered"] and counted["no data"]
@@ -305,7 +313,7 @@ AHEAD, BEHIND, OPEN = (
 PAIR = {"dataset": "esc50", "first": MAMBA_RAW, "second": HELIX_RAW}
 
 
-def pair(make_evidence, gaps):
+def pair(make_evidence: MakeEvidence, gaps: Gaps) -> Evidence:
     cells = {("esc50", MAMBA_RAW): folds(*(0.5 + gap for gap in gaps)), ("esc50", HELIX_RAW): folds(*[0.5] * len(gaps))}
     return make_evidence(cells)
 
@@ -327,7 +335,7 @@ def pair(make_evidence, gaps):
         ({"at_least": 0.11}, (0.08, 0.14, 0.06, 0.12, 0.10), "underpowered"),
     ],
 )
-def test_better(make_evidence, fields, gaps, wanted):
+def test_better(make_evidence: MakeEvidence, fields: dict[str, Any], gaps: Any, wanted: Any):
     assert verdict(Better(**PAIR, **fields), pair(make_evidence, gaps)) == wanted
 
 
@@ -341,14 +349,14 @@ def test_better(make_evidence, fields, gaps, wanted):
         ((), "no data"),
     ],
 )
-def test_level(make_evidence, gaps, wanted):
+def test_level(make_evidence: MakeEvidence, gaps: Any, wanted: Any):
     assert verdict(Level(**PAIR, within=0.01), pair(make_evidence, gaps)) == wanted
 
 
 @pytest.mark.parametrize(
     ("gaps", "wanted"), [(AHEAD, "supported"), (BEHIND, "contradicted"), (OPEN, "underpowered"), (None, "no data")]
 )
-def test_depends(make_evidence, gaps, wanted):
+def test_depends(make_evidence: MakeEvidence, gaps: Any, wanted: Any):
     flat = folds(*[0.5] * 5)
     cells = {("esc50", one): flat for one in (MAMBA_MEL, ATTENTION_RAW, ATTENTION_MEL)}
     if gaps is not None:
@@ -367,7 +375,7 @@ def test_depends(make_evidence, gaps, wanted):
         (AHEAD, (), "no data"),
     ],
 )
-def test_grows(make_evidence, short, long, wanted):
+def test_grows(make_evidence: MakeEvidence, short: Gaps, long: Gaps, wanted: Any):
     cells = {}
     for dataset, gaps in (("esc50", short), ("urbansound8k", long)):
         cells[dataset, HELIX_RAW] = folds(*(0.5 + gap for gap in gaps))
@@ -376,7 +384,7 @@ def test_grows(make_evidence, short, long, wanted):
     assert verdict(rule, make_evidence(cells)) == wanted
 
 
-def test_one_part_that_fails_decides_over_the_whole(make_evidence):
+def test_one_part_that_fails_decides_over_the_whole(make_evidence: MakeEvidence):
     evidence = make_evidence(
         {
             ("esc50", MAMBA_RAW): folds(*(0.5 + gap for gap in AHEAD)),
@@ -409,13 +417,13 @@ def test_one_part_that_fails_decides_over_the_whole(make_evidence):
     ],
 )
 @pytest.mark.parametrize("last", [False, True])
-def test_reported(make_evidence, values, fields, wanted, last):
+def test_reported(make_evidence: MakeEvidence, values: Gaps, fields: dict[str, Any], wanted: Any, last: bool):
     cell = "esc50", MAMBA_RAW
     rule = Reported(dataset="esc50", variant=MAMBA_RAW, accuracy=0.551, tolerance=0.02, std=0.0333, last=last)
     assert verdict(rule, make_evidence({cell: folds(*values)}, runs={cell: fields})) == wanted
 
 
-def test_one_run_on_a_single_split_supports_a_number_and_excludes_none(make_evidence):
+def test_one_run_on_a_single_split_supports_a_number_and_excludes_none(make_evidence: MakeEvidence):
     rule = Reported(dataset="speech_commands", variant=HELIX_RAW, accuracy=0.9294, tolerance=0.01)
     cell = "speech_commands", HELIX_RAW
     assert verdict(rule, make_evidence({cell: {(1, 0): 0.93}})) == "supported"
@@ -423,7 +431,7 @@ def test_one_run_on_a_single_split_supports_a_number_and_excludes_none(make_evid
     assert verdict(rule, make_evidence({cell: {(1, 0): 0.80, (1, 1): 0.801, (1, 2): 0.802}})) == "contradicted"
 
 
-def test_a_rule_that_was_not_logged_is_no_data(make_evidence):
+def test_a_rule_that_was_not_logged_is_no_data(make_evidence: MakeEvidence):
     rule = Reported(dataset="esc50", variant=MAMBA_RAW, accuracy=0.5, tolerance=0.1, last=True)
     assert verdict(rule, make_evidence({("esc50", MAMBA_RAW): {"best_test": folds(0.5, 0.5)}})) == "no data"
 
@@ -432,20 +440,20 @@ def test_a_rule_that_was_not_logged_is_no_data(make_evidence):
     ("sizes", "size", "matched"),
     [((8.2e6, 8.3e6), "supported", "contradicted"), ((6.4e6, 6.4e6), "contradicted", "supported")],
 )
-def test_sizes(make_evidence, sizes, size, matched):
+def test_sizes(make_evidence: MakeEvidence, sizes: Gaps, size: str, matched: str):
     cells = zip((MAMBA_RAW, HELIX_RAW), sizes, strict=True)
     evidence = make_evidence(runs={("esc50", one): {"parameters": int(count)} for one, count in cells})
     assert verdict(Size(parameters=8_300_000, tolerance=0.05), evidence) == size
     assert verdict(Matched(band=0.001, within_frontend=True), evidence) == matched
 
 
-def test_a_model_that_is_small_by_intent_is_no_witness_of_the_size(make_evidence):
+def test_a_model_that_is_small_by_intent_is_no_witness_of_the_size(make_evidence: MakeEvidence):
     evidence = make_evidence(runs={("esc50", MAMBA_RAW): {"parameters": 40_000, "other_size": True}})
     assert verdict(Size(parameters=8_300_000, tolerance=0.05), evidence) == "no data"
     assert verdict(Matched(band=0.001, within_frontend=True), evidence) == "no data"
 
 
-def test_tokens_and_counts(make_evidence):
+def test_tokens_and_counts(make_evidence: MakeEvidence):
     evidence = make_evidence(tokens={("esc50", "raw"): 500, ("esc50", "mel"): 72})
     assert verdict(Tokens(dataset="esc50", frontend="raw", tokens=500), evidence) == "supported"
     assert verdict(Tokens(dataset="esc50", frontend="mel", tokens=80, tolerance=0.05), evidence) == "contradicted"
@@ -471,7 +479,14 @@ LONG = "voxpopuli", ATTENTION_RAW
         (True, {"other_size": True}, {}, "no data", "no data"),
     ],
 )
-def test_memory_is_shown_by_a_run_of_that_size(make_evidence, done, fields, switches, any_path, authors_path):
+def test_memory_is_shown_by_a_run_of_that_size(
+    make_evidence: MakeEvidence,
+    done: bool,
+    fields: dict[str, Any],
+    switches: dict[str, str],
+    any_path: str,
+    authors_path: str,
+):
     accuracies = {LONG: {(1, 0): 0.5}} if done else {}
     evidence = make_evidence(accuracies, runs={LONG: {"tokens": 30_000, **fields}}, switches=switches)
     assert verdict(Trains(backbone="attention", tokens=30_000, how="OOM"), evidence) == any_path
@@ -483,14 +498,16 @@ def test_memory_is_shown_by_a_run_of_that_size(make_evidence, done, fields, swit
 @pytest.mark.parametrize(
     ("hours", "wanted"), [((1.0, 2.5), "supported"), ((1.0, 1.5), "contradicted"), ((None, 2.5), "no data")]
 )
-def test_slow_is_more_than_twice_the_time_of_pure_mamba(make_evidence, hours, wanted):
+def test_slow_is_more_than_twice_the_time_of_pure_mamba(
+    make_evidence: MakeEvidence, hours: tuple[float | None, ...], wanted: Any
+):
     cells = {("librispeech", one): {(1, 0): 0.5} for one in (MAMBA_RAW, ATTENTION_RAW)}
     runs = {cell: {"tokens": 3_000, "hours": time} for cell, time in zip(cells, hours, strict=True)}
     rule = Trains(backbone="attention", tokens=3_000, how="slow")
     assert verdict(rule, make_evidence(cells, runs=runs)) == wanted
 
 
-def test_hours_are_of_all_folds_of_runs_like_the_papers(make_evidence):
+def test_hours_are_of_all_folds_of_runs_like_the_papers(make_evidence: MakeEvidence):
     def hours(time, **fields):
         return make_evidence(runs={("esc50", MAMBA_RAW): {"hours": time, **fields}})
 
@@ -501,7 +518,7 @@ def test_hours_are_of_all_folds_of_runs_like_the_papers(make_evidence):
     assert [verdict(about, hours(time)) for time in (0.5, 1.0, 1.5)] == ["contradicted", "supported", "contradicted"]
 
 
-def test_epochs_are_told_of_the_authors_runs_alone(make_evidence):
+def test_epochs_are_told_of_the_authors_runs_alone(make_evidence: MakeEvidence):
     cell = "esc50", MAMBA_RAW
     rules = Epochs(of=(cell,), before=100), Epochs(of=(cell,), at=24)
     for epochs, wanted in ((24, "supported"), (100, "contradicted"), (None, "no data")):
@@ -510,7 +527,7 @@ def test_epochs_are_told_of_the_authors_runs_alone(make_evidence):
     assert verdict(rules[0], make_evidence(runs={cell: {"epochs": 24}})) == "no data"
 
 
-def test_switches_are_held_against_the_text(make_evidence):
+def test_switches_are_held_against_the_text(make_evidence: MakeEvidence):
     rule = SameAsPaper(("mel_pad",))
     said = [verdict(rule, make_evidence(switches=one)) for one in ({"mel_pad": "ceil"}, {"mel_pad": "floor"}, {})]
     assert said == ["supported", "contradicted", "no data"]
@@ -520,7 +537,7 @@ def test_switches_are_held_against_the_text(make_evidence):
     ("drops", "wanted"),
     [((0.0, 0.009), "supported"), ((0.0, 0.05), "contradicted"), ((0.0, None), "no data"), ((None, None), "no data")],
 )
-def test_converged(make_evidence, drops, wanted):
+def test_converged(make_evidence: MakeEvidence, drops: tuple[float | None, ...], wanted: Any):
     cells = ("esc50", MAMBA_RAW), ("esc50", HELIX_RAW)
     evidence = make_evidence(runs={cell: {"drop": drop} for cell, drop in zip(cells, drops, strict=True)})
     assert verdict(Converged(of=cells, within=0.01), evidence) == wanted
@@ -530,7 +547,7 @@ def test_converged(make_evidence, drops, wanted):
     ("drop", "best_epoch", "wanted"),
     [(0.35, 30, "supported"), (0.05, 30, "contradicted"), (0.35, 60, "contradicted"), (None, 30, "no data")],
 )
-def test_collapses(make_evidence, drop, best_epoch, wanted):
+def test_collapses(make_evidence: MakeEvidence, drop: float | None, best_epoch: int, wanted: Any):
     curve = [0.9 - 0.005 * abs(epoch - best_epoch) for epoch in range(1, 77)]
     evidence = make_evidence(runs={("speech_commands", MAMBA_RAW): {"drop": drop, "curves": {(1, 0): tuple(curve)}}})
     rule = Collapses(dataset="speech_commands", variant=MAMBA_RAW, by=0.10, after=30)
@@ -548,7 +565,7 @@ def test_collapses(make_evidence, drop, best_epoch, wanted):
         ([], "no data"),
     ],
 )
-def test_pulls_away(make_evidence, leads, wanted):
+def test_pulls_away(make_evidence: MakeEvidence, leads: list[list[float]], wanted: Any):
     first = {(1, seed): tuple(0.5 + one for one in lead) for seed, lead in enumerate(leads)}
     second = {key: (0.5,) * len(curve) for key, curve in first.items()}
     cells = ("voxpopuli", HELIX_RAW), ("voxpopuli", MAMBA_RAW)
@@ -567,7 +584,7 @@ def test_pulls_away(make_evidence, leads, wanted):
         (0.005, {"curves": {}}, "no data"),
     ],
 )
-def test_still_rising(make_evidence, step, fields, wanted):
+def test_still_rising(make_evidence: MakeEvidence, step: float, fields: dict[str, Any], wanted: Any):
     cell = "concat_speech_commands", HELIX_RAW
     curve = tuple(0.5 + step * epoch for epoch in range(24))
     evidence = make_evidence(runs={cell: {"curves": {(1, 0): curve}, **fields}})
@@ -598,7 +615,7 @@ def test_a_page_puts_what_is_contradicted_first_and_folds_what_has_no_data():
     assert len(section.untested.rows) == len(UNTESTED)
 
 
-def test_an_empty_group_is_not_shown(make_evidence):
+def test_an_empty_group_is_not_shown(make_evidence: MakeEvidence):
     evidence = make_evidence(counts={})
     section = claims_section(ledger(evidence), evidence)
     assert section.groups == ()
@@ -612,13 +629,13 @@ def test_the_whole_table_has_every_claim_with_its_numbers():
     assert all(row[4] for row in table.rows)
 
 
-def test_in_what_a_sweep_differs_stands_beside_its_numbers(make_view):
+def test_in_what_a_sweep_differs_stands_beside_its_numbers(make_view: MakeView):
     evidence = sweep_evidence(make_view(epochs=3))
     rows = {row[0]: row for row in claims_table(ledger(evidence), evidence).rows}
     assert "[these runs: 3 epochs instead of 100" in str(rows["mamba-prefers-raw"][4])
 
 
-def test_a_sweep_of_other_data_is_not_held_against_the_paper(make_view):
+def test_a_sweep_of_other_data_is_not_held_against_the_paper(make_view: MakeView):
     evidence = sweep_evidence(make_view(dataset="tones", facts=None))
     assert not concerns(evidence)
     assert [table.name for table in evidence_tables(evidence, ())] == ["statistics-tones"]
