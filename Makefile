@@ -21,8 +21,8 @@ sweep: $(VENV)/.ready
 # Two at a time, a file each; what starts Ray or a browser takes the machine for itself.
 test: $(VENV)/.ready-dev
 ifeq ($(ARGS),)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not browser"
-	@$(BIN)/python -m pytest -m "ray or browser"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not browser" --durations 10
+	@$(BIN)/python -m pytest -m "ray or browser" --durations 20
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif

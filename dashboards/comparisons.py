@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from dashboards.evidence import Evidence, Variant
-from dashboards.tables import Column, Figure, Table
-from dashboards.text import GAP, SELECTION_WORDS, plural, points
+from dashboards.tables import Column, Figure, Table, without_gaps
+from dashboards.text import GAP, MINUS, SELECTION_WORDS, plural, points
 from helix.statistics import (
     ALPHA,
     Effect,
@@ -37,7 +37,7 @@ class Contrast:
     @property
     def name(self) -> str:
         return " ".join(
-            f"{'+' if weight > 0 else MINUS_WORD} {backbone} {frontend}" for (frontend, backbone), weight in self.terms
+            f"{'+' if weight > 0 else MINUS} {backbone} {frontend}" for (frontend, backbone), weight in self.terms
         ).removeprefix("+ ")
 
     @property
@@ -46,9 +46,6 @@ class Contrast:
         ordered = sorted(self.terms)
         sign = 1.0 if ordered[0][1] > 0 else -1.0
         return Contrast(self.dataset, tuple((variant, sign * weight) for variant, weight in ordered))
-
-
-MINUS_WORD = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +164,10 @@ def every_contrast(dataset: str, variants: Sequence[Variant]) -> list[Contrast]:
 
 
 def statistics_table(evidence: Evidence, dataset: str) -> Table:
-    """All comparisons of one data set."""
+    """All comparisons of one data set, with the columns that any of them fills."""
     variants = [(runs.frontend, runs.backbone) for runs in evidence.of_dataset(dataset)]
     found = measure_family(every_contrast(dataset, variants), evidence)
-    return Table(
+    table = Table(
         name=f"statistics-{_file_name(dataset)}",
         caption=f"Paired differences on {dataset}, in percentage points ({SELECTION_WORDS[evidence.select]})",
         columns=(
@@ -196,6 +193,7 @@ def statistics_table(evidence: Evidence, dataset: str) -> Table:
         rows=tuple(_row(measured, evidence.ddof) for measured in found.values()),
         notes=_notes(evidence, dataset, list(found.values())),
     )
+    return without_gaps(table)
 
 
 def p_shown(p: float | None) -> str:
@@ -204,7 +202,8 @@ def p_shown(p: float | None) -> str:
 
 
 def _row(one: Measured, ddof: int) -> tuple[str | Figure, ...]:
-    ratio = one.effect.superiority
+    # One unit is always ahead in 0 or 100 %, and its sign-flip test has p 1 whatever it is.
+    ahead, flip = (one.effect.superiority, one.flip.p) if one.paired.n > 1 else (None, None)
     std = one.corrected.std
     if std is not None and ddof == 0:
         std *= ((one.paired.n - 1) / one.paired.n) ** 0.5
@@ -216,9 +215,9 @@ def _row(one: Measured, ddof: int) -> tuple[str | Figure, ...]:
         *(_points(value) for value in (one.paired.low, one.paired.high)),
         *(_points(value) for value in (one.corrected.low, one.corrected.high)),
         *(_points(value) for value in (one.resampled.low, one.resampled.high)),
-        *(Figure(p, p_shown(p)) for p in (one.paired.p, one.corrected.p, one.p_holm, one.flip.p)),
-        *(Figure(d, GAP if d is None else f"{d:.2f}") for d in (one.effect.d_z, one.effect.g)),
-        Figure(ratio, GAP if ratio is None else f"{100 * ratio:.0f} %"),
+        *(Figure(p, p_shown(p)) for p in (one.paired.p, one.corrected.p, one.p_holm, flip)),
+        *(Figure(d, GAP if d is None else f"{d:.2f}".replace("-", MINUS)) for d in (one.effect.d_z, one.effect.g)),
+        Figure(ahead, GAP if ahead is None else f"{100 * ahead:.0f} %"),
         one.outlook.said,
     )
 
@@ -228,12 +227,14 @@ def _notes(evidence: Evidence, dataset: str, found: Sequence[Measured]) -> tuple
         return ("No two cells share a finished fold and seed.",)
     counts = evidence.counts.get(dataset)
     family = max(one.family for one in found)
-    said = [
-        f"Holm: adjusted over the {plural(family, 'comparison')} of this table that could be tested. d_z, g: mean over "
-        "standard deviation of the differences, g without its small-sample bias. Intervals of few units by the "
-        "bootstrap (BCa, 9,999 resamples, seed 0) are too narrow. std is divided by "
-        + ("n." if evidence.ddof == 0 else f"n {MINUS_WORD} 1.")
-    ]
+    said = []
+    if family:
+        said.append(
+            f"Holm: adjusted over the {plural(family, 'comparison')} of this table that could be tested. d_z, g: mean "
+            "over standard deviation of the differences, g without its small-sample bias. Intervals of few units by "
+            "the bootstrap (BCa, 9,999 resamples, seed 0) are too narrow. std is divided by "
+            + ("n." if evidence.ddof == 0 else f"n {MINUS} 1.")
+        )
     if any(one.units.unit == "fold" for one in found) and counts and counts.ratio:
         said.append(
             f"Corrected: by Nadeau and Bengio, for folds share training clips (test to training {counts.ratio:.3g}); "
@@ -242,7 +243,7 @@ def _notes(evidence: Evidence, dataset: str, found: Sequence[Measured]) -> tuple
     if any(one.units.unit == "seed" for one in found):
         said.append("On one split only seeds differ: nothing is said of other test clips.")
     floor = min(one.flip.smallest for one in found)
-    if floor >= 0.05:
+    if ALPHA <= floor < 1:
         said.append(f"With so few units no sign-flip test can reach p < 0.05; its smallest p is {floor:.4g}.")
     if any(not one.flip.exact for one in found):
         said.append("Sign flip: estimated from 200,000 choices of signs drawn with seed 0.")

@@ -5,7 +5,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -33,6 +33,9 @@ class Figure:
 
 Cell = str | Figure
 
+#: A table of more rows than this may not fit a printed page.
+PAGE_ROWS = 30
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -50,6 +53,21 @@ class Table:
                 raise ValueError(f"table {self.name!r} has {len(self.columns)} columns and a row of {len(row)}: {row}")
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
             raise ValueError(f"a table is called {self.name!r}; wanted small letters, digits, '-' and '_'")
+
+
+def without_gaps(table: Table) -> Table:
+    """The same without the columns of numbers in which no row has one."""
+    kept = [
+        index
+        for index, column in enumerate(table.columns)
+        if not column.number
+        or any(cell.value is not None for row in table.rows if isinstance(cell := row[index], Figure))
+    ]
+    return replace(
+        table,
+        columns=tuple(table.columns[index] for index in kept),
+        rows=tuple(tuple(row[index] for index in kept) for row in table.rows),
+    )
 
 
 def shown(cell: Cell) -> str:
@@ -112,7 +130,7 @@ def as_markdown(table: Table) -> str:
 
 
 def as_latex(table: Table) -> str:
-    """A table environment in the style of booktabs; text in long columns wraps."""
+    """A table in the style of booktabs, which may break over pages where one may be too short; long text wraps."""
     long = [
         not column.number and any(len(shown(row[index])) > 40 for row in table.rows)
         for index, column in enumerate(table.columns)
@@ -122,8 +140,14 @@ def as_latex(table: Table) -> str:
         "r" if column.number else f"p{{{width}\\linewidth}}" if wide else "l"
         for column, wide in zip(table.columns, long, strict=True)
     )
-    lines = ["% needs \\usepackage{booktabs}", "\\begin{table}", "\\centering", f"\\caption{{{_latex(table.caption)}}}"]
-    lines += [f"\\label{{tab:{table.name}}}", f"\\begin{{tabular}}{{{spec}}}", "\\toprule"]
+    titles = [f"\\caption{{{_latex(table.caption)}}}", f"\\label{{tab:{table.name}}}"]
+    many = len(table.rows) > PAGE_ROWS
+    if many:
+        lines = ["% needs \\usepackage{booktabs, longtable}", f"\\begin{{longtable}}{{{spec}}}", *titles, r"\\"]
+    else:
+        lines = ["% needs \\usepackage{booktabs}", "\\begin{table}", "\\centering", *titles]
+        lines.append(f"\\begin{{tabular}}{{{spec}}}")
+    lines.append("\\toprule")
     if any(column.group for column in table.columns):
         cells, rules, at = [], [], 1
         for name, span in _groups(table.columns):
@@ -133,12 +157,12 @@ def as_latex(table: Table) -> str:
             at += span
         lines += [" & ".join(cells) + r" \\", "".join(rules)]
     lines.append(" & ".join(_latex(column.heading) for column in table.columns) + r" \\")
-    lines.append("\\midrule")
+    lines += ["\\midrule", "\\endhead"] if many else ["\\midrule"]
     # A row that begins with a bracket would be taken for the argument of the \\ before it.
     lines += ["{}" + " & ".join(_latex(shown(cell)) for cell in row) + r" \\" for row in table.rows]
-    lines += ["\\bottomrule", "\\end{tabular}"]
-    lines += [f"\\par\\footnotesize {_latex(note)}" for note in table.notes]
-    return "\n".join([*lines, "\\end{table}"]) + "\n"
+    notes = [f"\\par{{\\footnotesize {_latex(note)}\\par}}" for note in table.notes]
+    lines += ["\\bottomrule", *(["\\end{longtable}", *notes] if many else ["\\end{tabular}", *notes, "\\end{table}"])]
+    return "\n".join(lines) + "\n"
 
 
 #: Ending of a file -> how a table is written in it.
@@ -180,7 +204,9 @@ def _csv_value(cell: Cell) -> str:
 
 
 def _csv_text(text: str) -> str:
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    # A lone return is not quoted by the writer and ends the line for the reader.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    return f"'{lines}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else lines
 
 
 def _markdown(text: str) -> str:
@@ -196,7 +222,7 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': "''",  # \textquotedbl needs another encoding of fonts
     "[": "{[}",
     "]": "{]}",
     "\N{MINUS SIGN}": "$-$",

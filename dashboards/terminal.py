@@ -11,7 +11,6 @@ from dashboards.summary import CellSummary, sampling_word, summarise
 from dashboards.tables import Table as AnyTable
 from dashboards.tables import shown
 from dashboards.text import GAP, SELECTION_WORDS, mean_std, percent, points
-from dashboards.verdicts import tallied
 from dashboards.view import SweepView
 
 
@@ -52,7 +51,7 @@ def summary_table(view: SweepView) -> Table:
 def claims_table(entries: Sequence[Entry]) -> Table:
     """One row per claim that has data; the numbers behind the verdicts are in the files."""
     table = Table(
-        title=Text(tallied(entries)),
+        title=Text("What the paper claims"),
         caption=Text("those without data are left out; the numbers behind each stand in the page and in claims.csv"),
         box=box.SIMPLE_HEAD,
         title_style="bold",
@@ -72,21 +71,25 @@ def claims_table(entries: Sequence[Entry]) -> Table:
 
 
 def statistics_table(given: AnyTable) -> Table:
-    """A table of dashboards/comparisons.py with the columns that a terminal has room for."""
+    """A table of dashboards/comparisons.py with those of its columns that a terminal has room for."""
     wanted = ("comparison", "n", "difference", "p: paired t", "p: corrected", "p: Holm", "p: sign flip")
     names = [f"{column.group}: {column.heading}".removeprefix(": ") for column in given.columns]
+    there = [names.index(name) for name in wanted if name in names]
     table = Table(
         title=Text(given.caption),
         box=box.SIMPLE_HEAD,
         title_style="bold",
         title_justify="left",
         header_style="bold",
-        width=100,
+        width=100 if len(there) > 3 else None,
     )
-    for name in wanted:
-        table.add_column(Text(name), justify="right" if given.columns[names.index(name)].number else "left")
+    for at in there:
+        # Wide enough for a difference of two; an interaction, of four, is folded.
+        column = given.columns[at]
+        heading = Text(names[at].replace("p: ", "p\n"))
+        table.add_column(heading, justify="right" if column.number else "left", min_width=None if at else 29)
     for row in given.rows:
-        table.add_row(*(Text(shown(row[names.index(name)])) for name in wanted))
+        table.add_row(*(Text(shown(row[at])) for at in there))
     return table
 
 

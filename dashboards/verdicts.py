@@ -25,7 +25,7 @@ class ClaimsSection:
     """What a page shows of the ledger: a table for each verdict, and those that stay folded."""
 
     headline: str
-    groups: tuple[tuple[str, Table], ...]
+    groups: tuple[Table, ...]
     without_data: Table
     untested: Table
 
@@ -94,7 +94,7 @@ def claims_section(entries: Sequence[Entry], evidence: Evidence) -> ClaimsSectio
     tables = {verdict: _short(entries, verdict) for verdict in VERDICTS}
     return ClaimsSection(
         headline=f"Each sentence of the paper that can be tested, judged by {evidence.name}. {tallied(entries)}.",
-        groups=tuple((verdict.capitalize(), tables[verdict]) for verdict in order if tables[verdict].rows),
+        groups=tuple(tables[verdict] for verdict in order if tables[verdict].rows),
         without_data=tables["no data"],
         untested=untested_table(),
     )

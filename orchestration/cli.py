@@ -16,7 +16,7 @@ from rich.table import Table
 from dashboards.evidence import published_evidence
 from dashboards.paper import write_published
 from dashboards.terminal import claims_table, statistics_table
-from dashboards.verdicts import evidence_tables, ledger
+from dashboards.verdicts import evidence_tables, ledger, tallied
 from helix import bench, doctor
 from helix.data.dataset import Dataset, DatasetError
 from helix.data.download import DownloadError, fetch_all
@@ -268,6 +268,7 @@ def report(arguments: Sequence[str]) -> int:
     for one in evidence_tables(evidence, entries):
         if one.name.startswith("statistics-"):
             console.print(statistics_table(one))
+    console.print(tallied(entries))
     console.print(f"page:    {page}", markup=False)
     console.print(f"tables:  {len(tables)} files in {page.with_suffix('')}", markup=False)
     return 0

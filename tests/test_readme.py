@@ -50,11 +50,18 @@ def test_every_sweep_of_the_readme_can_be_planned(command: str, esc50: None, cap
     assert f"{name}: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("helix report")])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("helix report --grid")])
 def test_every_report_of_the_readme_is_written(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(shlex.split(command)[1:]) == sweep.SOME_FAILED  # nothing is trained here, and the report says so
     assert (tmp_path / "runs" / "reports" / "demo.html").exists()
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("helix report --pub")])
+def test_the_report_of_the_published_numbers_is_written(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(command)[1:]) == 0
+    assert (tmp_path / "runs" / "reports" / "published.html").exists()
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("helix doctor")])

@@ -3,7 +3,6 @@
 from dashboards.claim import Claim, Untested
 from dashboards.evidence import ATTENTION_MEL, ATTENTION_RAW, HELIX_MEL, HELIX_RAW, MAMBA_MEL, MAMBA_RAW
 from dashboards.rules.differences import All, Better, Depends, Grows, Level
-from dashboards.rules.running import Trains
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
@@ -50,18 +49,6 @@ CLAIMS: tuple[Claim, ...] = (
                 Better(dataset="librispeech", first=MAMBA_RAW, second=HELIX_RAW),
             )
         ),
-    ),
-    Claim(
-        id="infeasible-full-attention",
-        where="section 6",
-        says="On 30,000 tokens full attention is computationally infeasible.",
-        rule=Trains(backbone="attention", tokens=30_000, how="OOM"),
-    ),
-    Claim(
-        id="one-layer-is-cheap",
-        where="section 6",
-        says="One attention layer gives global interaction at little cost: HELIX runs on 30,000 tokens.",
-        rule=Trains(backbone="helix", tokens=30_000, how="trains"),
     ),
     Claim(
         id="short-favours-recurrence",

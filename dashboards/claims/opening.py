@@ -9,27 +9,28 @@ from dashboards.rules.running import SameAsPaper, Trains
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         id="size",
-        where="abstract",
-        says="All models have about 8.3 million parameters.",
+        where="abstract; section 3.2; Table 1",
+        says="All models, of six variants, have about 8.3 million parameters.",
         rule=Size(parameters=8_300_000, tolerance=0.05),
     ),
     Claim(
         id="matched",
-        where="abstract; contribution 1",
+        where="abstract; contribution 1; section 3.2",
         says="The models are matched in parameters.",
         # across frontends the patch embeddings differ by construction, by 0.4 %
         rule=Matched(band=0.01, within_frontend=False),
     ),
     Claim(
         id="input-depends",
-        where="abstract; contribution 1",
-        says="Which input is better, raw or spectrogram, depends on the backbone.",
+        where="abstract; contribution 1; section 5.1",
+        says="Which input is better, raw or spectrogram, depends on the backbone, and that is no small effect (2.85 "
+        "points on ESC-50 between Mamba and attention).",
         rule=Depends(dataset="esc50", frontends=("raw", "mel"), backbones=("mamba", "attention")),
     ),
     Claim(
         id="attention-hurts-short",
-        where="abstract; contribution 2",
-        says="Attention hurts on short, stationary audio.",
+        where="abstract; contribution 2; section 5.1; Figure 2",
+        says="Attention hurts on short, stationary audio: on ESC-50 pure Mamba is above both others with either input.",
         rule=All(
             (
                 Better(dataset="esc50", first=MAMBA_RAW, second=HELIX_RAW),
@@ -58,20 +59,21 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         id="attention-cannot-run",
-        where="contribution 3",
-        says="Pure attention cannot run on 30,000 tokens.",
+        where="contribution 3; sections 3.1, 5.3 and 6; Table 1; Figure 1",
+        says="Pure attention cannot run on 30,000 tokens: six layers exceed a GPU memory of 48 GB.",
         rule=Trains(backbone="attention", tokens=30_000, how="OOM"),
     ),
     Claim(
         id="mamba-runs",
-        where="contribution 3",
+        where="contribution 3; Table 1",
         says="Pure Mamba can run on 30,000 tokens.",
         rule=Trains(backbone="mamba", tokens=30_000, how="trains"),
     ),
     Claim(
         id="helix-closes-11.5",
-        where="abstract; contribution 3",
-        says="On 5-minute speaker identification HELIX is 11.5 points above pure Mamba.",
+        where="abstract; contribution 3; section 5.3; Figure 1",
+        says="On 5-minute speaker identification (VoxPopuli) HELIX is 11.5 points above pure Mamba, 85.07 against "
+        "73.55.",
         rule=Better(dataset="voxpopuli", first=HELIX_RAW, second=MAMBA_RAW, by=0.115, tolerance=0.03),
     ),
     Claim(

@@ -6,7 +6,8 @@ from dashboards.rules.printed import Holds, Tokens
 from dashboards.rules.running import Epochs, Takes, Trains
 from helix.published import FEASIBILITY
 
-#: Table 1, whose words are those of the test.
+#: Table 1, whose words are those of the test. What the text says as well stands there, with this table as a source.
+_IN_THE_TEXT = {(30_000, "mamba"), (30_000, "attention")}
 _TABLE_1 = tuple(
     Claim(
         id=f"table-1-{backbone}-{tokens}",
@@ -16,6 +17,7 @@ _TABLE_1 = tuple(
     )
     for tokens, row in FEASIBILITY.items()
     for backbone, how in row.items()
+    if (tokens, backbone) not in _IN_THE_TEXT
 )
 
 CLAIMS: tuple[Claim, ...] = (
@@ -127,7 +129,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         id="epochs-voxpopuli",
-        where="section 4.2; section 6",
+        where="section 3.4; section 4.2",
         says="The same of VoxPopuli: 100 epochs, if compute limits did not intervene.",
         rule=Epochs(of=(("voxpopuli", HELIX_RAW), ("voxpopuli", MAMBA_RAW)), at=100),
     ),

@@ -11,7 +11,7 @@ from dashboards.text import plural, points
 #: The moving average of the paper's Figure 4, in epochs.
 SMOOTHING = 7
 
-NO_LAST = "the accuracy after the last epoch is not known of all of these runs"
+NO_LAST = "the accuracy after the last epoch is not known of all of these runs, as long as the paper's"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,8 @@ class Collapses(Rule):
             return Judgement(
                 verdict="contradicted", because=f"{told}, but its best epoch came after epoch {self.after}"
             )
-        return Judgement(verdict="supported", because=told)
+        when = "" if runs.curves else "; when it had its best is not known"
+        return Judgement(verdict="supported", because=told + when)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +123,12 @@ class StillRising(Rule):
 
     def judge(self, case: Case) -> Judgement:
         found = [case.evidence.runs(dataset, variant) for dataset, variant in self.of]
-        curves = [curve for runs in found if runs is not None for curve in runs.curves.values()]
-        if not curves or any(runs is None or not runs.curves for runs in found):
+        if any(runs is None or runs.other_course or not runs.curves for runs in found):
             drops = _drops(case.evidence, self.of)
             told = ", ".join(f"{name} ends {points(drop).lstrip('+')} below its best" for name, drop in drops.items())
-            return Judgement(verdict="no data", because="no accuracy by epoch is there" + (f"; {told}" if told else ""))
+            why = "no accuracy by epoch of such runs is there" + (f"; {told}" if told else "")
+            return Judgement(verdict="no data", because=why)
+        curves = [curve for runs in found if runs is not None for curve in runs.curves.values()]
         ends = [slope(smooth(curve)[-max(len(curve) // 3, 3) :]) for curve in curves]
         told = f"the last third rises by {points(min(ends), 3)} to {points(max(ends), 3)} points an epoch"
         return Judgement(verdict="supported" if min(ends) >= self.at_least else "contradicted", because=told)
@@ -149,10 +151,10 @@ def slope(values: Sequence[float]) -> float:
 
 
 def _drops(evidence: Evidence, cells: Sequence[tuple[str, Variant]]) -> dict[str, float]:
-    """How far below its best epoch each cell ended, where both are known."""
+    """How far below its best epoch each cell ended, where that is known of runs as long and large as the paper's."""
     found = [evidence.runs(dataset, variant) for dataset, variant in cells]
     return {
         f"{runs.backbone} {runs.frontend} on {runs.dataset}": runs.drop
         for runs in found
-        if runs is not None and runs.drop is not None
+        if runs is not None and runs.drop is not None and not runs.other_course
     }

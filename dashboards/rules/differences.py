@@ -41,7 +41,7 @@ class _Pair(Rule):
 class Better(_Pair):
     """`first` is more accurate, where the paper says so `by` (within `tolerance`) or by `at_least` so much.
 
-    The sign is told by Holm's p; a size is excluded by the interval of the family.
+    The sign is told by Holm's p; a size is excluded by the interval of the family, and missed by the mean.
     """
 
     by: float | None = None
@@ -61,6 +61,8 @@ class Better(_Pair):
             return _judged("contradicted", f"{family}, excludes {points(self.at_least, 1)}: {_told(found)}", found)
         if direction.verdict == "supported" and self.at_least is not None and found.mean < self.at_least:
             return _judged("underpowered", f"ahead, by less than {points(self.at_least, 1)}: {_told(found)}", found)
+        if direction.verdict == "supported" and self.by is not None and abs(found.mean - self.by) > self.tolerance:
+            return _judged("underpowered", f"ahead, not by {points(self.by, 1)}: {_told(found)}", found)
         return direction
 
 

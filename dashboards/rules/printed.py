@@ -26,32 +26,33 @@ class Reported(Rule):
 
     def judge(self, case: Case) -> Judgement:
         runs = case.evidence.runs(self.dataset, self.variant)
-        rule = "last" if self.last else "best_test"
-        if runs is None or not runs.accuracy.get("best_test"):
-            return no_data(case, self.cells)
-        if case.evidence.published and (runs.only_claim or (self.last and not runs.accuracy.get("last"))):
+        if runs is not None and runs.only_claim:
             return Judgement(verdict="no data", because="one run, of which nothing is published but this number")
+        given = runs.accuracy.get("last" if self.last else "best_test") if runs is not None else None
+        if runs is None or not given:
+            return no_data(case, self.cells)
         if runs.other_course:
             return Judgement(verdict="no data", because=f"no runs like the paper's: {'; '.join(runs.unlike)}")
-        sample = units(runs.accuracy[rule])
+        sample = units(given)
         centre, spread = mean(sample.values), deviation(sample.values, ddof=0)
         assert centre is not None
         told = f"{percent(centre)} % over {plural(len(sample.values), sample.unit)}"
         if self.std is not None and spread is not None:
             other = deviation(sample.values, ddof=1)
             told += f", std {percent(spread)} (divided by n; {percent(other)} by n - 1)"
-        away = abs(centre - self.accuracy)
-        # Within the tolerance, or the mean's own interval holds the number.
-        ratio = case.evidence.counts[self.dataset].ratio if self.dataset in case.evidence.counts else None
-        test = t_test(sample.values, ratio=(ratio or 0.0) if sample.unit == "fold" else 0.0)
-        holds = test.low is not None and test.high is not None and test.low <= self.accuracy <= test.high
-        if away <= self.tolerance:
+        counts = case.evidence.counts.get(self.dataset)
+        if sample.unit == "seed" and counts is not None and counts.folds > 1:
+            return Judgement(verdict="underpowered", because=f"{told}, all of one fold of {counts.folds}")
+        if abs(centre - self.accuracy) <= self.tolerance:
             return Judgement(verdict="supported", because=told)
-        if holds:
-            return Judgement(
-                verdict="underpowered", because=f"{told}: off by more than the tolerance, inside the interval"
-            )
-        return Judgement(verdict="contradicted", because=f"{told}: off by {points(centre - self.accuracy)}")
+        told += f": off by {points(centre - self.accuracy)}"
+        ratio = counts.ratio or 0.0 if counts is not None and sample.unit == "fold" else 0.0
+        test = t_test(sample.values, ratio=ratio)
+        if test.low is None or test.high is None:
+            return Judgement(verdict="underpowered", because=f"{told}; {test.why}")
+        if test.low <= self.accuracy <= test.high:
+            return Judgement(verdict="underpowered", because=f"{told}, and inside the interval")
+        return Judgement(verdict="contradicted", because=told)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,8 +43,13 @@ class Trains(Rule):
         if done and (self.path == "any" or case.evidence.switches.get("attn_impl") == "weights"):
             told = f"it ran on {listing([runs.dataset for runs in done])}"
             return Judgement(verdict="contradicted" if self.how == "OOM" else "supported", because=told)
-        if not ran and not case.evidence.published:
-            return Judgement(verdict="no data", because=f"no run of {self.backbone} on {count(self.tokens)} raw tokens")
+        if not case.evidence.published:
+            if any(runs.out_of_memory for runs in ran):
+                verdict = "supported" if self.how == "OOM" else "contradicted"
+                return Judgement(verdict=verdict, because="it ran out of memory")
+            why = f"no finished run of {self.backbone} on {count(self.tokens)} raw tokens"
+            how = " as the authors' code computes attention" if done else ""
+            return Judgement(verdict="no data", because=why + how)
         step = STEP_BYTES.get((self.backbone, self.tokens))
         weights = ATTENTION_LAYERS[self.backbone] * HEADS * self.tokens**2 * 4
         if self.how == "OOM" and self.path == "authors" and weights > GPU_BYTES:
@@ -56,10 +61,6 @@ class Trains(Rule):
                 because=f"one training step of one clip takes {step / 1e9:.2f} GB where no weights are kept "
                 f"(BENCHMARKS.md, fp32 on a CPU); the weights of attention that the authors' code asks for take "
                 f"{weights / 1e9:.0f} GB",
-            )
-        if any(runs.out_of_memory for runs in ran):
-            return Judgement(
-                verdict="supported" if self.how == "OOM" else "contradicted", because="it ran out of memory"
             )
         return Judgement(verdict="no data", because=f"no run of {self.backbone} on {count(self.tokens)} raw tokens")
 
@@ -87,7 +88,9 @@ class Takes(Rule):
         counts = case.evidence.counts.get(self.dataset)
         folds = counts.folds if counts else 1
         took = [
-            runs.hours * folds for runs in case.evidence.cells.values() if runs.dataset == self.dataset and runs.hours
+            runs.hours * folds
+            for runs in case.evidence.cells.values()
+            if runs.dataset == self.dataset and runs.hours and not runs.other_course
         ]
         if not took:
             return Judgement(verdict="no data", because=f"no times of {self.dataset} are known")

@@ -2,11 +2,12 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 
+from dashboards.evidence import DATASETS_OF_THE_PAPER, Evidence, Runs, Variant, official
 from dashboards.view import DataFacts, SweepView, TrialEntry
 from helix.protocol import profile
 from helix.spec import DataSpec, ModelSpec, TrainingSpec, TrialSpec
@@ -169,3 +170,38 @@ def _make_view() -> Callable[..., SweepView]:
 @pytest.fixture(name="make_state")
 def _make_state() -> Callable[..., TrialState]:
     return make_state
+
+
+def make_evidence(
+    accuracies: Mapping[tuple[str, Variant], Mapping[Any, Any]] | None = None,
+    *,
+    runs: Mapping[tuple[str, Variant], Mapping[str, Any]] | None = None,
+    **fields: Any,
+) -> Evidence:
+    """Evidence of a sweep that was made up: accuracies of cells (under both rules, or by rule) and fields of `Runs`."""
+    cells = {}
+    asked: list[tuple[str, Variant]] = [*(accuracies or {}), *(runs or {})]
+    for dataset, variant in dict.fromkeys(asked):
+        given = (accuracies or {}).get((dataset, variant), {})
+        by_rule = given if all(isinstance(key, str) for key in given) else {"best_test": given, "last": given}
+        more = (runs or {}).get((dataset, variant), {})
+        cells[dataset, *variant] = Runs(
+            **{"dataset": dataset, "frontend": variant[0], "backbone": variant[1], "accuracy": by_rule, **more}
+        )
+    return Evidence(
+        **{
+            "name": "a made-up sweep",
+            "published": False,
+            "select": "best_test",
+            "ddof": 1,
+            "cells": cells,
+            "counts": {name: official(name) for name in DATASETS_OF_THE_PAPER},
+            "tokens": {},
+            **fields,
+        }
+    )
+
+
+@pytest.fixture(name="make_evidence")
+def _make_evidence() -> Callable[..., Evidence]:
+    return make_evidence

@@ -1,0 +1,642 @@
+"""The claim ledger: whole, each claim once, and its verdict follows from the numbers and from nothing else."""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dashboards import claims
+from dashboards.claim import VERDICTS, Claim, Judgement, Rule, judge
+from dashboards.claims import results
+from dashboards.evidence import (
+    ATTENTION_MEL,
+    ATTENTION_RAW,
+    DATASETS_OF_THE_PAPER,
+    HELIX_RAW,
+    MAMBA_MEL,
+    MAMBA_RAW,
+    SIX,
+    Evidence,
+    published_evidence,
+    sweep_evidence,
+    tokens_of,
+)
+from dashboards.rules.courses import SMOOTHING, Collapses, Converged, PullsAway, StillRising, slope, smooth
+from dashboards.rules.differences import All, Better, Depends, Grows, Level
+from dashboards.rules.printed import Holds, Matched, Reported, Shortens, Size, Tokens
+from dashboards.rules.running import Epochs, SameAsPaper, Takes, Trains
+from dashboards.verdicts import (
+    CLAIMS,
+    UNTESTED,
+    claims_section,
+    claims_table,
+    concerns,
+    evidence_tables,
+    ledger,
+    tallied,
+    tally,
+)
+from dashboards.view import SweepView
+from helix.published import FEASIBILITY, PUBLISHED
+
+MakeView = Callable[..., SweepView]
+MakeEvidence = Callable[..., Evidence]
+Gaps = tuple[float, ...]
+
+PLACE = re.compile(
+    r"abstract|contribution [123]|sections? (?:[1-6](?:\.[1-4])?(?:, | and )?)+(?:, eq\. (?:[2-9]|10))?"
+    r"|Table [1-5]|Figure [1-7]"
+)
+
+
+def of(claim_id: str, evidence: Evidence | None = None) -> Judgement:
+    return next(one for one in ledger(evidence or published_evidence()) if one.claim.id == claim_id).judgement
+
+
+def verdict(rule: Rule, evidence: Evidence) -> str:
+    """The verdict on one claim that stands alone."""
+    claim = claims_like(rule)
+    return judge([claim], evidence)[0].judgement.verdict
+
+
+def because(rule: Rule, evidence: Evidence) -> str:
+    return judge([claims_like(rule)], evidence)[0].judgement.because
+
+
+def claims_like(rule: Rule) -> Claim:
+    return Claim(id="made-up", where="Table 1", says="made up", rule=rule)
+
+
+def folds(*values: float) -> dict[tuple[int, int], float]:
+    return {(fold, 0): value for fold, value in enumerate(values, 1)}
+
+
+# What the ledger holds
+
+
+def test_every_file_of_claims_is_in_the_ledger():
+    found = [importlib.import_module(f"{claims.__name__}.{one.name}") for one in pkgutil.iter_modules(claims.__path__)]
+    assert {claim.id for module in found for claim in module.CLAIMS} == {claim.id for claim in CLAIMS}
+    assert sum(len(module.CLAIMS) for module in found) == len(CLAIMS)
+    assert sum(len(module.UNTESTED) for module in found) == len(UNTESTED)
+
+
+def test_every_claim_has_its_own_name_and_its_own_sentence():
+    assert len({claim.id for claim in CLAIMS}) == len({claim.says for claim in CLAIMS}) == len(CLAIMS)
+    assert all(re.fullmatch(r"[a-z0-9_.-]+", claim.id) for claim in CLAIMS)
+
+
+def test_no_two_claims_ask_the_same():
+    def parts(rule: Rule):
+        return frozenset(map(repr, rule.rules)) if isinstance(rule, All) else frozenset([repr(rule)])
+
+    asked = {}
+    for claim in CLAIMS:
+        asked.setdefault(parts(claim.rule), []).append(claim.id)
+    assert [names for names in asked.values() if len(names) > 1] == []
+
+
+@pytest.mark.parametrize("claim", [*CLAIMS, *UNTESTED], ids=lambda one: one.says[:40])
+def test_every_sentence_stands_at_a_place_of_the_paper(claim: Any):
+    assert all(PLACE.fullmatch(place) for place in claim.where.split("; ")), claim.where
+    assert claim.says.endswith((".", "?"))
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
+def test_every_claim_is_about_cells_of_the_paper(claim: Any):
+    assert all(dataset in DATASETS_OF_THE_PAPER and variant in SIX for dataset, variant in claim.rule.cells)
+    asked = {(one.dataset, variant) for one in claim.rule.contrasts for variant, _ in one.terms}
+    assert asked <= set(claim.rule.cells), "what it compares is what it needs"
+
+
+def test_every_accuracy_that_the_paper_prints_is_a_claim():
+    reported = {
+        (claim.rule.dataset, claim.rule.variant, claim.rule.accuracy, claim.where)
+        for claim in results.CLAIMS
+        if isinstance(claim.rule, Reported) and not claim.rule.last
+    }
+    assert reported == {
+        (cell.dataset, (cell.frontend, cell.backbone), cell.accuracy, cell.source)
+        for cell in PUBLISHED
+        if cell.accuracy is not None
+    }
+
+
+def test_every_cell_of_table_1_is_a_claim():
+    said = {(one.rule.tokens, one.rule.backbone): one.rule.how for one in CLAIMS if isinstance(one.rule, Trains)}
+    assert said == {(tokens, name): how for tokens, row in FEASIBILITY.items() for name, how in row.items()}
+    assert all("Table 1" in one.where for one in CLAIMS if isinstance(one.rule, Trains) and one.rule.path == "any")
+
+
+@pytest.mark.parametrize("one", UNTESTED, ids=lambda one: one.says[:40])
+def test_what_is_not_tested_says_why(one: Any):
+    assert one.why and not one.why.endswith(".")
+
+
+# On the published numbers
+
+
+@pytest.mark.parametrize(
+    ("claim_id", "wanted"),
+    [
+        # facts.md 1.1: 6.39 to 6.72 million
+        ("size", "contradicted"),
+        ("matched", "supported"),
+        ("layers-matched", "supported"),
+        # 1.2: 72 tokens, not 80; 16, not 10; 4,688, not 3,750
+        ("tokens-esc50-raw", "supported"),
+        ("tokens-esc50-mel", "contradicted"),
+        ("speech-mel-tokens", "contradicted"),
+        ("voxpopuli-mel-tokens", "contradicted"),
+        ("tokens-voxpopuli-raw", "supported"),
+        # 1.3: the spread divides by n, and the differences of five folds
+        ("esc50-mamba-raw", "supported"),
+        ("esc50-mamba-mel", "supported"),
+        ("esc50-helix-raw", "supported"),
+        ("esc50-helix-mel", "supported"),
+        ("esc50-attention-raw", "supported"),
+        ("esc50-attention-mel", "supported"),
+        ("mamba-prefers-raw", "underpowered"),
+        ("attention-prefers-mel", "underpowered"),
+        ("preference-flips", "underpowered"),
+        ("input-depends", "underpowered"),
+        ("mamba-5-above-helix", "underpowered"),
+        ("mamba-10-above-attention", "supported"),
+        ("attention-hurts-short", "underpowered"),
+        # 1.4: 4.4 GB without weights, 86 GB with
+        ("attention-cannot-run", "contradicted"),
+        ("attention-out-of-memory", "supported"),
+        # 1.5 and 1.6: hours, the last epochs, one run each
+        ("esc50-hours", "supported"),
+        ("converged", "contradicted"),
+        ("mamba-raw-destabilizes", "supported"),
+        ("attention-raw-plateaus", "contradicted"),
+        ("table-3-ended-early", "contradicted"),
+        ("speech_commands-attention-raw", "supported"),
+        ("speech_commands-helix-raw", "no data"),
+        ("helix-2.7-above-mamba", "underpowered"),
+        ("concat-1.5", "underpowered"),
+        ("helix-closes-11.5", "underpowered"),
+        # 2: the register
+        ("ffn-width", "contradicted"),
+        ("mel-pad", "contradicted"),
+        ("augmentation", "contradicted"),
+        ("same-training", "contradicted"),
+        ("librispeech-speakers", "contradicted"),
+        ("epochs-voxpopuli", "no data"),
+        ("net-cost-short", "no data"),
+        ("short-favours-recurrence", "no data"),
+        ("mel-loses-speakers", "no data"),
+        ("concat-separates", "no data"),
+    ],
+)
+def test_the_published_numbers_say(claim_id: str, wanted: Any):
+    assert of(claim_id).verdict == wanted
+
+
+def test_what_is_said_of_the_published_numbers_is_in_them():
+    assert "6,387,277 to 6,718,753" in of("size").because
+    assert "72 tokens, 10 % off" in of("tokens-esc50-mel").because
+    assert "std 3.33 (divided by n; 3.72 by n - 1)" in of("esc50-mamba-raw").because
+    assert "+1.35 points (5 folds" in of("mamba-prefers-raw").because
+    assert "p 0.233" in of("mamba-prefers-raw").because
+    assert "35.73 points below" in of("converged").because
+    assert "251 classes" in of("librispeech-speakers").because
+    assert "86 GB" in of("attention-out-of-memory").because
+    assert "attention raw 100, attention mel 100" in of("table-3-ended-early").because
+
+
+def test_one_run_each_never_shows_a_difference():
+    for one in ledger(published_evidence()):
+        measured = one.judgement.measured
+        if measured is not None and measured.paired.n == 1:
+            assert one.judgement.verdict == "underpowered"
+
+
+def test_the_tally_counts_every_claim_once():
+    entries = ledger(published_evidence())
+    counted = tally(entries)
+    assert tuple(counted) == VERDICTS
+    assert counted == {"supported": 38, "contradicted": 13, "underpowered": 25, "no data": 29}
+    assert tallied(entries) == "105 claims: 38 supported, 13 contradicted, 25 underpowered, 29 without data"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "raw", "mel"),
+    [
+        ("speech_commands", 100, 16),
+        ("urbansound8k", 400, 56),
+        ("esc50", 500, 72),
+        ("concat_speech_commands", 1000, 152),
+        ("librispeech", 3000, 464),
+        ("voxpopuli", 30000, 4688),
+    ],
+)
+def test_tokens_are_those_of_the_authors_code(dataset: str, raw: int, mel: int):
+    assert (tokens_of(dataset, "raw"), tokens_of(dataset, "mel")) == (raw, mel)
+
+
+# On sweeps
+
+
+def test_where_nothing_ran_every_claim_of_a_run_is_without_data(make_evidence: MakeEvidence):
+    for one in ledger(make_evidence()):
+        if not isinstance(one.claim.rule, Holds):  # what a data set says of itself needs no run
+            assert one.judgement.verdict == "no data", one.claim.id
+            assert one.judgement.because
+
+
+@pytest.mark.parametrize("status", ["missing", "running", "failed"])
+def test_a_sweep_that_has_finished_nothing_shows_nothing_of_accuracy_time_or_memory(make_view: MakeView, status: str):
+    evidence = sweep_evidence(make_view(epochs=100, facts=None, status=lambda *_: (status, 4)))
+    for one in ledger(evidence):
+        if not isinstance(one.claim.rule, (Holds, Size, Matched, Tokens, Shortens, SameAsPaper)):
+            assert one.judgement.verdict == "no data", one.claim.id
+
+
+def test_one_fold_settles_nothing_of_five(make_view: MakeView):
+    for one in ledger(sweep_evidence(make_view(folds=(1,), epochs=100, facts=None))):
+        if isinstance(one.claim.rule, Reported) and one.claim.rule.dataset == "esc50":
+            assert one.judgement.verdict == "underpowered"
+            assert "all of one fold of 5" in one.judgement.because
+        if isinstance(one.claim.rule, Better) and one.claim.rule.dataset == "esc50":
+            assert one.judgement.verdict == "underpowered"
+
+
+def test_a_half_finished_sweep_with_failures_is_judged_by_what_is_there(make_view: MakeView):
+    def status(variant: str, fold: int, seed: int):
+        if variant == "attention-raw":
+            return "failed", 7
+        return ("done", 0) if fold < 4 else ("running", 3)
+
+    evidence = sweep_evidence(make_view(folds=(1, 2, 3, 4, 5), epochs=100, facts=None, status=status))
+    assert "3 folds" in of("mamba-prefers-raw", evidence).because
+    assert of("mamba-10-above-attention", evidence).verdict == "no data"
+    assert "attention raw on esc50" in of("mamba-10-above-attention", evidence).because
+    entry = next(one for one in ledger(evidence) if one.claim.id == "mamba-prefers-raw")
+    assert "3 folds of 5" in entry.unlike
+
+
+def test_runs_unlike_the_papers_cannot_speak_of_its_printed_numbers(make_view: MakeView):
+    evidence = sweep_evidence(make_view(epochs=3))
+    for claim_id in ("esc50-mamba-raw", "esc50-hours", "mamba-surpasses-mel"):
+        assert of(claim_id, evidence).verdict == "no data", claim_id
+    assert "3 epochs instead of 100" in of("esc50-mamba-raw", evidence).because
+
+
+def test_a_small_model_or_a_short_run_without_a_published_number_is_still_none_of_the_papers(make_view: MakeView):
+    full = make_view(dataset="urbansound8k", facts=None, epochs=100)
+    small = replace(full, cells=tuple(replace(cell, parameters=40_000) for cell in full.cells))
+    short = make_view(dataset="urbansound8k", facts=None, epochs=2)
+    said = [of("urbansound8k-hours", sweep_evidence(view)) for view in (full, small, short)]
+    assert [one.verdict for one in said] == ["contradicted", "no data", "no data"]
+    assert said[0].because == "8.5 to 8.5 hours for 10 folds"
+
+
+def test_a_whole_sweep_can_support_and_contradict_the_paper(make_view: MakeView):
+    view = make_view(folds=(1, 2, 3, 4, 5), seeds=(0, 1, 2), epochs=100, facts=None)
+    counted = tally(ledger(sweep_evidence(view)))
+    assert counted["supported"] and counted["contradicted"] and counted["underpowered"] and counted["no data"]
+
+
+# Each rule, each verdict
+
+AHEAD, BEHIND, OPEN = (
+    (0.06, 0.07, 0.05, 0.065, 0.055),
+    (-0.06, -0.07, -0.05, -0.065, -0.055),
+    (0.1, -0.1, 0.05, 0, -0.02),
+)
+PAIR = {"dataset": "esc50", "first": MAMBA_RAW, "second": HELIX_RAW}
+
+
+def pair(make_evidence: MakeEvidence, gaps: Gaps) -> Evidence:
+    cells = {("esc50", MAMBA_RAW): folds(*(0.5 + gap for gap in gaps)), ("esc50", HELIX_RAW): folds(*[0.5] * len(gaps))}
+    return make_evidence(cells)
+
+
+@pytest.mark.parametrize(
+    ("fields", "gaps", "wanted"),
+    [
+        ({}, AHEAD, "supported"),
+        ({}, BEHIND, "contradicted"),
+        ({}, OPEN, "underpowered"),
+        ({}, (0.3,), "underpowered"),
+        ({}, (0.1, 0.1, 0.1), "underpowered"),
+        ({}, (), "no data"),
+        ({"by": 0.06}, AHEAD, "supported"),
+        ({"by": 0.12}, AHEAD, "contradicted"),
+        ({"by": 0.05}, (0.08, 0.14, 0.06, 0.12, 0.10), "underpowered"),
+        ({"at_least": 0.05}, AHEAD, "supported"),
+        ({"at_least": 0.10}, AHEAD, "contradicted"),
+        ({"at_least": 0.11}, (0.08, 0.14, 0.06, 0.12, 0.10), "underpowered"),
+    ],
+)
+def test_better(make_evidence: MakeEvidence, fields: dict[str, Any], gaps: Any, wanted: Any):
+    assert verdict(Better(**PAIR, **fields), pair(make_evidence, gaps)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("gaps", "wanted"),
+    [
+        ((0.001, -0.001, 0.002, 0.0, -0.002), "supported"),
+        (AHEAD, "contradicted"),
+        (OPEN, "underpowered"),
+        ((0.0,), "underpowered"),
+        ((), "no data"),
+    ],
+)
+def test_level(make_evidence: MakeEvidence, gaps: Any, wanted: Any):
+    assert verdict(Level(**PAIR, within=0.01), pair(make_evidence, gaps)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("gaps", "wanted"), [(AHEAD, "supported"), (BEHIND, "contradicted"), (OPEN, "underpowered"), (None, "no data")]
+)
+def test_depends(make_evidence: MakeEvidence, gaps: Any, wanted: Any):
+    flat = folds(*[0.5] * 5)
+    cells = {("esc50", one): flat for one in (MAMBA_MEL, ATTENTION_RAW, ATTENTION_MEL)}
+    if gaps is not None:
+        cells["esc50", MAMBA_RAW] = folds(*(0.5 + gap for gap in gaps))
+    rule = Depends(dataset="esc50", frontends=("raw", "mel"), backbones=("mamba", "attention"))
+    assert verdict(rule, make_evidence(cells)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "wanted"),
+    [
+        (AHEAD, tuple(gap + 0.2 for gap in AHEAD), "supported"),
+        (AHEAD, BEHIND, "contradicted"),
+        (OPEN, AHEAD, "underpowered"),
+        (AHEAD, (0.3,), "underpowered"),
+        (AHEAD, (), "no data"),
+    ],
+)
+def test_grows(make_evidence: MakeEvidence, short: Gaps, long: Gaps, wanted: Any):
+    cells = {}
+    for dataset, gaps in (("esc50", short), ("urbansound8k", long)):
+        cells[dataset, HELIX_RAW] = folds(*(0.5 + gap for gap in gaps))
+        cells[dataset, MAMBA_RAW] = folds(*[0.5] * len(gaps))
+    rule = Grows(datasets=("esc50", "urbansound8k"), first=HELIX_RAW, second=MAMBA_RAW)
+    assert verdict(rule, make_evidence(cells)) == wanted
+
+
+def test_one_part_that_fails_decides_over_the_whole(make_evidence: MakeEvidence):
+    evidence = make_evidence(
+        {
+            ("esc50", MAMBA_RAW): folds(*(0.5 + gap for gap in AHEAD)),
+            ("esc50", HELIX_RAW): folds(*[0.5] * 5),
+            ("esc50", MAMBA_MEL): folds(*(0.5 + gap for gap in OPEN)),
+        }
+    )
+    holds, fails = Better(**PAIR), Better(dataset="esc50", first=HELIX_RAW, second=MAMBA_RAW)
+    opens = Better(dataset="esc50", first=MAMBA_MEL, second=HELIX_RAW)
+    lacks = Better(dataset="esc50", first=ATTENTION_RAW, second=HELIX_RAW)
+    assert verdict(All((holds,)), evidence) == "supported"
+    assert verdict(All((holds, opens)), evidence) == "underpowered"
+    assert verdict(All((holds, opens, lacks)), evidence) == "no data"
+    assert verdict(All((holds, opens, lacks, fails)), evidence) == "contradicted"
+    told = because(All((holds, opens, fails)), evidence)
+    assert told.startswith("helix raw") and told.count("(supported)") == told.count("(underpowered)") == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "fields", "wanted"),
+    [
+        ((0.54, 0.56, 0.55, 0.56, 0.54), {}, "supported"),
+        ((0.64, 0.66, 0.65, 0.66, 0.64), {}, "contradicted"),
+        ((0.40, 0.75, 0.60, 0.70, 0.50), {}, "underpowered"),
+        ((0.55,), {}, "underpowered"),
+        ((0.95,), {}, "underpowered"),
+        ((), {}, "no data"),
+        ((0.54, 0.56), {"other_course": True, "unlike": ("3 epochs",)}, "no data"),
+        ((0.55,), {"only_claim": True}, "no data"),
+    ],
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_reported(make_evidence: MakeEvidence, values: Gaps, fields: dict[str, Any], wanted: Any, last: bool):
+    cell = "esc50", MAMBA_RAW
+    rule = Reported(dataset="esc50", variant=MAMBA_RAW, accuracy=0.551, tolerance=0.02, std=0.0333, last=last)
+    assert verdict(rule, make_evidence({cell: folds(*values)}, runs={cell: fields})) == wanted
+
+
+def test_one_run_on_a_single_split_supports_a_number_and_excludes_none(make_evidence: MakeEvidence):
+    rule = Reported(dataset="speech_commands", variant=HELIX_RAW, accuracy=0.9294, tolerance=0.01)
+    cell = "speech_commands", HELIX_RAW
+    assert verdict(rule, make_evidence({cell: {(1, 0): 0.93}})) == "supported"
+    assert verdict(rule, make_evidence({cell: {(1, 0): 0.80}})) == "underpowered"
+    assert verdict(rule, make_evidence({cell: {(1, 0): 0.80, (1, 1): 0.801, (1, 2): 0.802}})) == "contradicted"
+
+
+def test_a_rule_that_was_not_logged_is_no_data(make_evidence: MakeEvidence):
+    rule = Reported(dataset="esc50", variant=MAMBA_RAW, accuracy=0.5, tolerance=0.1, last=True)
+    assert verdict(rule, make_evidence({("esc50", MAMBA_RAW): {"best_test": folds(0.5, 0.5)}})) == "no data"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "size", "matched"),
+    [((8.2e6, 8.3e6), "supported", "contradicted"), ((6.4e6, 6.4e6), "contradicted", "supported")],
+)
+def test_sizes(make_evidence: MakeEvidence, sizes: Gaps, size: str, matched: str):
+    cells = zip((MAMBA_RAW, HELIX_RAW), sizes, strict=True)
+    evidence = make_evidence(runs={("esc50", one): {"parameters": int(count)} for one, count in cells})
+    assert verdict(Size(parameters=8_300_000, tolerance=0.05), evidence) == size
+    assert verdict(Matched(band=0.001, within_frontend=True), evidence) == matched
+
+
+def test_a_model_that_is_small_by_intent_is_no_witness_of_the_size(make_evidence: MakeEvidence):
+    evidence = make_evidence(runs={("esc50", MAMBA_RAW): {"parameters": 40_000, "other_size": True}})
+    assert verdict(Size(parameters=8_300_000, tolerance=0.05), evidence) == "no data"
+    assert verdict(Matched(band=0.001, within_frontend=True), evidence) == "no data"
+
+
+def test_tokens_and_counts(make_evidence: MakeEvidence):
+    evidence = make_evidence(tokens={("esc50", "raw"): 500, ("esc50", "mel"): 72})
+    assert verdict(Tokens(dataset="esc50", frontend="raw", tokens=500), evidence) == "supported"
+    assert verdict(Tokens(dataset="esc50", frontend="mel", tokens=80, tolerance=0.05), evidence) == "contradicted"
+    assert verdict(Tokens(dataset="voxpopuli", frontend="mel", tokens=80), evidence) == "no data"
+    assert verdict(Shortens(dataset="esc50", times=6), evidence) == "supported"
+    assert verdict(Shortens(dataset="esc50", times=7), evidence) == "contradicted"
+    assert verdict(Shortens(dataset="voxpopuli", times=6), evidence) == "no data"
+    assert verdict(Holds(dataset="esc50", what="classes", value=50), evidence) == "supported"
+    assert verdict(Holds(dataset="esc50", what="folds", value=10), evidence) == "contradicted"
+    assert verdict(Holds(dataset="esc50", what="folds", value=5), make_evidence(counts={})) == "no data"
+
+
+LONG = "voxpopuli", ATTENTION_RAW
+
+
+@pytest.mark.parametrize(
+    ("done", "fields", "switches", "any_path", "authors_path"),
+    [
+        (True, {}, {"attn_impl": "weights"}, "contradicted", "contradicted"),
+        (True, {}, {"attn_impl": "sdpa"}, "contradicted", "no data"),
+        (False, {"out_of_memory": True}, {}, "supported", "supported"),
+        (False, {}, {}, "no data", "no data"),
+        (True, {"other_size": True}, {}, "no data", "no data"),
+    ],
+)
+def test_memory_is_shown_by_a_run_of_that_size(
+    make_evidence: MakeEvidence,
+    done: bool,
+    fields: dict[str, Any],
+    switches: dict[str, str],
+    any_path: str,
+    authors_path: str,
+):
+    accuracies = {LONG: {(1, 0): 0.5}} if done else {}
+    evidence = make_evidence(accuracies, runs={LONG: {"tokens": 30_000, **fields}}, switches=switches)
+    assert verdict(Trains(backbone="attention", tokens=30_000, how="OOM"), evidence) == any_path
+    assert verdict(Trains(backbone="attention", tokens=30_000, how="OOM", path="authors"), evidence) == authors_path
+    opposite = {"contradicted": "supported", "supported": "contradicted", "no data": "no data"}
+    assert verdict(Trains(backbone="attention", tokens=30_000, how="trains"), evidence) == opposite[any_path]
+
+
+@pytest.mark.parametrize(
+    ("hours", "wanted"), [((1.0, 2.5), "supported"), ((1.0, 1.5), "contradicted"), ((None, 2.5), "no data")]
+)
+def test_slow_is_more_than_twice_the_time_of_pure_mamba(
+    make_evidence: MakeEvidence, hours: tuple[float | None, ...], wanted: Any
+):
+    cells = {("librispeech", one): {(1, 0): 0.5} for one in (MAMBA_RAW, ATTENTION_RAW)}
+    runs = {cell: {"tokens": 3_000, "hours": time} for cell, time in zip(cells, hours, strict=True)}
+    rule = Trains(backbone="attention", tokens=3_000, how="slow")
+    assert verdict(rule, make_evidence(cells, runs=runs)) == wanted
+
+
+def test_hours_are_of_all_folds_of_runs_like_the_papers(make_evidence: MakeEvidence):
+    def hours(time, **fields):
+        return make_evidence(runs={("esc50", MAMBA_RAW): {"hours": time, **fields}})
+
+    rule = Takes(dataset="esc50", hours=5)
+    assert [verdict(rule, hours(time)) for time in (0.9, 1.1, None)] == ["supported", "contradicted", "no data"]
+    assert verdict(rule, hours(0.9, other_course=True)) == "no data"
+    about = Takes(dataset="esc50", hours=5, tolerance=0.1)
+    assert [verdict(about, hours(time)) for time in (0.5, 1.0, 1.5)] == ["contradicted", "supported", "contradicted"]
+
+
+def test_epochs_are_told_of_the_authors_runs_alone(make_evidence: MakeEvidence):
+    cell = "esc50", MAMBA_RAW
+    rules = Epochs(of=(cell,), before=100), Epochs(of=(cell,), at=24)
+    for epochs, wanted in ((24, "supported"), (100, "contradicted"), (None, "no data")):
+        evidence = make_evidence(runs={cell: {"epochs": epochs}}, published=True)
+        assert [verdict(rule, evidence) for rule in rules] == [wanted] * 2
+    assert verdict(rules[0], make_evidence(runs={cell: {"epochs": 24}})) == "no data"
+
+
+def test_switches_are_held_against_the_text(make_evidence: MakeEvidence):
+    rule = SameAsPaper(("mel_pad",))
+    said = [verdict(rule, make_evidence(switches=one)) for one in ({"mel_pad": "ceil"}, {"mel_pad": "floor"}, {})]
+    assert said == ["supported", "contradicted", "no data"]
+
+
+@pytest.mark.parametrize(
+    ("drops", "wanted"),
+    [((0.0, 0.009), "supported"), ((0.0, 0.05), "contradicted"), ((0.0, None), "no data"), ((None, None), "no data")],
+)
+def test_converged(make_evidence: MakeEvidence, drops: tuple[float | None, ...], wanted: Any):
+    cells = ("esc50", MAMBA_RAW), ("esc50", HELIX_RAW)
+    evidence = make_evidence(runs={cell: {"drop": drop} for cell, drop in zip(cells, drops, strict=True)})
+    assert verdict(Converged(of=cells, within=0.01), evidence) == wanted
+
+
+@pytest.mark.parametrize(
+    ("drop", "best_epoch", "wanted"),
+    [(0.35, 30, "supported"), (0.05, 30, "contradicted"), (0.35, 60, "contradicted"), (None, 30, "no data")],
+)
+def test_collapses(make_evidence: MakeEvidence, drop: float | None, best_epoch: int, wanted: Any):
+    curve = [0.9 - 0.005 * abs(epoch - best_epoch) for epoch in range(1, 77)]
+    evidence = make_evidence(runs={("speech_commands", MAMBA_RAW): {"drop": drop, "curves": {(1, 0): tuple(curve)}}})
+    rule = Collapses(dataset="speech_commands", variant=MAMBA_RAW, by=0.10, after=30)
+    assert verdict(rule, evidence) == wanted
+
+
+@pytest.mark.parametrize(
+    ("leads", "wanted"),
+    [
+        ([[0.0] * 15 + [0.01 * step for step in range(15)]] * 2, "supported"),
+        ([[0.0] * 15 + [0.01 * step for step in range(15)]], "underpowered"),
+        ([[-0.1] * 30] * 2, "contradicted"),
+        ([[0.2 - 0.005 * step for step in range(30)]] * 2, "contradicted"),
+        ([[0.1] * 18] * 2, "no data"),
+        ([], "no data"),
+    ],
+)
+def test_pulls_away(make_evidence: MakeEvidence, leads: list[list[float]], wanted: Any):
+    first = {(1, seed): tuple(0.5 + one for one in lead) for seed, lead in enumerate(leads)}
+    second = {key: (0.5,) * len(curve) for key, curve in first.items()}
+    cells = ("voxpopuli", HELIX_RAW), ("voxpopuli", MAMBA_RAW)
+    evidence = make_evidence(runs={cells[0]: {"curves": first}, cells[1]: {"curves": second}})
+    rule = PullsAway(dataset="voxpopuli", first=HELIX_RAW, second=MAMBA_RAW, after=15)
+    assert verdict(rule, evidence) == wanted
+
+
+@pytest.mark.parametrize(
+    ("step", "fields", "wanted"),
+    [
+        (0.005, {}, "supported"),
+        (0.0, {}, "contradicted"),
+        (-0.005, {}, "contradicted"),
+        (0.005, {"other_course": True}, "no data"),
+        (0.005, {"curves": {}}, "no data"),
+    ],
+)
+def test_still_rising(make_evidence: MakeEvidence, step: float, fields: dict[str, Any], wanted: Any):
+    cell = "concat_speech_commands", HELIX_RAW
+    curve = tuple(0.5 + step * epoch for epoch in range(24))
+    evidence = make_evidence(runs={cell: {"curves": {(1, 0): curve}, **fields}})
+    assert verdict(StillRising(of=(cell,)), evidence) == wanted
+
+
+def test_the_moving_average_is_centred_and_shortens_at_the_ends():
+    curve = [float(epoch) for epoch in range(20)]
+    assert smooth(curve)[3:-3] == pytest.approx(curve[3:-3])
+    assert smooth(curve)[0] == pytest.approx(sum(curve[:4]) / 4)
+    assert (smooth([]), smooth([0.5]), SMOOTHING) == ([], [0.5], 7)
+    assert slope(curve) == pytest.approx(1.0)
+    assert (slope([]), slope([0.5])) == (0.0, 0.0)
+
+
+# What is shown of it
+
+
+def test_a_page_puts_what_is_contradicted_first_and_folds_what_has_no_data():
+    evidence = published_evidence()
+    section = claims_section(ledger(evidence), evidence)
+    assert [table.caption for table in section.groups] == [
+        "13 claims contradicted",
+        "38 claims supported",
+        "25 claims underpowered",
+    ]
+    assert len(section.without_data.rows) == 29
+    assert len(section.untested.rows) == len(UNTESTED)
+
+
+def test_an_empty_group_is_not_shown(make_evidence: MakeEvidence):
+    evidence = make_evidence(counts={})
+    section = claims_section(ledger(evidence), evidence)
+    assert section.groups == ()
+    assert len(section.without_data.rows) == len(CLAIMS)
+
+
+def test_the_whole_table_has_every_claim_with_its_numbers():
+    evidence = published_evidence()
+    table = claims_table(ledger(evidence), evidence)
+    assert [row[0] for row in table.rows] == [claim.id for claim in CLAIMS]
+    assert all(row[4] for row in table.rows)
+
+
+def test_in_what_a_sweep_differs_stands_beside_its_numbers(make_view: MakeView):
+    evidence = sweep_evidence(make_view(epochs=3))
+    rows = {row[0]: row for row in claims_table(ledger(evidence), evidence).rows}
+    assert "[these runs: 3 epochs instead of 100" in str(rows["mamba-prefers-raw"][4])
+
+
+def test_a_sweep_of_other_data_is_not_held_against_the_paper(make_view: MakeView):
+    evidence = sweep_evidence(make_view(dataset="tones", facts=None))
+    assert not concerns(evidence)
+    assert [table.name for table in evidence_tables(evidence, ())] == ["statistics-tones"]
+    assert concerns(sweep_evidence(make_view()))

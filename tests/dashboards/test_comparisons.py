@@ -1,0 +1,229 @@
+"""Every comparison of a data set: paired, tested in all ways, one family; and a table that tells only what is known."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from statsmodels.stats.multitest import multipletests
+
+from dashboards.comparisons import (
+    Contrast,
+    difference,
+    every_contrast,
+    interaction,
+    measure,
+    measure_family,
+    statistics_table,
+)
+from dashboards.evidence import (
+    ATTENTION_MEL,
+    ATTENTION_RAW,
+    HELIX_MEL,
+    HELIX_RAW,
+    MAMBA_MEL,
+    MAMBA_RAW,
+    SIX,
+    Evidence,
+    published_evidence,
+    sweep_evidence,
+)
+from dashboards.tables import FORMATS, Cell, Figure, Table, shown
+from dashboards.text import GAP, MINUS
+from dashboards.view import SweepView
+
+MakeView = Callable[..., SweepView]
+MakeEvidence = Callable[..., Evidence]
+
+GAPS = (0.05, 0.07, 0.04, 0.06, 0.08)
+
+
+def folds(*values: float) -> dict[tuple[int, int], float]:
+    return {(fold, 0): value for fold, value in enumerate(values, 1)}
+
+
+@pytest.fixture(name="two")
+def _two(make_evidence: MakeEvidence) -> Evidence:
+    """Mamba raw ahead of HELIX raw on all five folds of ESC-50."""
+    base = (0.50, 0.52, 0.48, 0.55, 0.51)
+    return make_evidence(
+        {
+            ("esc50", MAMBA_RAW): folds(*(one + gap for one, gap in zip(base, GAPS, strict=True))),
+            ("esc50", HELIX_RAW): folds(*base),
+        }
+    )
+
+
+def test_six_cells_allow_nine_differences_and_three_interactions():
+    asked = every_contrast("esc50", SIX)
+    assert [len(one.terms) for one in asked] == [2] * 9 + [4] * 3
+    assert len({one.canonical for one in asked}) == 12, "no question is asked twice"
+
+
+def test_cells_that_are_not_there_are_compared_with_nothing():
+    assert every_contrast("esc50", [MAMBA_RAW]) == []
+    assert every_contrast("esc50", []) == []
+    assert every_contrast("esc50", [MAMBA_RAW, HELIX_MEL]) == []
+    assert len(every_contrast("esc50", [MAMBA_RAW, MAMBA_MEL, HELIX_RAW])) == 2
+
+
+def test_a_comparison_and_its_mirror_are_one_question():
+    there, back = difference("esc50", MAMBA_RAW, HELIX_RAW), difference("esc50", HELIX_RAW, MAMBA_RAW)
+    assert there != back and there.canonical == back.canonical
+    one = interaction("esc50", ("raw", "mel"), ("mamba", "attention"))
+    assert one.canonical == interaction("esc50", ("mel", "raw"), ("mamba", "attention")).canonical
+    assert one.name == f"mamba raw {MINUS} mamba mel {MINUS} attention raw + attention mel"
+
+
+@pytest.mark.parametrize(
+    ("terms", "mean", "plain", "corrected"),
+    [
+        (difference("esc50", MAMBA_RAW, MAMBA_MEL), 1.35, 0.103, 0.233),
+        (difference("esc50", MAMBA_RAW, HELIX_RAW), 4.90, 0.006, 0.025),
+        (difference("esc50", MAMBA_MEL, ATTENTION_MEL), 7.65, 0.008, 0.030),
+        (difference("esc50", HELIX_RAW, ATTENTION_RAW), 5.60, 0.018, 0.062),
+        (interaction("esc50", ("raw", "mel"), ("mamba", "attention")), 2.85, 0.091, 0.214),
+    ],
+)
+def test_the_published_folds_are_measured_with_the_ratio_of_their_data_set(
+    terms: Contrast, mean: float, plain: float, corrected: float
+):
+    found = measure(terms, published_evidence())
+    assert found is not None and found.paired.p is not None and found.corrected.p is not None
+    assert found.ratio == pytest.approx(400 / 1600)
+    assert round(100 * found.mean, 2) == mean
+    assert (round(found.paired.p, 3), round(found.corrected.p, 3)) == (plain, corrected)
+
+
+def test_holm_is_taken_over_different_questions_alone():
+    evidence = published_evidence()
+    asked = every_contrast("esc50", SIX)
+    mirrored = [Contrast(one.dataset, tuple((variant, -weight) for variant, weight in one.terms)) for one in asked]
+    found = measure_family([*asked, *mirrored], evidence)
+    wanted = np.asarray(multipletests([found[one].corrected.p for one in asked], method="holm")[1]).tolist()
+    assert [found[one].p_holm for one in asked] == pytest.approx(wanted)
+    assert [found[one].p_holm for one in mirrored] == pytest.approx(wanted)
+    assert {one.family for one in found.values()} == {12}
+
+
+def test_the_interval_of_a_family_is_wider_than_that_of_one():
+    found = measure_family(every_contrast("esc50", SIX), published_evidence())
+    for one in found.values():
+        assert one.low is not None and one.high is not None
+        assert one.corrected.low is not None and one.corrected.high is not None
+        assert one.low < one.corrected.low < one.mean < one.corrected.high < one.high
+
+
+def test_a_family_of_two_data_sets_is_refused():
+    asked = [difference(name, HELIX_RAW, MAMBA_RAW) for name in ("voxpopuli", "speech_commands")]
+    with pytest.raises(ValueError, match="a family is of one data set"):
+        measure_family(asked, published_evidence())
+
+
+def test_one_run_each_is_set_against_the_noise_of_the_test_clips():
+    found = measure(difference("speech_commands", HELIX_RAW, MAMBA_RAW), published_evidence())
+    assert found is not None and found.clip_errors is not None
+    assert (found.paired.p, found.corrected.low, found.effect.d_z) == (None, None, None)
+    assert found.clip_errors == pytest.approx(7.16, abs=0.01)
+    back = measure(difference("speech_commands", MAMBA_RAW, HELIX_RAW), published_evidence())
+    assert back is not None and back.clip_errors == pytest.approx(-found.clip_errors)
+
+
+def test_a_data_set_whose_test_clips_are_not_known_has_no_such_noise():
+    found = measure(difference("voxpopuli", HELIX_RAW, MAMBA_RAW), published_evidence())
+    assert found is not None and found.clip_errors is None
+
+
+def test_no_shared_fold_is_no_comparison(make_evidence: MakeEvidence):
+    evidence = make_evidence({("esc50", MAMBA_RAW): {(1, 0): 0.5}, ("esc50", HELIX_RAW): {(2, 0): 0.4}})
+    assert measure(difference("esc50", MAMBA_RAW, HELIX_RAW), evidence) is None
+    table = statistics_table(evidence, "esc50")
+    assert table.rows == ()
+    assert table.notes == ("No two cells share a finished fold and seed.",)
+
+
+def test_the_rule_in_force_chooses_the_accuracy(make_evidence: MakeEvidence):
+    cells = {
+        ("esc50", MAMBA_RAW): {"best_test": folds(0.5, 0.6), "last": folds(0.3, 0.3)},
+        ("esc50", HELIX_RAW): {"best_test": folds(0.4, 0.4), "last": folds(0.4, 0.5)},
+    }
+    asked = difference("esc50", MAMBA_RAW, HELIX_RAW)
+    means = [measure(asked, make_evidence(cells, select=rule)) for rule in ("best_test", "last", "validation")]
+    assert means[0] is not None and means[0].mean == pytest.approx(0.15)
+    assert means[1] is not None and means[1].mean == pytest.approx(-0.15)
+    assert means[2] is None
+
+
+def cells_of(table: Table, heading: str) -> list[Cell]:
+    names = [f"{column.group}: {column.heading}".removeprefix(": ") for column in table.columns]
+    return [row[names.index(heading)] for row in table.rows]
+
+
+def test_the_table_has_what_was_measured(two: Evidence):
+    table = statistics_table(two, "esc50")
+    assert cells_of(table, "comparison") == [f"mamba raw {MINUS} helix raw"]
+    (gap,) = cells_of(table, "difference")
+    assert isinstance(gap, Figure) and gap.value == pytest.approx(6.0) and gap.shown == "+6.00"
+    assert [shown(one) for one in cells_of(table, "n") + cells_of(table, "effect: ahead in")] == ["5 folds", "100 %"]
+    said = " ".join(table.notes)
+    assert "Nadeau and Bengio" in said and "its smallest p is 0.0625" in said
+
+
+def test_the_spread_is_divided_as_the_protocol_says(make_evidence: MakeEvidence):
+    cells = {("esc50", MAMBA_RAW): folds(*GAPS), ("esc50", HELIX_RAW): folds(0, 0, 0, 0, 0)}
+    for ddof, wanted, words in ((0, 1.41, "by n."), (1, 1.58, f"by n {MINUS} 1.")):
+        table = statistics_table(make_evidence(cells, ddof=ddof), "esc50")
+        assert [shown(one) for one in cells_of(table, "std")] == [f"{wanted:.2f}"]
+        assert words in table.notes[0]
+
+
+def test_one_fold_gives_a_difference_and_no_column_that_would_be_empty(make_view: MakeView):
+    view = make_view(folds=(1,))
+    table = statistics_table(sweep_evidence(view), "esc50")
+    assert len(table.rows) == 12
+    assert [column.heading for column in table.columns] == ["comparison", "n", "difference", "what would settle it"]
+    assert "Holm" not in " ".join(table.notes) and "smallest p" not in " ".join(table.notes)
+    assert "No test: one value shows no spread." in table.notes
+
+
+def test_seeds_of_one_fold_are_units_that_say_nothing_of_other_clips(make_view: MakeView):
+    table = statistics_table(sweep_evidence(make_view(folds=(1,), seeds=(0, 1, 2))), "esc50")
+    assert {shown(one) for one in cells_of(table, "n")} == {"3 seeds"}
+    assert any("nothing is said of other test clips" in note for note in table.notes)
+
+
+def test_a_half_finished_sweep_is_compared_over_what_both_have(make_view: MakeView):
+    def status(variant: str, fold: int, seed: int):
+        return ("failed", 3) if variant == "helix-raw" and fold == 2 else ("done", 0) if fold < 3 else ("running", 5)
+
+    table = statistics_table(sweep_evidence(make_view(folds=(1, 2, 3), status=status)), "esc50")
+    counts = dict(zip(cells_of(table, "comparison"), map(shown, cells_of(table, "n")), strict=True))
+    assert counts[f"mamba raw {MINUS} helix raw"] == "1 seed"
+    assert counts[f"mamba raw {MINUS} attention raw"] == "2 folds"
+    assert any("left out" in note for note in table.notes)
+
+
+def test_equal_accuracies_divide_by_no_spread(make_evidence: MakeEvidence):
+    same = folds(0.5, 0.5, 0.5)
+    evidence = make_evidence({("esc50", MAMBA_RAW): same, ("esc50", HELIX_RAW): same})
+    table = statistics_table(evidence, "esc50")
+    assert [shown(one) for one in cells_of(table, "difference")] == ["0.00"]
+    assert any("all 3 values are the same" in note for note in table.notes)
+
+
+def test_nothing_finished_is_an_empty_table(make_view: MakeView):
+    table = statistics_table(sweep_evidence(make_view(status=lambda *_: ("missing", 0))), "esc50")
+    assert table.rows == ()
+    assert all(write(table) for write in FORMATS.values())
+
+
+def test_a_data_set_called_script_names_its_file_harmlessly(make_view: MakeView):
+    view = make_view(dataset="<script>/../x", facts=None)
+    table = statistics_table(sweep_evidence(view), "<script>/../x")
+    assert table.name == "statistics--script-----x"
+    assert "<script>" not in FORMATS["tex"](table) and "<script>" not in FORMATS["md"](table)
+
+
+def test_negative_effects_have_the_sign_of_the_other_numbers():
+    table = statistics_table(published_evidence(), "esc50")
+    signed = [shown(one) for heading in ("difference", "effect: d_z", "effect: g") for one in cells_of(table, heading)]
+    assert not any(word.startswith("-") for word in signed) and GAP not in signed

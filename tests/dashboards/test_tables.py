@@ -1,0 +1,187 @@
+"""A table says the same in HTML, CSV, Markdown and LaTeX, and no text of it is ever markup there."""
+
+import csv
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dashboards.tables import (
+    FORMATS,
+    Column,
+    Figure,
+    Table,
+    as_csv,
+    as_html,
+    as_latex,
+    as_markdown,
+    without_gaps,
+    write_tables,
+)
+from dashboards.text import GAP, MINUS
+
+EVIL = "<script>alert('x')</script> & \"50 %\" $x_1^2$ #1 ~ {a} \\end{table} | `b` *c* [d](e)"
+
+
+def make_table(text: str = "plain", caption: str = "A table") -> Table:
+    return Table(
+        name="made-up",
+        caption=caption,
+        columns=(
+            Column(heading="cell"),
+            Column(heading="low", number=True, group="interval"),
+            Column(heading="high", number=True, group="interval"),
+            Column(heading="why"),
+        ),
+        rows=(
+            (text, Figure(0.1234567, "+0.12"), Figure(None), text),
+            ("b", Figure(-1, f"{MINUS}1.00"), Figure(2), "c"),
+        ),
+        notes=(text,),
+    )
+
+
+class Tags(HTMLParser):
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(str(source))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_html_shows_text_as_text():
+    made, plain = Tags(as_html(make_table(EVIL, EVIL))), Tags(as_html(make_table()))
+    assert [tag for tag, _ in made.tags] == [tag for tag, _ in plain.tags]
+    assert made.words.count(EVIL) == 4, "two cells, the caption and the note"
+
+
+def test_html_has_a_caption_and_headings_with_their_scope():
+    tags = Tags(as_html(make_table(), "dense")).tags
+    assert ("table", {"class": "dense"}) in tags
+    assert [attributes["scope"] for tag, attributes in tags if tag == "th"] == ["colgroup"] + ["col"] * 4 + ["row"] * 2
+    assert ("th", {"colspan": "2", "scope": "colgroup"}) in tags
+    assert "caption" in dict(tags)
+
+
+def test_csv_has_values_in_full_and_gaps_empty():
+    rows = list(csv.reader(io.StringIO(as_csv(make_table()))))
+    assert rows[0] == ["cell", "interval: low", "interval: high", "why"]
+    assert rows[1] == ["plain", "0.1234567", "", "plain"]
+    assert rows[2] == ["b", "-1", "2", "c"]
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@sum", "\tx"])
+def test_a_spreadsheet_runs_nothing(text: str):
+    assert list(csv.reader(io.StringIO(as_csv(make_table(text)), newline="")))[1][0] == f"'{text}"
+
+
+@pytest.mark.parametrize("text", ["\rx", "a\rb", "a\r\nb"])
+def test_a_return_ends_no_row_of_a_csv(text: str):
+    rows = list(csv.reader(io.StringIO(as_csv(make_table(text)), newline="")))
+    assert [len(row) for row in rows] == [4, 4, 4]
+    assert rows[1][0].lstrip("'") == text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def test_csv_keeps_quotes_commas_and_lines_in_their_cell():
+    text = 'a "b", c\nd'
+    assert list(csv.reader(io.StringIO(as_csv(make_table(text)), newline="")))[1][0] == text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_no_number_is_an_empty_cell_and_never_nan(value: float):
+    table = Table(name="t", caption="", columns=(Column(heading="x", number=True),), rows=((Figure(value),),))
+    assert as_csv(table) == 'x\n""\n'
+
+
+def test_every_line_of_a_markdown_table_has_the_same_columns():
+    lines = [line for line in as_markdown(make_table(EVIL, EVIL)).splitlines() if line.startswith("|")]
+    assert len(lines) == 4
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {5}
+    assert lines[1] == "|---|---:|---:|---|"
+    assert not re.search(r"<\w", as_markdown(make_table(EVIL, EVIL)))
+
+
+def test_latex_escapes_all_that_it_would_run():
+    source = as_latex(make_table(EVIL, EVIL))
+    assert source.count(r"\begin{table}") == source.count(r"\end{table}") == 1
+    body = source.split(r"\midrule")[1].split(r"\bottomrule")[0]
+    assert not re.search(r"(?<!\\)[#%$_]", body.replace("$-$", ""))
+    assert r"\textbackslash{}end\{table\}" in body
+    assert all(line.count(" & ") == 3 for line in body.strip().splitlines() if line.endswith(r"\\"))
+    depth = 0
+    for brace in re.findall(r"(?<!\\)[{}]", source):
+        depth += 1 if brace == "{" else -1
+        assert depth >= 0
+    assert depth == 0
+
+
+def test_latex_is_in_the_style_of_booktabs():
+    source = as_latex(make_table())
+    assert r"\begin{tabular}{lrrl}" in source
+    assert r"\multicolumn{2}{c}{interval}" in source and r"\cmidrule(lr){2-3}" in source
+    assert "$-$1.00" in source, "the minus sign is not in every font"
+    assert [source.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
+    assert r"p{0.80\linewidth}" in as_latex(
+        Table(name="t", caption="", columns=(Column(heading="x"),), rows=(("long " * 20,),))
+    )
+
+
+def test_a_table_longer_than_a_page_may_break():
+    table = make_table()
+    source = as_latex(Table(**{**vars(table), "rows": table.rows * 40}))
+    assert r"\begin{longtable}{lrrl}" in source and "{table}" not in source
+    assert source.index(r"\caption{") < source.index(r"\endhead") < source.index(r"\end{longtable}")
+
+
+def test_a_row_that_begins_with_a_bracket_is_no_length_of_the_line_before_it():
+    assert r"{}{[}b{]} & " in as_latex(make_table("[b]"))
+
+
+def test_a_table_without_rows_is_a_table():
+    empty = Table(name="t", caption="c", columns=(Column(heading="a"), Column(heading="b", number=True)), rows=())
+    assert as_csv(empty) == "a,b\n"
+    assert r"\end{tabular}" in as_latex(empty)
+    assert "<tbody>" in as_html(empty)
+    assert as_markdown(empty).endswith("|---|---:|\n")
+
+
+def test_columns_that_nothing_fills_are_left_out_and_words_stay():
+    table = without_gaps(make_table(""))
+    assert [column.heading for column in table.columns] == ["cell", "low", "high", "why"], "one row fills `high`"
+    lone = Table(**{**vars(make_table("")), "rows": make_table("").rows[:1]})
+    assert [column.heading for column in without_gaps(lone).columns] == ["cell", "low", "why"]
+    assert without_gaps(lone).rows == (("", Figure(0.1234567, "+0.12"), ""),)
+
+
+def test_every_table_is_a_file_in_every_format_and_nothing_lies_beside_them(tmp_path: Path):
+    folder = tmp_path / "reports" / "made"
+    first = write_tables([make_table("old")], folder)
+    again = write_tables([make_table("new \udcff")], folder)
+    assert first == again
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"made-up.{ending}" for ending in FORMATS)
+    assert all("new ?" in path.read_text(encoding="utf-8") for path in again)
+
+
+@pytest.mark.parametrize("name", ["../x", "A", "", ".x", "a b"])
+def test_a_name_that_is_no_file_name_is_refused(name: str):
+    with pytest.raises(ValueError, match="a table is called"):
+        Table(name=name, caption="", columns=(), rows=())
+
+
+def test_a_row_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="2 columns and a row of 1"):
+        Table(name="t", caption="", columns=(Column(heading="a"), Column(heading="b")), rows=(("x",),))
+
+
+def test_a_gap_is_a_dash_where_people_read():
+    assert f'<td class="number">{GAP}</td>' in as_html(make_table())
+    assert f"| {GAP} |" in as_markdown(make_table())
+    assert " & -- & " in as_latex(make_table())
