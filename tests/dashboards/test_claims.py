@@ -5,6 +5,7 @@ import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from dashboards.evidence import (
 from dashboards.rules.courses import SMOOTHING, Collapses, Converged, PullsAway, StillRising, slope, smooth
 from dashboards.rules.differences import All, Better, Depends, Grows, Level
 from dashboards.rules.printed import Holds, Matched, Reported, Shortens, Size, Tokens
-from dashboards.rules.running import Epochs, SameAsPaper, Takes, Trains
+from dashboards.rules.running import STEP_BYTES, Epochs, SameAsPaper, Takes, Trains
 from dashboards.verdicts import (
     CLAIMS,
     UNTESTED,
@@ -493,6 +494,13 @@ def test_memory_is_shown_by_a_run_of_that_size(
     assert verdict(Trains(backbone="attention", tokens=30_000, how="OOM", path="authors"), evidence) == authors_path
     opposite = {"contradicted": "supported", "supported": "contradicted", "no data": "no data"}
     assert verdict(Trains(backbone="attention", tokens=30_000, how="trains"), evidence) == opposite[any_path]
+
+
+@pytest.mark.parametrize("backbone", ["mamba", "helix", "attention"])
+def test_the_memory_of_a_step_is_that_of_the_benchmarks(backbone: str):
+    text = (Path(__file__).parents[2] / "BENCHMARKS.md").read_text()
+    table = text.partition("peak memory of the process in one training step, B=1, L=30,000, fp32")[2]
+    assert f"| {backbone} | {STEP_BYTES[backbone, 30_000] / 1e9:.2f} |" in table[:400]
 
 
 @pytest.mark.parametrize(
