@@ -109,6 +109,8 @@ def test_the_command_says_when_nothing_was_measured_and_calibrates_when_asked(tm
     assert "1 of 1" in out
     assert "no price" in out
     assert not (tmp_path / "runs" / "trials").exists()
+    assert cli.main([*few, "--calibrate", "--ranks", "2"]) == 2
+    assert "--calibrate times steps of one process" in capsys.readouterr().err
 
 
 def test_the_shape_of_a_stored_spec_is_that_of_the_plan(tiny_data):

@@ -24,6 +24,8 @@ from orchestration import lease, stop, worker
 from orchestration.certify import BIT_EXACT, compare
 from orchestration.grid import expand, load_grid
 from orchestration.ledger import read
+from orchestration.money import machine_facts
+from orchestration.pools import Pool
 from orchestration.recovery import Budget
 from orchestration.worker import run_trial, work_through
 from tests.conftest import with_training
@@ -534,3 +536,14 @@ def test_a_trial_that_is_taken_over_is_left_by_all_ranks(group):
     assert [one[0] for one in said] == ["done", "done"]
     assert states[0].attempts[0]["outcome"] == "lost"
     assert [state.status for state in states] == ["done", "done"], "it came free again"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_trial_on_several_gpus_asks_one_machine_for_all_of_them_and_pays_for_all(ranks):
+    pack = {"threads": 3, "gpu": True, "gpus": 1.0, "ranks": ranks}
+    assert worker.rank_resources(pack) == {"CPU": 3, "GPU": 1.0}
+    need = worker.worker_resources(pack)
+    machine = {"CPU": 48.0, "GPU": 4.0}
+    assert Pool(name="g5.12xlarge", resources=machine).workers(need) == 4 // ranks
+    facts = machine_facts(held=need, resources=machine, environment={})
+    assert (facts["gpus"], facts["share"]) == (ranks, ranks / 4)
