@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, load_text
 from scipy import stats
 
+from dashboards.confusion import confusion_csv, confusion_of
 from helix.data.shards import Recordings
 from helix.storage import FolderStorage, Storage, open_storage
 from orchestration import tracking
@@ -28,8 +29,6 @@ from orchestration.tracking import (
     BackgroundTracker,
     Tracker,
     attempt_replay,
-    confusion_csv,
-    confusion_of,
     logged,
     without_secrets,
 )
