@@ -15,7 +15,7 @@ from dashboards.comparisons import Measured, difference, measure
 from dashboards.curves import curve, line, percent_tick, smooth, thin
 from dashboards.evidence import HELIX_RAW, MAMBA_RAW, Evidence, tokens_of
 from dashboards.summary import CellSummary
-from dashboards.text import GAP, count, percent, points
+from dashboards.text import MINUS, count, percent, points
 from dashboards.view import CellView
 from helix.published import CURVES_IN, PUBLISHED, SMOOTHING, published
 
@@ -116,7 +116,7 @@ def scaling(evidence: Evidence, cells: Sequence[CellView]) -> Drawing:
     for tick in _both_ways(y):
         shade = "axis" if tick == 0 else "grid"
         drawn.append(element("line", x1=left, x2=right, y1=y(tick), y2=y(tick), class_=shade))
-        drawn.append(element("text", f"{100 * tick:g}", x=left - 6, y=y(tick) + 3.5, class_="tick end"))
+        drawn.append(element("text", _signed(tick), x=left - 6, y=y(tick) + 3.5, class_="tick end"))
     for power in range(low, int(x.high) + 1):
         drawn.append(element("text", count(10**power), x=x(power), y=bottom + 18, class_="tick middle"))
     drawn.append(element("text", "tokens of a clip", x=right, y=bottom + 34, class_="tick caption end"))
@@ -125,7 +125,7 @@ def scaling(evidence: Evidence, cells: Sequence[CellView]) -> Drawing:
         at_x, at_y = x(math.log10(tokens)), y(value)
         mark = element("circle", cx=at_x, cy=at_y, r=5.0, class_="hollow-mark")
         mark.append(element("title", f"the paper, {dataset}: {points(value)} points at {count(tokens)} tokens"))
-        drawn += [mark, _near(dataset, at_x, at_y + 19, left, right)]
+        drawn += [mark, _beside_mark(dataset, at_x, at_y + 4, right)]
     for dataset, tokens, found in ours:
         at_x = x(math.log10(tokens))
         if found.corrected.low is not None and found.corrected.high is not None:
@@ -245,12 +245,16 @@ def _both_ways(scale: Scale) -> list[float]:
     return [round(index * step, 10) for index in range(first, last + 1)]
 
 
+def _signed(value: float) -> str:
+    return f"{100 * value:g}".replace("-", MINUS)
+
+
 def _vertical_grid(x: Scale, top: float, bottom: float) -> list[ElementTree.Element]:
     drawn = []
     for tick in _both_ways(x):
         shade = "axis" if tick == 0 else "grid"
         drawn.append(element("line", x1=x(tick), x2=x(tick), y1=top, y2=bottom, class_=shade))
-        drawn.append(element("text", f"{100 * tick:g}", x=x(tick), y=bottom + 17, class_="tick middle"))
+        drawn.append(element("text", _signed(tick), x=x(tick), y=bottom + 17, class_="tick middle"))
     return drawn
 
 
@@ -270,10 +274,10 @@ def _margin_label(words: str, x: float, y: float, *, anchor: str = "name end") -
     return made
 
 
-def _near(words: str, x: float, y: float, left: float, right: float) -> ElementTree.Element:
-    """A label under a mark that stays inside the drawing."""
-    anchor = "end" if x > right - 70 else "" if x < left + 70 else "middle"
-    return element("text", words, x=x, y=y, class_=f"tick caption halo {anchor}".strip())
+def _beside_mark(words: str, x: float, y: float, right: float) -> ElementTree.Element:
+    """A label to the right of a mark, or to its left where it would leave the drawing."""
+    fits = x + 6.5 * len(words) < right
+    return element("text", words, x=x + 10 if fits else x - 10, y=y, class_=f"tick halo {'' if fits else 'end'}".strip())
 
 
 def _apart(labels: Sequence[tuple[float, str, str]]) -> list[tuple[float, str, str]]:

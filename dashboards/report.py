@@ -3,7 +3,7 @@
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,15 @@ from helix.published import BARS_IN, CURVES_IN, PAPER, README
 
 TEMPLATE = "report.html.j2"
 
+#: (group, heading) of the columns of comparisons that the files have and the page has not.
+ONLY_IN_FILES = {
+    ("95 % interval, paired t", "low"),
+    ("95 % interval, paired t", "high"),
+    ("the same, bootstrap", "low"),
+    ("the same, bootstrap", "high"),
+    ("effect", "g"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
@@ -68,7 +77,7 @@ class Beside:
     """The paper's tables and its Figure 1 with this sweep in them. `undrawn`: its other figures that need other data."""
 
     sheets: tuple[Sheet, ...]
-    memory: Table | None
+    memory: Table
     drawings: tuple[Drawing, ...]
     undrawn: str
 
@@ -157,7 +166,8 @@ def render_report(view: SweepView, *, files: str | None = None) -> str:
             work=work_table(view),
             claims=claims_section(ledger(evidence), evidence) if concerns(evidence) else None,
             statistics={
-                dataset: statistics_table(evidence, dataset) for dataset in {cell.dataset for cell in view.cells}
+                dataset: _shortened(statistics_table(evidence, dataset))
+                for dataset in {cell.dataset for cell in view.cells}
             },
             question=parse_question(view.question, view.grid),
             progress=progress(view),
@@ -219,9 +229,19 @@ def _beside(view: SweepView, evidence: Evidence, summaries: Sequence[CellSummary
     missing = [(figure, dataset) for figure, dataset in drawn_after if dataset not in here]
     return Beside(
         sheets=sheets(summaries, view.std),
-        memory=feasibility_table(view) if view.memory else None,
+        memory=feasibility_table(view),
         drawings=(interaction_gaps(evidence, view.cells, palette), scaling(evidence, view.cells)),
         undrawn=", ".join(f"{figure} ({dataset})" for figure, dataset in sorted(missing)),
+    )
+
+
+def _shortened(table: Table) -> Table:
+    """The comparisons without what few readers look for: its files have all columns, a page and a sheet of paper do not."""
+    kept = [index for index, column in enumerate(table.columns) if (column.group, column.heading) not in ONLY_IN_FILES]
+    return replace(
+        table,
+        columns=tuple(table.columns[index] for index in kept),
+        rows=tuple(tuple(row[index] for index in kept) for row in table.rows),
     )
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dashboards.evidence import DATASETS_OF_THE_PAPER
 from dashboards.view import DataFacts, StepMemory, SweepView, TrialEntry
 from helix.data.dataset import Dataset, split_facts
 from helix.data.shards import Recordings
 from helix.models.classifier import Cost, cost
-from helix.published import GPU_BYTES, PUBLISHED
+from helix.published import GPU_BYTES
 from helix.registry import DATASETS
 from helix.spec import resolve, trial_id
 from helix.storage import Storage
@@ -174,9 +175,9 @@ class Snapshot:
 def with_memory(view: SweepView) -> SweepView:
     """The view with the paper's Table 1 as it is predicted for the backbones of the sweep; some seconds of work.
 
-    A sweep of a data set that the paper prints nothing of has no use for it and is left as it is.
+    A sweep of a data set that the paper does not speak of has no use for it and is left as it is.
     """
-    if not {cell.dataset for cell in view.cells} & {target.dataset for target in PUBLISHED}:
+    if not {cell.dataset for cell in view.cells} & set(DATASETS_OF_THE_PAPER):
         return view
     asked = {cell.backbone for cell in view.cells}
     patterns = {name: pattern for name, pattern in BACKBONES.items() if name in asked}
