@@ -213,7 +213,7 @@ def feasibility_table(view: SweepView) -> Table:
         rows=tuple(rows),
         notes=(
             "Predicted, not measured: GB of one step on one clip in fp32 at the paper's width, 1,313 classes, from the "
-            "shapes of the real step. The authors' attention keeps a matrix of weights, tokens by tokens for each head; "
+            "shapes of the real step. The authors' attention keeps a matrix of weights, tokens by tokens per head; "
             "ours gives the same outputs without one. Fits: with the error bound; tight: only without it. The paper's "
             "slow is over twice the time of Pure Mamba, of which memory says nothing.",
         ),

@@ -12,26 +12,32 @@ from markupsafe import Markup
 
 from dashboards.charts import Scale, element, svg, ticks
 from dashboards.comparisons import Measured, difference, measure
-from dashboards.curves import curve, line, percent_tick, smooth, thin
+from dashboards.curves import Curve, curve, line, percent_tick, smooth, thin
 from dashboards.evidence import HELIX_RAW, MAMBA_RAW, Evidence, tokens_of
 from dashboards.summary import CellSummary
 from dashboards.text import MINUS, count, percent, points
 from dashboards.view import CellView
 from helix.published import CURVES_IN, PUBLISHED, SMOOTHING, published
 
+#: Of each picture, in pixels; two stand side by side.
+WIDTH = 460.0
+
 #: Pixels between two labels at the ends of curves, so that none covers another.
 LABEL_STEP = 14.0
 
 #: Letters of a label in the margin; a longer one is cut, and whole in its title.
-LABEL_LETTERS = 22
+LABEL_LETTERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """A figure: what it is drawn after, its picture and what has to be said under it. `svg` None: nothing to draw."""
+    """A figure: what it is drawn after, its pictures side by side, and what has to be said of them.
+
+    Without pictures the caption says why there is nothing to draw.
+    """
 
     after: str
-    svg: Markup | None
+    svgs: tuple[Markup, ...] = ()
     caption: str
 
 
@@ -46,14 +52,12 @@ def interaction_gaps(evidence: Evidence, cells: Sequence[CellView], palette: Map
             theirs = None if raw is None or mel is None else _minus(raw.accuracy, mel.accuracy)
             rows.append((f"{backbone} on {dataset}" if several else backbone, palette[backbone], found, theirs))
     caption = (
-        "Accuracy on raw waveforms minus that on mel spectrograms, in points: right of the line, raw is better. Large dot: "
+        "Accuracy on raw waveforms minus that on mel spectrograms, in points: right of 0 raw is better. Large dot: "
         "the mean, with its corrected 95 % interval where there is one. Small dots: the single folds (or seeds)."
     )
     if not rows:
-        return Drawing(
-            after="Figure 1, left", svg=None, caption="no backbone has finished both inputs on a shared fold"
-        )
-    width, left, right, step, top = 520.0, 150.0, 500.0, 40.0, 12.0
+        return Drawing(after="Figure 1, left", caption="no backbone has finished both inputs on a shared fold")
+    width, left, right, step, top = WIDTH, 110.0, WIDTH - 12.0, 40.0, 12.0
     bottom = top + step * len(rows)
     values = [0.0]
     for _, _, found, theirs in rows:
@@ -82,7 +86,7 @@ def interaction_gaps(evidence: Evidence, cells: Sequence[CellView], palette: Map
         for name, _, found, theirs in rows
     )
     return Drawing(
-        after="Figure 1, left", svg=svg(width, bottom + 38, label, drawn, class_="chart small-chart"), caption=caption
+        after="Figure 1, left", svgs=(svg(width, bottom + 38, label, drawn, class_="chart"),), caption=caption
     )
 
 
@@ -97,14 +101,12 @@ def scaling(evidence: Evidence, cells: Sequence[CellView]) -> Drawing:
     theirs = _published_scaling()
     caption = (
         "HELIX minus Pure Mamba on raw waveforms, in points, over the tokens of a clip. Filled: this sweep, with its "
-        "corrected 95 % interval where there is one. Hollow: the paper's tables, one data set each, which differ in far "
+        "corrected 95 % interval where there is one. Hollow: the paper's tables, one data set each, which differ in "
         "more than length. At 3,000 tokens the paper prints no accuracies and calls the advantage 0."
     )
     if not ours:
-        return Drawing(
-            after="Figure 1, right", svg=None, caption="HELIX and Pure Mamba have not both finished raw clips"
-        )
-    width, left, right, top, bottom = 520.0, 46.0, 500.0, 14.0, 216.0
+        return Drawing(after="Figure 1, right", caption="HELIX and Pure Mamba have not both finished raw clips")
+    width, left, right, top, bottom = WIDTH, 34.0, WIDTH - 12.0, 14.0, 216.0
     values = [0.0, *(value for _, _, value in theirs)]
     for _, _, found in ours:
         values += [one for one in (found.mean, found.corrected.low, found.corrected.high) if one is not None]
@@ -142,14 +144,14 @@ def scaling(evidence: Evidence, cells: Sequence[CellView]) -> Drawing:
     )
     label += ". The paper: " + "; ".join(f"{name} {points(value)} at {count(tokens)}" for name, tokens, value in theirs)
     return Drawing(
-        after="Figure 1, right", svg=svg(width, bottom + 40, label, drawn, class_="chart small-chart"), caption=caption
+        after="Figure 1, right", svgs=(svg(width, bottom + 40, label, drawn, class_="chart"),), caption=caption
     )
 
 
 def smoothed_curves(
     dataset: str, summaries: Sequence[CellSummary], chance: float | None, palette: Mapping[str, str]
 ) -> Drawing:
-    """Test accuracy over the epochs of one fold, all backbones of a frontend in one panel, as the paper's Figures 4 to 7.
+    """Test accuracy over the epochs of one fold, all backbones of a frontend in one panel: Figures 4 to 7.
 
     A thick line is the moving average over 7 epochs, the thin one under it the raw values, the dotted one its best.
     """
@@ -159,62 +161,75 @@ def smoothed_curves(
         begun = [trial for trial in summary.cell.trials if trial.state.rows]
         if begun:
             runs.append((summary.cell, min(begun, key=lambda trial: (trial.fold, trial.seed))))
-    if runs:  # one fold and seed for all, so that nothing but the variant differs
-        first = min((trial.fold, trial.seed) for _, trial in runs)
-        runs = [(cell, trial) for cell, trial in runs if (trial.fold, trial.seed) == first]
+    # one fold and seed for all, so that nothing but the variant differs
+    first = min(((trial.fold, trial.seed) for _, trial in runs), default=(0, 0))
+    runs = [(cell, trial) for cell, trial in runs if (trial.fold, trial.seed) == first]
     lines = [(cell, found) for cell, trial in runs if (found := curve(trial, "test_accuracy")).epochs]
     if not lines:
-        return Drawing(after=after, svg=None, caption="no epoch has finished yet")
+        return Drawing(after=after, caption="no epoch has finished yet")
     frontends = list(dict.fromkeys(cell.frontend for cell, _ in lines))
     high = ticks(min(1.02 * max(max(found.values) for _, found in lines), 1.0), 4)
-    epochs = max(cell.epochs for cell, _ in lines)
-    width, left, gap, top, bottom, labels = 1000.0, 40.0, 36.0, 26.0, 250.0, 104.0
-    each = (width - left - gap * (len(frontends) - 1)) / len(frontends)
-    each = min(each, 640.0)
-    y = Scale(0.0, high[-1], bottom, top)
-    drawn: list[ElementTree.Element] = []
-    for index, frontend in enumerate(frontends):
-        start = left + index * (each + gap)
-        end = start + each - labels
-        x = Scale(min(1.0, epochs - 1.0), float(epochs), start, end)
-        drawn.append(element("text", frontend, x=start, y=top - 12, class_="name"))
-        for tick in high:
-            drawn.append(element("line", x1=start, x2=end, y1=y(tick), y2=y(tick), class_="grid"))
-            if index == 0:
-                drawn.append(element("text", percent_tick(tick), x=start - 6, y=y(tick) + 3.5, class_="tick end"))
-        for tick in sorted({1, *(int(tick) for tick in ticks(epochs, 5)[1:] if tick <= epochs), epochs}):
-            if tick == epochs or x(tick) < x(epochs) - 24:
-                drawn.append(element("text", str(tick), x=x(tick), y=bottom + 17, class_="tick middle"))
-        if chance is not None and chance <= y.high:
-            drawn.append(element("line", x1=start, x2=end, y1=y(chance), y2=y(chance), class_="chance"))
-        ends: list[tuple[float, str, str]] = []
-        here = [(cell, found) for cell, found in lines if cell.frontend == frontend]
-        for cell, found in here:
-            drawn += line(thin(found), x, y, f"raw {palette[cell.backbone]}")
-        for cell, found in here:
-            colour = palette[cell.backbone]
-            best = max(found.values)
-            drawn.append(element("line", x1=start, x2=end, y1=y(best), y2=y(best), class_=f"best {colour}"))
-            averaged = smooth(found, SMOOTHING)
-            drawn += line(thin(averaged), x, y, f"mean {colour}")
-            ends.append((y(averaged.values[-1]), f"{cell.backbone} {percent(best, 1)}", colour))
-        for at, words, colour in _apart(ends):
-            drawn.append(_margin_label(words, end + 8, at + 4, anchor=f"label {colour}"))
-    drawn.append(element("text", "epoch", x=left, y=bottom + 34, class_="tick caption"))
-    used = left + len(frontends) * each + gap * (len(frontends) - 1)
     (fold, seed) = first
-    label = f"Test accuracy in percent over epochs, fold {fold}, seed {seed}. " + "; ".join(
-        f"{cell.variant}: best {percent(max(found.values), 1)}, last {percent(found.values[-1], 1)} at epoch {found.epochs[-1]}"
-        for cell, found in lines
+    drawings = tuple(
+        _smoothed_panel(
+            frontend,
+            [(cell, found) for cell, found in lines if cell.frontend == frontend],
+            high,
+            max(cell.epochs for cell, _ in lines),
+            chance,
+            palette,
+            f"fold {fold}, seed {seed}",
+        )
+        for frontend in frontends
     )
     missing = [one.cell.variant for one in summaries if not any(one.cell is cell for cell, _ in lines)]
     caption = (
-        f"Test accuracy in %, fold {fold}, seed {seed}. Thick: moving average over {SMOOTHING} epochs, centred, fewer at "
-        "the ends; thin: the raw values under it; dotted: the best of them, which is the number beside the name."
+        f"Test accuracy in %, fold {fold}, seed {seed}. Thick: moving average over {SMOOTHING} epochs, centred, fewer "
+        "at the ends; thin: the raw values under it; dotted: the best of them, which is the number beside the name."
     )
     if missing:
         caption += f" Not begun on this fold: {', '.join(missing)}."
-    return Drawing(after=after, svg=svg(used, bottom + 40, label, drawn, class_="chart smoothed"), caption=caption)
+    return Drawing(after=after, svgs=drawings, caption=caption)
+
+
+def _smoothed_panel(
+    frontend: str,
+    lines: Sequence[tuple[CellView, Curve]],
+    high: Sequence[float],
+    epochs: int,
+    chance: float | None,
+    palette: Mapping[str, str],
+    of: str,
+) -> Markup:
+    """The backbones of one frontend; `high` are the ticks and `epochs` the width of all panels of the figure."""
+    left, right, top, bottom = 34.0, WIDTH - 104.0, 26.0, 236.0
+    x, y = Scale(min(1.0, epochs - 1.0), float(epochs), left, right), Scale(0.0, high[-1], bottom, top)
+    drawn = [element("text", frontend, x=left, y=top - 12, class_="name")]
+    for tick in high:
+        drawn.append(element("line", x1=left, x2=right, y1=y(tick), y2=y(tick), class_="grid"))
+        drawn.append(element("text", percent_tick(tick), x=left - 6, y=y(tick) + 3.5, class_="tick end"))
+    for tick in sorted({1, *(int(tick) for tick in ticks(epochs, 5)[1:] if tick <= epochs), epochs}):
+        if tick == epochs or x(tick) < x(epochs) - 24:
+            drawn.append(element("text", str(tick), x=x(tick), y=bottom + 17, class_="tick middle"))
+    drawn.append(element("text", "epoch", x=right + 12, y=bottom + 17, class_="tick"))
+    if chance is not None and chance <= y.high:
+        drawn.append(element("line", x1=left, x2=right, y1=y(chance), y2=y(chance), class_="chance"))
+    for cell, found in lines:
+        drawn += line(thin(found), x, y, f"raw {palette[cell.backbone]}")
+    ends = []
+    for cell, found in lines:
+        colour, best, averaged = palette[cell.backbone], max(found.values), smooth(found, SMOOTHING)
+        drawn.append(element("line", x1=left, x2=right, y1=y(best), y2=y(best), class_=f"best {colour}"))
+        drawn += line(thin(averaged), x, y, f"mean {colour}")
+        ends.append((y(averaged.values[-1]), f"{cell.backbone} {percent(best, 1)}", colour))
+    for at, words, colour in _apart(ends):
+        drawn.append(_margin_label(words, right + 8, at + 4, anchor=f"label {colour}"))
+    label = f"Test accuracy in percent over epochs on {frontend}, {of}. " + "; ".join(
+        f"{cell.variant}: best {percent(max(found.values), 1)}, last {percent(found.values[-1], 1)} at epoch "
+        f"{found.epochs[-1]}"
+        for cell, found in lines
+    )
+    return svg(WIDTH, bottom + 24, label, drawn, class_="chart")
 
 
 def _published_scaling() -> list[tuple[str, int, float]]:
@@ -277,7 +292,9 @@ def _margin_label(words: str, x: float, y: float, *, anchor: str = "name end") -
 def _beside_mark(words: str, x: float, y: float, right: float) -> ElementTree.Element:
     """A label to the right of a mark, or to its left where it would leave the drawing."""
     fits = x + 6.5 * len(words) < right
-    return element("text", words, x=x + 10 if fits else x - 10, y=y, class_=f"tick halo {'' if fits else 'end'}".strip())
+    return element(
+        "text", words, x=x + 10 if fits else x - 10, y=y, class_=f"tick halo {'' if fits else 'end'}".strip()
+    )
 
 
 def _apart(labels: Sequence[tuple[float, str, str]]) -> list[tuple[float, str, str]]:

@@ -46,7 +46,9 @@ ONLY_IN_FILES = {
     ("95 % interval, paired t", "high"),
     ("the same, bootstrap", "low"),
     ("the same, bootstrap", "high"),
+    ("", "std"),
     ("effect", "g"),
+    ("effect", "ahead in"),
 }
 
 
@@ -74,7 +76,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """The paper's tables and its Figure 1 with this sweep in them. `undrawn`: its other figures that need other data."""
+    """The paper's tables and its Figure 1 with this sweep in them. `undrawn`: its figures of other data."""
 
     sheets: tuple[Sheet, ...]
     memory: Table
@@ -236,11 +238,15 @@ def _beside(view: SweepView, evidence: Evidence, summaries: Sequence[CellSummary
 
 
 def _shortened(table: Table) -> Table:
-    """The comparisons without what few readers look for: its files have all columns, a page and a sheet of paper do not."""
+    """The comparisons without what few readers look for: a page has no room for all columns, which the files have."""
     kept = [index for index, column in enumerate(table.columns) if (column.group, column.heading) not in ONLY_IN_FILES]
+    columns = (table.columns[index] for index in kept)
     return replace(
         table,
-        columns=tuple(table.columns[index] for index in kept),
+        # the first interval that is left has none before it to be the same as
+        columns=tuple(
+            replace(one, group=one.group.replace("the same", "95 % interval")) if one.group else one for one in columns
+        ),
         rows=tuple(tuple(row[index] for index in kept) for row in table.rows),
     )
 
@@ -269,7 +275,7 @@ def _accuracy_table(view: SweepView, dataset: str, summaries: Sequence[CellSumma
 
     return Table(
         name=_accuracy_name(dataset),
-        caption=f"Test accuracy on {dataset} in %, by the rule that chooses the epoch (std: the {text.STD_WORDS[view.std]})",
+        caption=f"Test accuracy on {dataset} in %, by the rule that chooses the epoch; {text.STD_WORDS[view.std]}",
         columns=(
             Column(heading="variant"),
             Column(heading="done", number=True),

@@ -37,7 +37,7 @@ class DataFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class StepMemory:
-    """The predicted peak of one training step of one raw clip at the paper's width: a cell of its Table 1, or beside it.
+    """The predicted peak of a training step of one raw clip at the paper's width: a cell of its Table 1, or beside it.
 
     `attn_impl` "weights" is the authors' attention, "sdpa" the same outputs without a matrix of weights. `verdict` on a
     GPU of 48 GB: "fits", "tight" (only the error bound says that it might not) or "no".

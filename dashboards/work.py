@@ -17,7 +17,7 @@ OUTCOMES = {"preempted": "lost", "stopped": "stopped", "failed": "failed"}
 class Work:
     """Of one cell, or of all together. `clips_per_second` is None before an epoch has ended.
 
-    It is the median over epochs of all clips that went through the model, trained on or tested, by the time of an epoch.
+    It is the median over epochs of the clips trained on and tested by the seconds of an epoch.
     """
 
     done: int
@@ -108,8 +108,8 @@ def _row(name: str, work: Work) -> tuple[Cell, ...]:
 def _notes(view: SweepView) -> tuple[str, ...]:
     said = [
         "Clips/s: clips trained on and tested by the time of an epoch, the median over the epochs of finished trials. "
-        "Preempted: the process vanished with its machine or was killed. Stopped: the sweep was asked to end. Neither is "
-        "a failure. Lost: work that had to be done again."
+        "Preempted: the process vanished with its machine or was killed. Stopped: the sweep was asked to end. Neither "
+        "is a failure. Lost: work that had to be done again."
     ]
     if not view.spent.hours:
         said.append("What attempts cost is not known here.")
