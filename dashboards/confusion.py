@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dashboards.tables import Column, Figure, Table
-from dashboards.text import GAP, count, slug
+from dashboards.text import GAP, count, listing, plural, slug
 from dashboards.view import CellView, SweepView
 
 #: Up to so many classes a whole matrix can be read; above, the largest confusions are shown and the rest is in a file.
@@ -77,7 +77,9 @@ def pooled_confusion(results: Sequence[Mapping[str, Any]]) -> tuple[list[list[in
     for result in results:
         pooled.update({(label, guess): clips for label, guess, clips in result[key]})
     said = "the epoch that the protocol selects" if selected else "the last epoch"
-    return [[*pair, clips] for pair, clips in sorted(pooled.items())], f"{len(results)} trials, {said} of each"
+    return [
+        [*pair, clips] for pair, clips in sorted(pooled.items())
+    ], f"{plural(len(results), 'trial')}, {said} of each"
 
 
 def confusion_csv(triples: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
@@ -129,9 +131,7 @@ def per_class(view: SweepView, dataset: str) -> PerClass | None:
         accuracy=_accuracy(found, names),
         matrices=tuple((one.cell.variant, _matrix(one, names)) for one in found) if small else (),
         classes=len(names),
-        note="; ".join(dict.fromkeys(f"{one.cell.variant}: {one.of}" for one in found))
-        if len({one.of for one in found}) > 1
-        else f"Every variant: {found[0].of}",
+        note=_note(found),
     )
 
 
@@ -259,6 +259,16 @@ def _matrix(one: Confusion, names: Sequence[str]) -> Heat:
             for label, name in enumerate(names)
         ),
     )
+
+
+def _note(found: Sequence[Confusion]) -> str:
+    """Of what the counts are; said once where it is the same of all variants."""
+    by_words: dict[str, list[str]] = {}
+    for one in found:
+        by_words.setdefault(one.of, []).append(one.cell.variant)
+    if len(by_words) == 1:
+        return f"Test clips of {found[0].of}, for every variant that has a result."
+    return f"Test clips of {'; of '.join(f'{words} ({listing(names)})' for words, names in by_words.items())}."
 
 
 def _shaded(share: float | None, *, digits: int) -> tuple[str, int]:

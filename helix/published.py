@@ -27,7 +27,7 @@ TOLERANCE = {"esc50": 0.02, "speech_commands": 0.01, "concat_speech_commands": 0
 
 @dataclass(frozen=True, kw_only=True)
 class PaperTable:
-    """How the paper lays out one of its Tables 2 to 5: rows are backbones, columns a frontend and what is printed of it.
+    """How the paper lays out one of its Tables 2 to 5: rows are backbones, columns a frontend and what is printed.
 
     `rows` are (name, backbone), `columns` (name, frontend, "best_test" or "last").
     """
