@@ -129,13 +129,15 @@ class Tracker:
             raise
 
     def publish(self, view: SweepView, report: Path) -> None:
-        """Put the report of a grid, and the certificates of its trials, into a run beside its cells."""
+        """Put the report of a grid, its tables and the certificates of its trials into a run beside its cells."""
         client = self._client = self._client or MlflowClient(self.uri)
         for dataset in dict.fromkeys(cell.dataset for cell in view.cells):
             experiment = self._experiment(client, dataset)
             tags = {"helix.level": "report", "helix.grid": view.grid}
             run = self._run(client, experiment, f"report-{view.grid}", f"report of {view.grid}", tags, view.created)
             client.log_artifact(run.info.run_id, str(report))
+            if (tables := report.with_suffix("")).is_dir():  # the report links to them
+                client.log_artifacts(run.info.run_id, str(tables), report.stem)
             ours = {trial.trial_id for cell, trial in view.trials() if cell.dataset == dataset}
             for certificate in view.certificates:
                 if certificate.get("trial_id") in ours:

@@ -251,6 +251,7 @@ def test_a_report_of_two_hundred_trials_of_a_hundred_epochs_is_small(make_view: 
     view = make_view(folds=tuple(range(1, 6)), seeds=tuple(range(7)), epochs=100)
     assert len(view.trials()) == 210
     write_report(view, tmp_path / "big.html", files="big")
+    write_tables(report_tables(view), tmp_path / "big")
     assert (tmp_path / "big.html").stat().st_size < 10_000_000
 
 
