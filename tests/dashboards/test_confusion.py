@@ -80,8 +80,8 @@ def test_the_largest_confusions_come_first(make_view: MakeView):
     assert made.confusions is not None
     shown = [name for name, _ in made.confusions.rows]
     most = [clips for _, clips in total.most_common(TOP)]
-    names = [tuple(int(word.removeprefix("sound ")) for word in row.split(", ")) for row in shown]
-    assert [total[pair] for pair in names] == most
+    pairs = [[int(word.removeprefix("sound ")) for word in row.split(", ")] for row in shown]
+    assert [total[label, guess] for label, guess in pairs] == most
 
 
 @pytest.mark.parametrize("classes", [3, 50])
