@@ -74,6 +74,19 @@ def thin(values: Curve, points: int = CURVE_POINTS) -> Curve:
     )
 
 
+def smooth(values: Curve, window: int) -> Curve:
+    """The centred moving average over `window` epochs; near its ends a curve has fewer neighbours to average with.
+
+    The paper says 7 epochs and not how they lie (caption of its Figure 4).
+    """
+    half = window // 2
+    averaged = []
+    for index in range(len(values.values)):
+        near = values.values[max(index - half, 0) : index + half + 1]
+        averaged.append(math.fsum(near) / len(near))
+    return Curve(epochs=values.epochs, values=tuple(averaged))
+
+
 def panels(summaries: Sequence[CellSummary], chance: float | None, palette: dict[str, str]) -> list[Panel]:
     """One panel per cell with a finished epoch: test accuracy above, training loss below, axes shared by all."""
     cells = [summary.cell for summary in summaries if any(trial.state.rows for trial in summary.cell.trials)]
@@ -105,7 +118,7 @@ def _panel(
     above, below = Scale(0.0, axes[0][-1], 142.0, 10.0), Scale(0.0, axes[1][-1], 216.0, 164.0)
     x = Scale(min(1.0, cell.epochs - 1.0), float(cell.epochs), left, right)
     drawn: list[ElementTree.Element] = []
-    for scale, marks, form in ((above, axes[0], _percent_tick), (below, axes[1], "{:g}".format)):
+    for scale, marks, form in ((above, axes[0], percent_tick), (below, axes[1], "{:g}".format)):
         for tick in marks:
             drawn.append(element("line", x1=left, x2=right, y1=scale(tick), y2=scale(tick), class_="grid"))
             drawn.append(element("text", form(tick), x=left - 6, y=scale(tick) + 3.5, class_="tick end"))
@@ -117,13 +130,13 @@ def _panel(
     if chance is not None and chance <= above.high:
         drawn.append(element("line", x1=left, x2=right, y1=above(chance), y2=above(chance), class_="chance"))
     for other in others:
-        drawn.extend(_line(other, x, above, "context"))
+        drawn.extend(line(other, x, above, "context"))
     crowded = " crowd" if len(cell.trials) > CROWD else ""
     for curves, scale in ((accuracy, above), (loss, below)):
         if sum(1 for one in curves if one.epochs) > 1:
             for one in curves:
-                drawn.extend(_line(thin(one), x, scale, f"fold {colour}{crowded}"))
-        drawn.extend(_line(thin(common_mean(curves)), x, scale, f"mean {colour}"))
+                drawn.extend(line(thin(one), x, scale, f"fold {colour}{crowded}"))
+        drawn.extend(line(thin(common_mean(curves)), x, scale, f"mean {colour}"))
     for trial, one in zip(cell.trials, accuracy, strict=True):
         if trial.state.status == "failed" and one.epochs:
             end_x, end_y = x(one.epochs[-1]), above(one.values[-1])
@@ -157,7 +170,7 @@ def _readings(accuracy: Curve, loss: Curve, each: Sequence[Curve]) -> list[tuple
     return said
 
 
-def _line(
+def line(
     values: Curve, x: Callable[[float], float], y: Callable[[float], float], shade: str
 ) -> list[ElementTree.Element]:
     """A curve; one point alone is a dot, since a line of one point cannot be seen."""
@@ -169,5 +182,5 @@ def _line(
     return [element("polyline", points=path, class_=f"line {shade}")]
 
 
-def _percent_tick(value: float) -> str:
+def percent_tick(value: float) -> str:
     return f"{100 * value:g}"

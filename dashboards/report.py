@@ -3,7 +3,7 @@
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dashboards import text
+from dashboards.beside import Sheet, feasibility_table, paper_tables, sheets
 from dashboards.certificates import certified
 from dashboards.charts import bars, colours, glyph
 from dashboards.comparisons import statistics_table
+from dashboards.confusion import PerClass, confusion_tables, per_class
 from dashboards.curves import Panel, panels
-from dashboards.evidence import sweep_evidence
+from dashboards.evidence import Evidence, sweep_evidence
+from dashboards.figures import Drawing, interaction_gaps, scaling, smoothed_curves
 from dashboards.findings import Finding, comparison_note, find, parse_question, shared_unlike, sweep_cautions
 from dashboards.summary import (
     SELECTIONS,
@@ -28,13 +31,25 @@ from dashboards.summary import (
     sampling_word,
     summarise,
 )
-from dashboards.tables import Table, as_html
+from dashboards.tables import Column, Figure, Table, as_html
 from dashboards.verdicts import claims_section, concerns, evidence_tables, ledger
 from dashboards.view import CellView, DataFacts, SweepView, TrialView
+from dashboards.work import work_table
 from helix.protocol import SWITCHES
-from helix.published import PAPER, README
+from helix.published import BARS_IN, CURVES_IN, PAPER, README
 
 TEMPLATE = "report.html.j2"
+
+#: (group, heading) of the columns of comparisons that the files have and the page has not.
+ONLY_IN_FILES = {
+    ("95 % interval, paired t", "low"),
+    ("95 % interval, paired t", "high"),
+    ("the same, bootstrap", "low"),
+    ("the same, bootstrap", "high"),
+    ("", "std"),
+    ("effect", "g"),
+    ("effect", "ahead in"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +61,31 @@ class Section:
     summaries: tuple[CellSummary, ...]
     finding: Finding
     bars: Markup
+    bars_after: str
+    epochs_said: str
     panels: tuple[Panel, ...]
+    smoothed: Drawing
+    classes: PerClass | None
+    class_files: tuple[str, ...]
+    accuracy_file: str
     columns: int
     comparison_note: str
     shared_unlike: tuple[str, ...]
     has_published: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """The paper's tables and its Figure 1 with this sweep in them. `undrawn`: its figures of other data."""
+
+    sheets: tuple[Sheet, ...]
+    memory: Table
+    drawings: tuple[Drawing, ...]
+    undrawn: str
+
+    @property
+    def absent(self) -> tuple[Sheet, ...]:
+        return tuple(sheet for sheet in self.sheets if not sheet.asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +102,26 @@ class TrialRow:
     weights_sha256: str
 
 
-def write_report(view: SweepView, path: Path) -> None:
-    """Write the report to `path` in one step: a reader sees the old file or the new one, never half of it."""
-    put(path, render_report(view))
+def write_report(view: SweepView, path: Path, *, files: str | None = None) -> None:
+    """Write the report to `path` in one step: a reader sees the old file or the new one, never half of it.
+
+    `files`: the folder beside it that has its tables, to which it then links.
+    """
+    put(path, render_report(view, files=files))
 
 
 def report_tables(view: SweepView) -> tuple[Table, ...]:
     """The tables that stand beside the report as CSV, Markdown and LaTeX."""
     evidence = sweep_evidence(view)
-    return evidence_tables(evidence, ledger(evidence) if concerns(evidence) else ())
+    summaries = summarise(view)
+    datasets = tuple(dict.fromkeys(cell.dataset for cell in view.cells))
+    return (
+        *(_accuracy_table(view, dataset, summaries) for dataset in datasets),
+        *(paper_tables(view, summaries) if concerns(evidence) else ()),
+        *evidence_tables(evidence, ledger(evidence) if concerns(evidence) else ()),
+        *(table for dataset in datasets for table in confusion_tables(view, dataset)),
+        *((work_table(view), _trials_table(view)) if view.cells else ()),
+    )
 
 
 def put(path: Path, page: str) -> None:
@@ -101,11 +147,14 @@ def page_environment() -> Environment:
     for word in ("percent", "points", "mean_std", "count", "millions", "plural", "duration", "moment", "cost_line"):
         environment.filters[word] = getattr(text, word)
     environment.filters["as_html"] = as_html
+    environment.filters["listing"] = lambda numbers, word: (
+        f"{word}{'s' if len(numbers) > 1 else ''} {text.listing(numbers)}"
+    )
     return environment
 
 
-def render_report(view: SweepView) -> str:
-    """The whole page as text. Everything that comes from the view is escaped."""
+def render_report(view: SweepView, *, files: str | None = None) -> str:
+    """The whole page as text. Everything that comes from the view is escaped. `files` as in `write_report`."""
     evidence = sweep_evidence(view)
     summaries = summarise(view)
     kinds = list(dict.fromkeys(block for cell in view.cells for block in cell.pattern))
@@ -114,9 +163,13 @@ def render_report(view: SweepView) -> str:
         .get_template(TEMPLATE)
         .render(
             view=view,
+            files=files,
+            beside=_beside(view, evidence, summaries) if concerns(evidence) else None,
+            work=work_table(view),
             claims=claims_section(ledger(evidence), evidence) if concerns(evidence) else None,
             statistics={
-                dataset: statistics_table(evidence, dataset) for dataset in {cell.dataset for cell in view.cells}
+                dataset: _shortened(statistics_table(evidence, dataset))
+                for dataset in {cell.dataset for cell in view.cells}
             },
             question=parse_question(view.question, view.grid),
             progress=progress(view),
@@ -157,11 +210,145 @@ def _section(view: SweepView, dataset: str, every: Sequence[CellSummary]) -> Sec
         summaries=summaries,
         finding=find(view, dataset, summaries),
         bars=bars(summaries, view.select, chance, palette),
+        bars_after=BARS_IN.get(dataset, ""),
+        epochs_said=_epochs_said(summaries),
         panels=drawn,
+        smoothed=smoothed_curves(dataset, summaries, chance, palette),
+        classes=per_class(view, dataset),
+        class_files=tuple(table.name for table in confusion_tables(view, dataset)),
+        accuracy_file=_accuracy_name(dataset),
         columns=backbones if 2 <= backbones <= 4 else 3,
         comparison_note=comparison_note(view, summaries),
         shared_unlike=shared_unlike(summaries),
         has_published=any(summary.comparison is not None for summary in summaries),
+    )
+
+
+def _beside(view: SweepView, evidence: Evidence, summaries: Sequence[CellSummary]) -> Beside:
+    palette = colours(view.cells)
+    here = {summary.cell.dataset for summary in summaries}
+    drawn_after = [(figure, dataset) for named in (BARS_IN, CURVES_IN) for dataset, figure in named.items()]
+    missing = [(figure, dataset) for figure, dataset in drawn_after if dataset not in here]
+    return Beside(
+        sheets=sheets(summaries, view.std),
+        memory=feasibility_table(view),
+        drawings=(interaction_gaps(evidence, view.cells, palette), scaling(evidence, view.cells)),
+        undrawn=", ".join(f"{figure} ({dataset})" for figure, dataset in sorted(missing)),
+    )
+
+
+def _shortened(table: Table) -> Table:
+    """The comparisons without what few readers look for: a page has no room for all columns, which the files have."""
+    kept = [index for index, column in enumerate(table.columns) if (column.group, column.heading) not in ONLY_IN_FILES]
+    columns = (table.columns[index] for index in kept)
+    return replace(
+        table,
+        # the first interval that is left has none before it to be the same as
+        columns=tuple(
+            replace(one, group=one.group.replace("the same", "95 % interval")) if one.group else one for one in columns
+        ),
+        rows=tuple(tuple(row[index] for index in kept) for row in table.rows),
+    )
+
+
+def _epochs_said(summaries: Sequence[CellSummary]) -> str:
+    """How long the runs behind the bars were: the paper writes it over them."""
+    by_epochs: dict[int, list[str]] = {}
+    for summary in summaries:
+        if summary.samples:
+            by_epochs.setdefault(summary.cell.epochs, []).append(summary.cell.variant)
+    if len(by_epochs) == 1:
+        return f"Every bar is of runs of {text.plural(next(iter(by_epochs)), 'epoch')}."
+    said = [f"{text.listing(names)} {text.plural(epochs, 'epoch')}" for epochs, names in by_epochs.items()]
+    return f"Bars are of runs of: {'; '.join(said)}." if said else "No run is finished yet."
+
+
+def _accuracy_name(dataset: str) -> str:
+    return f"accuracy-{text.slug(dataset)}"
+
+
+def _accuracy_table(view: SweepView, dataset: str, summaries: Sequence[CellSummary]) -> Table:
+    """The first table of a data set in full: mean and std under each rule of selection."""
+
+    def percents(*values: float | None) -> list[Figure]:
+        return [Figure(None if value is None else 100 * value, text.percent(value)) for value in values]
+
+    return Table(
+        name=_accuracy_name(dataset),
+        caption=f"Test accuracy on {dataset} in %, by the rule that chooses the epoch; {text.STD_WORDS[view.std]}",
+        columns=(
+            Column(heading="variant"),
+            Column(heading="done", number=True),
+            Column(heading="asked", number=True),
+            *(
+                Column(heading=what, number=True, group=text.SELECTION_WORDS[rule])
+                for rule in SELECTIONS
+                for what in ("mean", "std")
+            ),
+            Column(heading="optimism, points", number=True),
+            Column(heading="parameters", number=True),
+            Column(heading="tokens", number=True),
+            Column(heading="minutes a trial", number=True),
+        ),
+        rows=tuple(
+            (
+                row.cell.variant,
+                Figure(row.done, str(row.done)),
+                Figure(row.asked, str(row.asked)),
+                *(
+                    figure
+                    for rule in SELECTIONS
+                    for figure in percents(row.accuracy[rule].mean, row.accuracy[rule].std)
+                ),
+                Figure(None if row.optimism.mean is None else 100 * row.optimism.mean, text.points(row.optimism.mean)),
+                Figure(row.parameters, text.count(row.parameters)),
+                Figure(row.tokens, text.count(row.tokens)),
+                Figure(
+                    None if row.train_seconds is None else row.train_seconds / 60,
+                    text.GAP if row.train_seconds is None else f"{row.train_seconds / 60:.1f}",
+                ),
+            )
+            for row in summaries
+            if row.cell.dataset == dataset
+        ),
+    )
+
+
+def _trials_table(view: SweepView) -> Table:
+    """Every trial in one line."""
+    rows = [_trial_row(cell, trial) for cell, trial in view.trials()]
+    return Table(
+        name="trials",
+        caption=f"All trials of {view.grid}, accuracies in %",
+        columns=(
+            *(Column(heading=heading) for heading in ("trial", "data set", "variant")),
+            *(Column(heading=heading, number=True) for heading in ("fold", "seed")),
+            Column(heading="status"),
+            *(Column(heading=heading, number=True) for heading in ("epochs", "asked", *SELECTIONS)),
+            *(Column(heading=heading, number=True) for heading in ("trained, s", "attempts", "lost, s")),
+            Column(heading="weights sha256"),
+        ),
+        rows=tuple(
+            (
+                row.trial.trial_id,
+                row.cell.dataset,
+                row.cell.variant,
+                Figure(row.trial.fold, str(row.trial.fold)),
+                Figure(row.trial.seed, str(row.trial.seed)),
+                row.trial.state.status,
+                Figure(row.trial.state.epochs_done, str(row.trial.state.epochs_done)),
+                Figure(row.cell.epochs, str(row.cell.epochs)),
+                *(
+                    Figure(None if one is None else 100 * one, text.percent(one))
+                    for one in (row.accuracy.get(rule) for rule in SELECTIONS)
+                ),
+                Figure(row.train_seconds, text.GAP if row.train_seconds is None else f"{row.train_seconds:.1f}"),
+                Figure(row.attempts, str(row.attempts)),
+                Figure(row.lost_seconds, text.GAP if row.lost_seconds is None else f"{row.lost_seconds:.1f}"),
+                row.weights_sha256[:12],
+            )
+            for row in rows
+        ),
     )
 
 

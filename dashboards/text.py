@@ -63,6 +63,11 @@ def listing(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
 
 
+def slug(name: str) -> str:
+    """A name as part of the name of a file: small letters, digits, "-" and "_"."""
+    return "".join(char if char.isascii() and (char.isalnum() or char in "-_") else "-" for char in name.lower())
+
+
 def duration(seconds: float | None) -> str:
     """Two units at most: "8 s", "3 min 05 s", "2 h 40 min", "3 d 04 h"."""
     if seconds is None:

@@ -18,7 +18,7 @@ class DataFacts:
     """One data set as prepared. `chance` is the accuracy of guessing; `expected` is the official count, if known.
 
     `partial`: a subset was asked for. `caveat`: what its own authors warn of. `notes`: one plain sentence each on what
-    preparation counted (quarantined files, uneven folds), shown as they are.
+    preparation counted (quarantined files, uneven folds), shown as they are. `class_names`: by label, where known.
     """
 
     name: str
@@ -32,6 +32,22 @@ class DataFacts:
     caveat: str = ""
     manifest_sha256: str = ""
     notes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """The predicted peak of a training step of one raw clip at the paper's width: a cell of its Table 1, or beside it.
+
+    `attn_impl` "weights" is the authors' attention, "sdpa" the same outputs without a matrix of weights. `verdict` on a
+    GPU of 48 GB: "fits", "tight" (only the error bound says that it might not) or "no".
+    """
+
+    backbone: str
+    tokens: int
+    attn_impl: str
+    predicted_bytes: int
+    verdict: Literal["fits", "tight", "no"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +131,8 @@ class SweepView:
 
     `switches` holds every protocol switch in force; `select` and `std` are the two that rule the summary.
     `certificates` are all in the storage, as orchestration/certify.py put them. `waiting` says what trials that could
-    run are waiting for, empty where nothing is known to hold them up.
+    run are waiting for, empty where nothing is known to hold them up. `memory` is the paper's Table 1 as it is
+    predicted, where that was asked for.
     """
 
     grid: str
@@ -131,6 +148,7 @@ class SweepView:
     cells: tuple[CellView, ...] = ()
     certificates: tuple[dict[str, Any], ...] = ()
     waiting: str = ""
+    memory: tuple[StepMemory, ...] = ()
 
     @classmethod
     def build(

@@ -2,20 +2,23 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dashboards.view import DataFacts, SweepView
+from dashboards.evidence import DATASETS_OF_THE_PAPER
+from dashboards.view import DataFacts, StepMemory, SweepView
 from helix.data.dataset import Dataset, split_facts
 from helix.data.shards import Recordings
 from helix.models.classifier import Cost, cost
+from helix.published import GPU_BYTES
 from helix.registry import DATASETS
 from helix.spec import resolve, trial_id
 from helix.storage import Storage
+from helix.training import feasibility
 from helix.training.memory import Device, Placement, choose
 from orchestration.asked import Asked, AskedTrial
-from orchestration.grid import Grid, Trial
+from orchestration.grid import BACKBONES, Grid, Trial
 from orchestration.ledger import TrialState, certificates, read_all
 from orchestration.money import Prices
 
@@ -177,6 +180,28 @@ class Snapshot:
         )
 
 
+def with_memory(view: SweepView) -> SweepView:
+    """The view with the paper's Table 1 as it is predicted for the backbones of the sweep; some seconds of work.
+
+    A sweep of a data set that the paper does not speak of has no use for it and is left as it is.
+    """
+    if not {cell.dataset for cell in view.cells} & set(DATASETS_OF_THE_PAPER):
+        return view
+    asked = {cell.backbone for cell in view.cells}
+    patterns = {name: pattern for name, pattern in BACKBONES.items() if name in asked}
+    memory = tuple(
+        StepMemory(
+            backbone=cell.backbone,
+            tokens=cell.tokens,
+            attn_impl=cell.attn_impl,
+            predicted_bytes=cell.predicted.peak_bytes,
+            verdict=cell.verdict(GPU_BYTES),
+        )
+        for cell in feasibility.table(patterns, recomputing=(False,))
+    )
+    return replace(view, memory=memory)
+
+
 def data_facts(recordings: Recordings, trials: Sequence[Trial] = ()) -> DataFacts:
     """What the report says of a prepared data set, and of the clips that the folds of these trials make of it."""
     manifest = recordings.manifest
@@ -209,6 +234,7 @@ def data_facts(recordings: Recordings, trials: Sequence[Trial] = ()) -> DataFact
         caveat=manifest["caveat"] or "",
         manifest_sha256=recordings.manifest_sha256,
         notes=tuple(notes),
+        class_names=tuple(map(str, manifest["classes"])),
     )
 
 

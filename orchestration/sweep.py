@@ -66,7 +66,7 @@ from orchestration.lineage import code_facts
 from orchestration.metrics import SweepMetrics
 from orchestration.money import Limits, machine_facts, read_prices, spent_on_trial, until
 from orchestration.needs import Need, Room, deal, need_of
-from orchestration.plan import Planned, Snapshot, check_trials, make_plan, price
+from orchestration.plan import Planned, Snapshot, check_trials, make_plan, price, with_memory
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
 from orchestration.stop import ask
 from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, local_folder, without_secrets
@@ -507,12 +507,12 @@ def put_reports(storage: Storage, write: Callable[[Path], tuple[Path, ...]]) -> 
 
 def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int:
     """Bring MLflow up to date, write the report, print the table and where to look. Returns the exit code."""
-    view = sweep.snapshot()
+    view = with_memory(sweep.snapshot())
     tracker = Tracker(sweep.storage)
 
     def write(folder: Path) -> tuple[Path, ...]:
         page = folder / f"{view.grid}.html"
-        write_report(view, page)
+        write_report(view, page, files=page.stem)
         return page, *write_tables(report_tables(view), page.with_suffix(""))
 
     report = put_reports(sweep.storage, write)[0]

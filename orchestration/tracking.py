@@ -11,9 +11,7 @@ run is a trial's is agreed on in the storage (orchestration/once.py), so that tw
       report of <grid>             what a grid found: the report, certificates/
 """
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import os
@@ -21,7 +19,6 @@ import re
 import threading
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
+from dashboards.confusion import confusion_csv, confusion_of, pooled_confusion
 from dashboards.summary import SELECTIONS, CellSummary, statistic, summarise
 from dashboards.view import CellView, SweepView, TrialView
 from helix.data.shards import Prepared, find
@@ -131,13 +129,15 @@ class Tracker:
             raise
 
     def publish(self, view: SweepView, report: Path) -> None:
-        """Put the report of a grid, and the certificates of its trials, into a run beside its cells."""
+        """Put the report of a grid, its tables and the certificates of its trials into a run beside its cells."""
         client = self._client = self._client or MlflowClient(self.uri)
         for dataset in dict.fromkeys(cell.dataset for cell in view.cells):
             experiment = self._experiment(client, dataset)
             tags = {"helix.level": "report", "helix.grid": view.grid}
             run = self._run(client, experiment, f"report-{view.grid}", f"report of {view.grid}", tags, view.created)
             client.log_artifact(run.info.run_id, str(report))
+            if (tables := report.with_suffix("")).is_dir():  # the report links to them
+                client.log_artifacts(run.info.run_id, str(tables), report.stem)
             ours = {trial.trial_id for cell, trial in view.trials() if cell.dataset == dataset}
             for certificate in view.certificates:
                 if certificate.get("trial_id") in ours:
@@ -343,7 +343,7 @@ class Tracker:
             values["n"] = len(found)
             metrics = [Metric(name, value, when, len(found)) for name, value in values.items() if value is not None]
             client.log_batch(parent.info.run_id, metrics=metrics)
-            triples, of = _pooled_confusion(list(found.values()))
+            triples, of = pooled_confusion(list(found.values()))
             first = next(iter(found))
             names = self._classes(self._specs[first], found[first])
             client.log_text(parent.info.run_id, confusion_csv(triples, names), "confusion.csv")
@@ -551,38 +551,6 @@ def _metrics(row: dict[str, Any]) -> list[Metric]:
         + plain
         + [Metric(f"system/{name}", value, when, epoch) for name, value in row.get("system", {}).items()]
     )
-
-
-def confusion_of(result: dict[str, Any]) -> tuple[list[list[int]], str]:
-    """[label, predicted, count] of a result and of which epoch they are, in words.
-
-    A result of an earlier version knows the last epoch alone.
-    """
-    if "selected_confusion" in result:
-        return result["selected_confusion"], f"epoch {result['selected_epoch']}, the one that the protocol selects"
-    return result["confusion"], "the last epoch: this result kept none of the epoch that the protocol selects"
-
-
-def confusion_csv(triples: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
-    """A row for each class as it is, a column for each as it was taken for; counts of test clips."""
-    counts = {(label, guess): count for label, guess, count in triples}
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["is / taken for", *classes])
-    for label, name in enumerate(classes):
-        table.writerow([name, *(counts.get((label, guess), 0) for guess in range(len(classes)))])
-    return text.getvalue()
-
-
-def _pooled_confusion(results: Sequence[dict[str, Any]]) -> tuple[list[list[int]], str]:
-    """The counts of several trials together, each of its selected epoch if all have one, else each of its last."""
-    selected = all("selected_confusion" in result for result in results)
-    key = "selected_confusion" if selected else "confusion"
-    pooled: Counter[tuple[int, int]] = Counter()
-    for result in results:
-        pooled.update({(label, guess): count for label, guess, count in result[key]})
-    said = "the epoch that the protocol selects" if selected else "the last epoch"
-    return [[*pair, count] for pair, count in sorted(pooled.items())], f"{len(results)} trials, {said} of each"
 
 
 def _lineage(attempts: Sequence[dict[str, Any]]) -> dict[str, str]:

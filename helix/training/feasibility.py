@@ -102,6 +102,7 @@ def table(
     batch: int = 1,
     precision: str = "fp32",
     width: int = 256,
+    recomputing: Sequence[bool] = (False, True),
 ) -> list[Cell]:
     """Every cell: length x backbone x (ours, the authors' path) x (keeping, recomputing), predicted.
 
@@ -117,7 +118,7 @@ def table(
                     training=TrainingSpec(batch_size=batch, precision=precision),  # type: ignore[arg-type]
                     protocol=dataclasses.replace(profile("paper"), attn_impl=attn_impl),
                 )
-                for recompute in (False, True):
+                for recompute in recomputing:
                     predicted = predict(spec, samples=length * SAMPLES_PER_TOKEN, classes=CLASSES, recompute=recompute)
                     cells.append(
                         Cell(

@@ -29,6 +29,7 @@ from orchestration.plan import (
     make_plan,
     pack,
     price,
+    with_memory,
 )
 
 MANIFEST = "5eed" * 16
@@ -238,6 +239,18 @@ def test_a_snapshot_shows_every_trial_as_storage_has_it(tmp_path: Path, monkeypa
         assert cell.epochs == entry.trial.spec.training.epochs
     assert (view.grid, view.profile, view.created) == ("demo", "paper", now)
     assert view.question == load_grid("demo").question
+
+
+def test_the_papers_first_table_is_predicted_for_the_backbones_of_the_sweep(tmp_path: Path):
+    trials = expand(load_grid("demo"), variants=["mamba-raw", "attention-raw"])
+    elsewhere = snapshot(FolderStorage(tmp_path), trials, prepared())()
+    assert with_memory(elsewhere) is elsewhere, "the paper does not speak of tones"
+    view = replace(elsewhere, cells=tuple(replace(cell, dataset="esc50") for cell in elsewhere.cells))
+    told = {(one.tokens, one.backbone, one.attn_impl): one for one in with_memory(view).memory}
+    assert {backbone for _, backbone, _ in told} == {"mamba", "attention"}
+    paper_says_oom = told[30_000, "attention", "weights"]
+    assert paper_says_oom.verdict == "no"
+    assert paper_says_oom.predicted_bytes > 48e9 > 8 * told[30_000, "attention", "sdpa"].predicted_bytes
 
 
 class Counting(FolderStorage):

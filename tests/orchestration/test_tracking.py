@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, load_text
 from scipy import stats
 
+from dashboards.confusion import confusion_csv, confusion_of
 from helix.data.shards import Recordings
 from helix.storage import FolderStorage, Storage, open_storage
 from orchestration import tracking
@@ -28,8 +29,6 @@ from orchestration.tracking import (
     BackgroundTracker,
     Tracker,
     attempt_replay,
-    confusion_csv,
-    confusion_of,
     logged,
     without_secrets,
 )
@@ -435,11 +434,14 @@ def test_the_report_and_the_certificates_lie_beside_the_cells(sweep, tiny_data, 
         certificate = {"certificate_id": f"c{number}", "trial_id": trial, "verdict": "bit-exact"}
         storage.put_json(f"certificates/c{number}.json", certificate)
     report = tmp_path / "test.html"
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "work.csv").write_text("variant,trials\n")
     for text in ("<p>half</p>", "<p>whole</p>"):
         report.write_text(text)
         assert attempt_replay(Tracker(storage), snapshot(), report) is None
     (run,) = runs(storage)["report"]
     assert text_of(storage, run, "test.html") == "<p>whole</p>"
+    assert text_of(storage, run, "test/work.csv") == "variant,trials\n", "where the page looks for it"
     found = Path(download_artifacts(f"{run.info.artifact_uri}/certificates"))
     assert [path.name for path in found.iterdir()] == ["c0.json"]
     assert "Does it replay?" in run.data.tags["mlflow.note.content"]
