@@ -109,7 +109,7 @@ class Asked:
                 "grid": self.grid,
                 "question": self.question,
                 "command": self.command,
-                "data": [asdict(facts) | {"notes": list(facts.notes)} for facts in self.data],
+                "data": [asdict(facts) for facts in self.data],
                 "cells": list(cells.values()),
                 "prices": [[*key, usd] for key, usd in sorted(self.prices.usd.items())],
             }
@@ -149,7 +149,10 @@ def read_asked(storage: Storage, grid: str) -> Asked | None:
         grid=value["grid"],
         question=value["question"],
         command=value["command"],
-        data=tuple(DataFacts(**{**facts, "notes": tuple(facts["notes"])}) for facts in value["data"]),
+        data=tuple(
+            DataFacts(**{name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()})
+            for facts in value["data"]
+        ),
         trials=tuple(trials),
         prices=Prices(usd={(name, market): usd for name, market, usd in value["prices"]}),
     )
