@@ -70,12 +70,13 @@ def test_the_demo_grid_grows_to_two_machines_outlives_a_drained_one_and_ends_wit
         Autoscaled({"gpu_spot": GPU_SPOT}, idle_s=IDLE_S) as machines,
     ):
         undisturbed = aside.submit(lambda: [finished(twins.run(order)) for order in orders])
-        counts = [len(machines.grown())]
+        counts, drained = [len(machines.grown())], set()
         sweep = machines.run(command)
 
         def counted(met: bool) -> bool | None:
+            """`met`, after a look at how many machines there are that are to stay."""
             time.sleep(LOOK_S)
-            if (count := len(machines.grown())) != counts[-1]:
+            if (count := len(machines.grown().keys() - drained)) != counts[-1]:
                 counts.append(count)
             return met or None
 
@@ -88,6 +89,7 @@ def test_the_demo_grid_grows_to_two_machines_outlives_a_drained_one_and_ends_wit
         told = beats()[0]
         (attempt,) = attempts(storage, names[0])
         doomed, deadline = machine_of(machines, attempt["pid"]), time.monotonic() + DEADLINE_S
+        drained.add(doomed.node_id)  # the autoscaler replaces it from here on, while it still trains
         machines.drain(doomed, DEADLINE_S)
         until(
             lambda: counted(saved(storage, names[0]) >= told["step"]), "a checkpoint on the notice", limit_s=DEADLINE_S
