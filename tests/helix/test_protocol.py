@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helix import spec
 from helix.data.shards import Recordings
 from helix.protocol import PROFILES, SWITCHES, Protocol, profile
 from helix.registry import BLOCKS, DATASETS
@@ -124,6 +125,7 @@ def test_each_switch_changes_what_is_learned(name: str, tiny_spec: TrialSpec, ti
 
 def test_the_shift_is_the_data_sets_own_or_the_papers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(DATASETS["tones"], "authors_shift_s", 0.1)
+    monkeypatch.setattr(spec, "_RESOLVED", {})  # what was resolved with the other shift is remembered
     shifts = {
         value: resolve(TrialSpec(protocol=Protocol(shift=value))).augment.shift_s for value in ("dataset", "paper")
     }

@@ -526,15 +526,15 @@ def test_a_slow_body_is_waited_for_and_one_that_is_too_slow_is_not(fault_proxy: 
 
 
 def test_an_outage_ends_at_the_deadline_with_bucket_and_key(fault_proxy: FaultProxy, bucket: S3Storage):
-    patient = S3Storage(bucket.bucket, bucket.prefix, deadline_s=1.5)
+    patient = S3Storage(bucket.bucket, bucket.prefix, deadline_s=3.0)
     for fault in (Fault(kind="status", status=503, code="ServiceUnavailable"), Fault(kind="reset")):
         fault_proxy.clear()
         fault_proxy.add(fault)
         begun = time.monotonic()
-        with pytest.raises(ConnectionError, match=re.escape(f"{bucket!r}/{KEY}: put failed for 1.5 s")) as caught:
+        with pytest.raises(ConnectionError, match=re.escape(f"{bucket!r}/{KEY}: put failed for 3 s")) as caught:
             patient.put(KEY, b"x")
-        assert 0.5 < time.monotonic() - begun < 3
-        assert fault.seen >= 3
+        assert 0.5 < time.monotonic() - begun < 6
+        assert fault.seen >= 2
         assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
     fault_proxy.clear()
     assert not patient.exists(KEY)

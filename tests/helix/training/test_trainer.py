@@ -151,7 +151,7 @@ def test_a_row_lost_between_checkpoint_and_row_comes_back(tiny_spec, tiny_data, 
 def test_a_trial_whose_checkpoints_are_gone_does_not_silently_start_again(lost, tiny_spec, tiny_data, storage):
     """Rows are put after the checkpoint that holds them: where there are some, there was one."""
     with pytest.raises(Killed):
-        fit(tiny_spec, tiny_data, Fit(storage=storage, save_every_s=0.0, on_step=kill_at(8)))
+        fit(tiny_spec, tiny_data, Fit(storage=storage, save_now=lambda: True, on_step=kill_at(8)))
     folder = f"trials/{trial_id(tiny_spec, tiny_data.manifest_sha256)}"
     kept = committed(storage, f"{folder}/checkpoints")
     assert kept
