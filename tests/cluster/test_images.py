@@ -275,7 +275,7 @@ def test_the_timer_starts_the_service_that_submits_with_a_token():
     assert words[:6] == ["/usr/bin/env", "ray", "job", "submit", "--address", "http://127.0.0.1:8265"]
     assert words[words.index("--") + 1 :][:2] == ["python", "orchestration/schedule.py"]
     readme = (CLUSTER / "README.md").read_text()
-    for name in re.findall(r"\$\{(\w+)\}", command):
+    for name in re.findall(r"\$\{?(\w+)", command):
         assert f"{name}=" in readme
     assert "RAY_AUTH_MODE=token" in readme
 

@@ -3,6 +3,7 @@
 Rules that KubeRay writes in Go or in CEL and not in a schema are checked here one by one, where these files touch them.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,8 @@ def test_what_the_documents_name_is_made_somewhere():
                     reference = entry.get("valueFrom", {}).get("secretKeyRef")
                     if reference:
                         assert f"create secret generic {reference['name']}" in readmes
-                        assert f"--from-file={reference['key']}=" in readmes.split(f"generic {reference['name']}")[1]
+                        made = readmes.split(f"generic {reference['name']}")[1]
+                        assert re.search(rf"--from-(file|literal)={reference['key']}=", made)
             for volume in pod.get("volumes", []):
                 if "secret" in volume:
                     assert f"create secret generic {volume['secret']['secretName']}" in readmes
