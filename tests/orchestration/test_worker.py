@@ -260,9 +260,10 @@ def drivers(
     return processes
 
 
-@pytest.mark.parametrize("killed", [False, True])
-@pytest.mark.parametrize("ahead_s", [0.0, 3600.0, -3600.0])
-@pytest.mark.parametrize("other", ["here", "there"])
+@pytest.mark.parametrize(
+    ("other", "ahead_s", "killed"),
+    [("here", 0.0, False), ("here", 3600.0, True), ("there", 3600.0, False), ("there", -3600.0, True)],
+)
 def test_two_sweeps_at_once_share_the_trials_and_train_none_twice(
     other, ahead_s, killed, tiny_spec, tiny_data, storage
 ):
