@@ -22,12 +22,14 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 import ray
@@ -80,6 +82,15 @@ PLAIN_WIDTH = 120
 #: Seconds between two looks at what a sweep waits for and has spent; and how long workers that were asked to stop have.
 LOOK_S = 2.0
 GRACE_S = 600.0
+
+#: Looks in a row that may fail to read what was spent, before a sweep that has a budget stops.
+BLIND_LOOKS = 5
+
+#: The signals that end a sweep as a limit does, and why it stopped then.
+CALLS = {signal.SIGTERM: "interrupted (SIGTERM)", signal.SIGINT: "interrupted (SIGINT)"}
+
+#: Set to 1, it keeps Ray Tune from handling SIGINT.
+TUNE_LEAVES_SIGINT = "TUNE_DISABLE_SIGINT_HANDLER"
 
 SOME_FAILED = 1
 REFUSED = 2
@@ -152,9 +163,9 @@ def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) 
         return INTERRUPTED
     try:
         return finish(sweep, out, stopped=stopped)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: what is stored is not JSON
         out.print(f"no report: {error}; what is stored is not lost, the same command goes on with it", markup=False)
-        return SOME_FAILED
+        return unfinished(stopped)
 
 
 def console() -> Console:
@@ -168,6 +179,13 @@ def refuse(error: Exception) -> int:
     """Say why nothing was started. Returns the exit code."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"refused: {error}", markup=False)
     return REFUSED
+
+
+def unfinished(stopped: str | None) -> int:
+    """The exit code of a sweep that left trials undone; `stopped`: why it stopped, if it had to."""
+    if stopped is None:
+        return SOME_FAILED
+    return INTERRUPTED if stopped in CALLS.values() else STOPPED
 
 
 def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: Console) -> Sweep | None:
@@ -348,7 +366,7 @@ def train(
         ),
     )
     try:
-        with guard, contextlib.redirect_stdout(RayMessages()):
+        with guard, calls_answered(guard), contextlib.redirect_stdout(RayMessages()):
             results = tuner.fit()
     finally:
         with contextlib.suppress(OSError):
@@ -368,8 +386,9 @@ class Guard(ray.tune.Stopper):
     """Watches a sweep while Ray Tune runs it: what it waits for, whether that can ever come, and its limits. What a
     killed process of it still holds, it gives back.
 
-    When a limit is reached the workers are asked through the storage to save and leave; once no attempt is under way,
-    or after GRACE_S, what has not started by then is cancelled.
+    When a limit is reached, or `call` says so, the workers are asked through the storage to save and leave; once no
+    attempt is under way, or after GRACE_S, what has not started by then is cancelled. A budget that cannot be watched
+    for BLIND_LOOKS looks in a row is a limit as well.
     """
 
     def __init__(self, sweep: Sweep, sweep_id: str, *, wanted: Sequence[tuple[dict[str, float], int]]):
@@ -377,7 +396,9 @@ class Guard(ray.tune.Stopper):
         self.sweep, self.sweep_id, self.wanted = sweep, sweep_id, wanted
         self.stopped: str | None = None
         self.impossible: str | None = None
-        self._waiting, self._cancel, self._asked_at = "", False, 0.0
+        self._waiting, self._cancel = "", False
+        self._called: str | None = None
+        self._blind, self._asked, self._stopped_at = 0, False, 0.0
         self._record = DriverRecord(sweep.storage, sweep.snapshot.grid_name, sweep_id)
         self._metrics = SweepMetrics(sweep.snapshot.grid_name)
         self._over = threading.Event()
@@ -407,21 +428,72 @@ class Guard(ray.tune.Stopper):
         self._waiting = ""
         self._record.end()
 
+    def call(self, reason: str) -> bool:
+        """Have the sweep stop at the next look; False where that was called for before. Fit for a signal handler."""
+        first, self._called = self._called is None, self._called or reason
+        return first
+
     def _watch(self) -> None:
         while not self._over.wait(LOOK_S):
-            try:
-                self._look()
-            except (
-                Exception
-            ) as error:  # the storage or Ray is away for a moment; the sweep goes on and this looks again
-                logger.warning("the limits of the sweep could not be looked at just now (%s)", error)
-            self._record.say(waiting=self._waiting, stopped=self.stopped)
+            self._look()
+            with self._spared("the record of this driver"):
+                self._record.say(waiting=self._waiting, stopped=self.stopped)
+
+    @contextlib.contextmanager
+    def _spared(self, what: str) -> Iterator[None]:
+        """One part of a look: the storage or Ray may be away for a moment, and the other parts have to go on."""
+        try:
+            yield
+        except Exception as error:
+            logger.warning("%s failed just now (%s: %s)", what, type(error).__name__, error)
 
     def _look(self) -> None:
-        free_what_the_dead_hold()
-        on_offer, now = offer(self.sweep.snapshot.prices), time.time()
-        states = self.sweep.snapshot.states()
-        attempts = [one for state in states.values() for one in state.attempts if one["sweep_id"] == self.sweep_id]
+        # The time and calls come first, since they need neither the storage nor Ray.
+        reason = self._called or self.sweep.limits.reached(Spent(), now=time.time())
+        states: Mapping[str, TrialState] = {}
+        attempts = None
+        try:
+            states = self.sweep.snapshot.states()
+            every = [one for state in states.values() for one in state.attempts]
+            attempts = [one for one in every if one["sweep_id"] == self.sweep_id]
+            spent = self._spent(states, sweep_id=self.sweep_id)
+            reason, self._blind = reason or self.sweep.limits.reached(spent, now=time.time()), 0
+        except Exception as error:  # whatever it is, what was spent is not known
+            logger.warning("what was spent cannot be read just now (%s: %s)", type(error).__name__, error)
+            self._blind += 1
+            if self.sweep.limits.budget_usd is not None and self._blind >= BLIND_LOOKS:
+                reason = reason or f"what was spent cannot be read: {str(error) or repr(error)}"
+        self._stop(reason, attempts)
+        with self._spared("giving back what dead processes hold"):
+            free_what_the_dead_hold()
+        if attempts is None:
+            return
+        with self._spared("asking Ray what there is to wait for"):
+            self._wait(states, attempts)
+        with self._spared("telling the metrics"):
+            self._metrics.tell(states.values(), self._spent(states), waiting=bool(self._waiting))
+
+    def _spent(self, states: Mapping[str, TrialState], *, sweep_id: str | None = None) -> Spent:
+        """What all these trials took, or what one sweep spent on them."""
+        prices = self.sweep.snapshot.prices
+        return sum((spent_on_trial(state, prices, sweep_id=sweep_id) for state in states.values()), Spent())
+
+    def _stop(self, reason: str | None, attempts: Sequence[Mapping[str, Any]] | None) -> None:
+        """Begin to stop where there is a reason, and go on with it; `attempts`: of this sweep, None where unknown."""
+        begun = self.stopped is not None
+        if self.stopped is None and reason is not None:
+            self.stopped, self._stopped_at = reason, time.monotonic()
+        if self.stopped is not None and not self._asked:
+            with self._spared("asking the workers to save and leave"):
+                ask(self.sweep.storage, self.sweep_id, self.stopped)
+                self._asked = True
+        left = attempts is not None and all("ended" in one for one in attempts)
+        if begun and (left or time.monotonic() - self._stopped_at > GRACE_S):
+            self._cancel = True
+
+    def _wait(self, states: Mapping[str, TrialState], attempts: Sequence[Mapping[str, Any]]) -> None:
+        """Find out what the sweep waits for, and whether that can ever come."""
+        on_offer = offer(self.sweep.snapshot.prices)
         under_way = any("ended" not in one for one in attempts)
         waits = (on_offer.waiting(need, workers=workers) for need, workers in self.wanted)
         waiting = next(filter(None, waits), "") or held_elsewhere(states.values())
@@ -430,17 +502,35 @@ class Guard(ray.tune.Stopper):
             self.impossible = next(filter(None, (on_offer.impossible(need) for need, _ in self.wanted)), None)
         if self.impossible:
             self._cancel = True
-        prices = self.sweep.snapshot.prices
-        on_all = sum((spent_on_trial(state, prices) for state in states.values()), Spent())
-        self._metrics.tell(states.values(), on_all, waiting=bool(self._waiting))
-        if self.stopped is None:
-            spent = (spent_on_trial(state, prices, sweep_id=self.sweep_id) for state in states.values())
-            reason = self.sweep.limits.reached(sum(spent, Spent()), now=now)
-            if reason is not None:
-                ask(self.sweep.storage, self.sweep_id, reason)
-                self.stopped, self._asked_at = reason, time.monotonic()
-        elif not under_way or time.monotonic() - self._asked_at > GRACE_S:
-            self._cancel = True
+
+
+@contextlib.contextmanager
+def calls_answered(guard: Guard) -> Iterator[None]:
+    """While this lasts, the first of CALLS has the guard stop the sweep, and the second interrupts it at once.
+
+    Ray and Ray Tune have handlers of their own, which ask no worker to save. Outside the main thread nothing is done,
+    since signals are handled only there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def answer(number: int, _: FrameType | None) -> None:
+        if not guard.call(CALLS[signal.Signals(number)]):
+            raise KeyboardInterrupt
+
+    tunes = os.environ.get(TUNE_LEAVES_SIGINT)
+    os.environ[TUNE_LEAVES_SIGINT] = "1"
+    before = {number: signal.signal(number, answer) for number in CALLS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if tunes is None:
+            del os.environ[TUNE_LEAVES_SIGINT]
+        else:
+            os.environ[TUNE_LEAVES_SIGINT] = tunes
 
 
 def held_elsewhere(states: Iterable[TrialState]) -> str:
@@ -545,9 +635,7 @@ def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int
         for links in tracker.compare_links(view).values():
             for what, link in links.items():
                 console.print(f"{what + ':':9}{at.rstrip('/')}/{link}", markup=False)
-    if not undone:
-        return 0
-    return STOPPED if stopped is not None else SOME_FAILED
+    return unfinished(stopped) if undone else 0
 
 
 def _mlflow_trouble(uri: str, problem: str) -> str:
