@@ -37,6 +37,13 @@ class CorruptObjectError(OSError):
         return f"{self.key}: {self.reason}; it was damaged where it is stored or on the way, put it again"
 
 
+class CorruptRecordError(CorruptObjectError, ValueError):
+    """Stored bytes that are not the JSON that was put. Reading them again gives the same, hence a ValueError too."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}; it was damaged where it is stored: helix verify lists all that is"
+
+
 class Writer(ABC):
     """Bytes on their way to a key, for one thread: `keep` puts all that was written, atomically and durably.
 
@@ -128,12 +135,15 @@ class Storage(ABC):
         return self.size(key) is not None
 
     def get_json(self, key: str) -> Any:
-        """The JSON value of `key`, or None where there is no such key."""
+        """The JSON value of `key`, or None where there is no such key. CorruptRecordError where it is no JSON."""
         try:
             data = self.get(key)
         except FileNotFoundError:
             return None
-        return json.loads(data)
+        try:
+            return json.loads(data)
+        except ValueError as error:  # also of bytes that are no UTF-8
+            raise CorruptRecordError(key, f"is not JSON ({error})") from error
 
     def put_json(self, key: str, value: Any) -> None:
         self.put(key, json_bytes(value))

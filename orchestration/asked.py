@@ -16,8 +16,8 @@ from typing import Any
 
 from dashboards.view import DataFacts, SweepView, TrialEntry
 from helix.spec import TrialSpec, from_json, to_json
-from helix.storage import Storage, is_sealed, json_bytes, sealed
-from orchestration.ledger import SILENCE_S, TrialState
+from helix.storage import CorruptObjectError, Storage, is_sealed, json_bytes, sealed
+from orchestration.ledger import SILENCE_S, TrialState, checked
 from orchestration.money import Prices, spent_on_trial
 
 logger = logging.getLogger(__name__)
@@ -184,10 +184,14 @@ class DriverRecord:
 
 
 def read_drivers(storage: Storage, grid: str) -> list[dict[str, Any]]:
-    """What the last few drivers of a grid said, oldest first."""
-    folder = f"{GRIDS}/{grid}/drivers"
-    values = (storage.get_json(f"{folder}/{name}") for name in storage.children(folder)[-DRIVERS:])
-    return [value for value in values if value is not None]
+    """What the last few drivers of a grid said, oldest first; what cannot be read was said by none."""
+    folder, found = f"{GRIDS}/{grid}/drivers", []
+    for name in storage.children(folder)[-DRIVERS:]:
+        with contextlib.suppress(CorruptObjectError):
+            key = f"{folder}/{name}"
+            value = checked(key, storage.get_json(key), {"time": (int, float), "waiting": str})
+            found += [] if value is None else [{"stopped": None} | value]
+    return found
 
 
 def drives(driver: Mapping[str, Any], *, now: float) -> bool:

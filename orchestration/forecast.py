@@ -18,7 +18,7 @@ from typing import Any
 
 from helix.data.shards import Recordings
 from helix.spec import identity
-from helix.storage import FolderStorage, Storage
+from helix.storage import CorruptObjectError, FolderStorage, Storage
 from helix.training.memory import Placement
 from helix.training.trainer import Fit, StoppedError, fit
 from orchestration.grid import Trial
@@ -85,9 +85,11 @@ def measured(storage: Storage, wanted: Iterable[str], *, now: float) -> Measured
     """The median seconds of a step of each of the `wanted` shapes, over all finished epochs in storage."""
     shapes, wanted = {}, set(wanted)
     for name in storage.children("trials"):
-        described = storage.get_json(f"trials/{name}/spec.json")
-        if described is not None and (of := shape(described["spec"])) in wanted:
-            shapes[name] = of
+        # Of a trial whose spec cannot be read nothing is measured; helix verify tells of it.
+        with contextlib.suppress(CorruptObjectError, KeyError, TypeError, AttributeError):
+            described = storage.get_json(f"trials/{name}/spec.json")
+            if described is not None and (of := shape(described["spec"])) in wanted:
+                shapes[name] = of
     seconds: dict[Machine, dict[str, list[float]]] = {}
     for name, state in read_all(storage, shapes, now=now).items():
         for machine, per_step in _steps(state):

@@ -21,6 +21,7 @@ import psutil
 
 from helix.storage import Storage, json_bytes
 from helix.training.trainer import trial_folder
+from orchestration.ledger import heartbeat_of
 from orchestration.stop import asked
 
 logger = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ def _is_free(storage: Storage, trial_id: str, number: int, standing: Any, *, swe
         return standing["pid"] == here["pid"] or not _lives(standing)
     if standing["sweep_id"] == sweep_id:  # Ray starts another worker for a pack only once the one before is gone
         return True
-    return watch.silent(trial_id, (number, storage.get_json(f"{trial_folder(trial_id)}/heartbeat.json")))
+    return watch.silent(trial_id, (number, heartbeat_of(storage, trial_id)))
 
 
 def _lives(standing: dict[str, Any]) -> bool:

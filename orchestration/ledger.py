@@ -18,13 +18,18 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from helix.storage import Storage
+from helix.storage import CorruptObjectError, CorruptRecordError, Storage
 
 #: Where certificates lie (orchestration/certify.py).
 CERTIFICATES = "certificates"
 
 #: An attempt that has not been heard of for this long is taken for dead when the state is shown.
 SILENCE_S = 120.0
+
+#: What attempts and rows are read for everywhere: the names that have to be there, and how they are measured.
+ATTEMPT = {"attempt_id": str, "started": (int, float)}
+ROW = {"epoch": int, "step": int}
+BEAT = {"attempt_id": str, "time": (int, float), "step": int}
 
 #: Trials that are read side by side: a bucket answers one request in some 20 ms, and many at once as fast.
 READERS = 16
@@ -81,13 +86,15 @@ def read(
 
     `known`: an earlier state of it, whose rows and ended attempts are not read again. `recent`: of a trial that is not
     done, only so many of its last rows are read, where the manifest of its best weights tells the best accuracy.
+
+    CorruptRecordError names what was damaged; a damaged heartbeat is none, for nothing is lost with it.
     """
     folder = f"trials/{trial_id}"
     keys = set(storage.keys(folder))
     done = f"{folder}/result.json" in keys
     if done and known is not None and known.status == "done":
         return known
-    result = storage.get_json(f"{folder}/result.json") if done else None
+    result = _result(storage, f"{folder}/result.json") if done else None
     attempts = _attempts(storage, keys, folder, known)
     best = None
     if result is not None:
@@ -105,8 +112,7 @@ def read(
         wanted = row_keys if best is None or recent is None else row_keys[-recent:]
         rows = _rows(storage, wanted, same)
         epochs_done = len(row_keys) if best is not None else len(rows)
-        beat = f"{folder}/heartbeat.json"
-        heartbeat = (storage.get_json(beat) if beat in keys else None) or {}
+        heartbeat = heartbeat_of(storage, trial_id) if f"{folder}/heartbeat.json" in keys else {}
         step = max(heartbeat.get("step", 0), rows[-1]["step"] if rows else 0)
         status, error = _status(attempts, heartbeat, begun=bool(rows or step), now=now)
         heard = _heard(attempts[-1], heartbeat) if attempts else None
@@ -122,6 +128,43 @@ def read(
         heard=heard,
         best=best,
     )
+
+
+def heartbeat_of(storage: Storage, trial_id: str) -> dict[str, Any]:
+    """The last heartbeat of a trial; empty where there is none, or none that can be read: the next one replaces it."""
+    try:
+        beat = storage.get_json(f"trials/{trial_id}/heartbeat.json")
+    except CorruptObjectError:
+        return {}
+    said = beat if isinstance(beat, dict) else {}
+    return {name: value for name, value in said.items() if isinstance(value, BEAT.get(name, object))}
+
+
+def checked(key: str, value: Any, needed: Mapping[str, Any]) -> Any:
+    """`value` as it was read from `key`: None, or an object with what is `needed`, else CorruptRecordError."""
+    if value is not None and (lacking := _lacking(value, needed)) is not None:
+        raise CorruptRecordError(key, lacking)
+    return value
+
+
+def _lacking(value: Any, needed: Mapping[str, Any]) -> str | None:
+    """Why `value` is no JSON object with values of these classes, None where it is one."""
+    if not isinstance(value, dict):
+        return f"is no JSON object but {type(value).__name__}"
+    for name, classes in needed.items():
+        if not isinstance(value.get(name), classes):
+            return f"has {value.get(name)!r:.60} for {name}" if name in value else f"has no {name}"
+    return None
+
+
+def _result(storage: Storage, key: str) -> dict[str, Any] | None:
+    """A result whose rows can be read; None where it was deleted meanwhile."""
+    result = checked(key, storage.get_json(key), {"rows": list})
+    if result is not None and not result["rows"]:
+        raise CorruptRecordError(key, "has no rows")
+    for row in result["rows"] if result is not None else ():
+        checked(key, row, ROW)
+    return result
 
 
 def attempts_at(storage: Storage, trial_id: str) -> list[dict[str, Any]]:
@@ -150,7 +193,8 @@ def _closed(attempts: list[dict[str, Any]], result: dict[str, Any]) -> list[dict
 def certificates(storage: Storage) -> list[dict[str, Any]]:
     """The certificates in storage, oldest first."""
     names = [name for name in storage.children(CERTIFICATES) if name.endswith(".json")]
-    values = (storage.get_json(f"{CERTIFICATES}/{name}") for name in names)
+    places = [f"{CERTIFICATES}/{name}" for name in names]
+    values = (checked(place, storage.get_json(place), {"certificate_id": str}) for place in places)
     return [value for value in values if value is not None]
 
 
@@ -183,7 +227,9 @@ def _attempts(storage: Storage, keys: Set[str], folder: str, known: TrialState |
     settled = {one["attempt_id"]: one for one in (known.attempts if known else ())[:-1] if "ended" in one}
     found = []
     for key in sorted(key for key in keys if key.startswith(f"{folder}/attempts/")):
-        attempt = settled.get(key.rpartition("/")[2].removesuffix(".json")) or storage.get_json(key)
+        attempt = settled.get(key.rpartition("/")[2].removesuffix(".json")) or checked(
+            key, storage.get_json(key), ATTEMPT
+        )
         if attempt is not None:  # deleted meanwhile
             found.append(attempt)
     # Leases are numbered and their numbers only grow; the clocks of the machines may disagree.
@@ -193,13 +239,17 @@ def _attempts(storage: Storage, keys: Set[str], folder: str, known: TrialState |
 def _rows(storage: Storage, keys: Sequence[str], known: TrialState | None) -> list[dict[str, Any]]:
     """The rows of these keys, by epoch. Those that are known stand."""
     before = {row["epoch"]: row for row in (known.rows if known else ())}
-    values = (before.get(int(key[-9:-5])) or storage.get_json(key) for key in keys)
+    values = (before.get(int(key[-9:-5])) or checked(key, storage.get_json(key), ROW) for key in keys)
     return [value for value in values if value is not None]
 
 
 def _best(storage: Storage, keys: Set[str], folder: str) -> float | None:
     """The best test accuracy so far, if the manifest of the best weights tells that one; else the rows have to."""
     key = f"{folder}/best/manifest.json"
-    manifest = (storage.get_json(key) if key in keys else None) or {}
-    body = manifest.get("body", manifest)  # as they were put before 2026-11-23
-    return body["value"] if body.get("metric") == "test_accuracy" else None
+    try:
+        manifest = storage.get_json(key) if key in keys else None
+    except CorruptObjectError:
+        return None
+    body = manifest.get("body", manifest) if isinstance(manifest, dict) else {}  # as they were put before 2026-11-23
+    told = _lacking(body, {"metric": str, "value": (int, float)}) is None and body["metric"] == "test_accuracy"
+    return body["value"] if told else None

@@ -71,7 +71,7 @@ from orchestration.needs import Need, Room, deal, need_of
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, price, with_memory
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
 from orchestration.stop import ask
-from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, local_folder, without_secrets
+from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, local_folder, shown_uri
 from orchestration.worker import drive, worker_resources
 
 logger = logging.getLogger(__name__)
@@ -629,9 +629,9 @@ def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int
         command += ["--host", "127.0.0.1", "--port", "5000", "--workers", "1"]
         console.print(f"MLflow:  {shlex.join(command)}    then open http://127.0.0.1:5000", markup=False)
     else:
-        console.print(f"MLflow:  {without_secrets(tracker.uri)}", markup=False)
+        console.print(f"MLflow:  {shown_uri(tracker.uri)}", markup=False)
     if not problem:
-        at = "http://127.0.0.1:5000" if tracker.uri.startswith("sqlite:") else without_secrets(tracker.uri)
+        at = "http://127.0.0.1:5000" if tracker.uri.startswith("sqlite:") else shown_uri(tracker.uri)
         for links in tracker.compare_links(view).values():
             for what, link in links.items():
                 console.print(f"{what + ':':9}{at.rstrip('/')}/{link}", markup=False)
@@ -640,7 +640,7 @@ def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int
 
 def _mlflow_trouble(uri: str, problem: str) -> str:
     return (
-        f"{without_secrets(uri)} does not answer ({problem}). Nothing is lost: all rows are in the storage, and the "
+        f"{shown_uri(uri)} does not answer ({problem}). Nothing is lost: all rows are in the storage, and the "
         "same command sends them later"
     )
 

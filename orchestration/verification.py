@@ -101,8 +101,6 @@ def _read_json(storage: Storage, key: str) -> tuple[Any, list[str]]:
         return storage.get_json(key), []
     except CorruptObjectError as error:
         return None, [f"{key}: {error.reason}"]
-    except ValueError as error:
-        return None, [f"{key}: is not JSON ({error})"]
 
 
 def _wrong(name: str, value: Any, trial_id: str) -> str | None:

@@ -32,7 +32,7 @@ from helix.training.ranks import BACKENDS, RankLostError, Ranks
 from helix.training.trainer import Fit, StoppedError, fit, trial_folder
 from orchestration.connection import POLL_S, this_machine
 from orchestration.lease import FIRST_STEP_S, LeaseLostError, Watch, acquire
-from orchestration.ledger import attempts_at, is_done
+from orchestration.ledger import ATTEMPT, attempts_at, checked, heartbeat_of, is_done
 from orchestration.lineage import code_like
 from orchestration.meter import Meter
 from orchestration.metrics import TrialMetrics
@@ -378,7 +378,7 @@ def run_trial(
         )
         if lease is None:
             return "held"
-        heartbeat = storage.get_json(f"{trial_folder(name)}/heartbeat.json") or {}  # before this attempt's first one
+        heartbeat = heartbeat_of(storage, name)  # before this attempt's first one
         with lease:
             _close_lost(storage, name, heartbeat)
             records = attempts_at(storage, name)
@@ -489,7 +489,7 @@ class Attempt:
             "error": f"hung: no step was finished for {seconds:.0f} s, so its process was ended",
         }
         try:
-            beat = storage.get_json(f"{self.folder}/heartbeat.json") or {}
+            beat = heartbeat_of(storage, self.name)
             self.record |= {"step": beat.get("step", 0), "kept_step": _newest_step(storage, self.name)}
             self._put(storage)
         finally:
@@ -505,7 +505,7 @@ def _close_lost(storage: Storage, name: str, heartbeat: Mapping[str, Any]) -> No
     Only who holds the lease may: every other attempt is over then.
     """
     for key in storage.keys(f"{trial_folder(name)}/attempts"):
-        record = storage.get_json(key)
+        record = checked(key, storage.get_json(key), ATTEMPT)
         if "ended" not in record:
             said = heartbeat if heartbeat.get("attempt_id") == record["attempt_id"] else {}
             how = {"ended": said.get("time") or record["started"], "outcome": "lost"}

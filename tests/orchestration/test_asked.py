@@ -156,3 +156,10 @@ def test_neither_record_holds_anything_of_the_environment(storage: Storage, monk
     DriverRecord(storage, "demo", "s1", clock=Clock()).say(waiting="x")
     written = "".join(json.dumps(storage.get_json(key)) for key in storage.keys("grids"))
     assert "a-very-secret-key" not in written
+
+
+def test_what_a_driver_said_that_cannot_be_read_is_passed_over(storage: Storage):
+    DriverRecord(storage, "demo", "s2", clock=Clock()).say(waiting="x")
+    for name, data in (("s1", b"{oh"), ("s3", b"[]"), ("s4", b'{"time": "noon"}')):
+        storage.put(f"grids/demo/drivers/{name}.json", data)
+    assert [one["sweep_id"] for one in read_drivers(storage, "demo")] == ["s2"]

@@ -118,3 +118,13 @@ def test_the_shape_of_a_stored_spec_is_that_of_the_plan(tiny_data):
     value = identity(trial.spec, "m")["spec"]
     assert shape(value) == shape(identity(replace(trial.spec, seed=9), "other")["spec"])
     assert shape(value) != shape(value | {"model": to_json(trial.spec)["model"] | {"width": 48}})
+
+
+@pytest.mark.parametrize("data", [b"{oh", b"[]", b"{}", b'{"spec": {}}', b'{"spec": 7}'])
+def test_a_trial_whose_spec_is_damaged_is_passed_over(tmp_path: Path, tiny_data, data: bytes):
+    storage = FolderStorage(tmp_path)
+    for trial in trials():
+        ran(storage, trial, tiny_data, epoch_s=360.0, machine=G5, epochs=1)
+    before = forecast(storage, tiny_data)
+    storage.put("trials/0123456789abcdef/spec.json", data)
+    assert forecast(storage, tiny_data) == before

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from helix.storage import FolderStorage, Storage
+from helix.storage import CorruptRecordError, FolderStorage, Storage
 from orchestration.ledger import SILENCE_S, TrialState, is_done, read, read_all
 
 TRIAL = "0123456789abcdef"
@@ -236,3 +236,22 @@ def test_all_rows_are_read_where_nothing_tells_the_best(tmp_path: Path, manifest
     storage = write(tmp_path, rows(9) | manifest)
     state = read(storage, TRIAL, now=NOW, recent=2)
     assert len(state.rows) == 9 and state.best is None
+
+
+@pytest.mark.parametrize("data", [b"{oh", b"\xff\xfe", b"[]", b"7", b'{"time": "noon", "step": null, "attempt_id": 3}'])
+def test_a_damaged_heartbeat_is_as_good_as_none(tmp_path: Path, data: bytes):
+    storage = write(tmp_path, attempt() | rows(2))
+    wanted = read(storage, TRIAL, now=NOW)
+    storage.put(f"trials/{TRIAL}/heartbeat.json", data)
+    assert read(storage, TRIAL, now=NOW) == wanted
+
+
+@pytest.mark.parametrize(
+    "data", [b"{oh", b"\xff\xfe", b"[]", b"7", b"{}", b'{"rows": [], "step": "x", "started": null}']
+)
+@pytest.mark.parametrize("name", ["attempts/1.json", "metrics/epoch-0001.json", "result.json"])
+def test_a_damaged_record_is_told_by_its_name(tmp_path: Path, name: str, data: bytes):
+    storage = write(tmp_path, attempt() | rows(2))
+    storage.put(f"trials/{TRIAL}/{name}", data)
+    with pytest.raises(CorruptRecordError, match=f"trials/{TRIAL}/{name}: .*helix verify"):
+        read(storage, TRIAL, now=NOW)

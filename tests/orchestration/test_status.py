@@ -308,3 +308,12 @@ def test_a_sweep_that_runs_is_seen_from_its_storage_alone(tmp_path: Path, capsys
     assert "2 trials; 2 done" in capsys.readouterr().out
     (driver,) = storage.keys("grids/demo/drivers")
     assert "ended" in storage.get_json(driver)
+
+
+def test_a_damaged_file_is_named_and_where_to_ask_for_all_of_them(storage: Storage, capsys):
+    fill(storage, lambda _number: "done")
+    key = next(key for key in storage.keys("trials") if key.endswith("result.json"))
+    storage.put(key, b"12345 oh")
+    assert status.main(["--storage", repr(storage)]) == 2
+    told = capsys.readouterr().err
+    assert key in told and "helix verify" in told

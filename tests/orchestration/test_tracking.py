@@ -30,6 +30,7 @@ from orchestration.tracking import (
     Tracker,
     attempt_replay,
     logged,
+    shown_uri,
     without_secrets,
 )
 from orchestration.worker import run_trial
@@ -198,6 +199,47 @@ def test_passwords_are_not_printed(sweep, tiny_data, storage, monkeypatch):
     assert "s3cret" not in problem
     assert without_secrets("https://me:secret@mlflow.example:5000/x") == "https://mlflow.example:5000/x"
     assert without_secrets("sqlite:////a/b.db") == "sqlite:////a/b.db"
+
+
+ADDRESSES = {
+    "http://user:pa/SECRET@host:5000/x": "http://host:5000/x",
+    "http://user:SECRET PW@host": "http://host",
+    "http://user:SECRET%20PW@host": "http://host",
+    "http://user:p@SECRET@host": "http://host",
+    "http://user:p?SECRET@host": "http://***",
+    "postgresql://h/db?user=u&password=SECRET": "postgresql://h/db",
+    "https://host/x?token=SECRET": "https://host/x",
+    "https://host?X-Amz-Signature=SECRET#a": "https://host",
+    "sqlite:////a/b@c.db": "sqlite:////a/b@c.db",
+    "http://127.0.0.1:5000": "http://127.0.0.1:5000",
+}
+
+
+@pytest.mark.parametrize(("uri", "shown"), ADDRESSES.items())
+def test_an_address_is_shown_without_what_is_secret_in_it(uri: str, shown: str):
+    assert shown_uri(uri) == shown
+    apart = uri.partition("://")[2]
+    told = without_secrets(f"Failed: {uri}/api/2.0, url: /{apart}, {apart.replace(' ', '%20')} (no answer)", uri)
+    assert "SECRET" not in told
+    assert told.startswith(f"Failed: {shown}/api") and told.endswith("(no answer)")
+
+
+def test_addresses_in_a_text_about_something_else_are_shown_without_secrets_too():
+    for uri in ADDRESSES.keys() - {"http://user:SECRET PW@host"}:
+        assert "SECRET" not in without_secrets(f"cannot open {uri} (no answer)")
+    assert without_secrets("see http://host/x, or ask me@host") == "see http://host/x, or ask me@host"
+
+
+@pytest.mark.parametrize("password", ["pa/SECRET", "SECRET PW", "p@SECRET"])
+def test_a_password_that_is_no_proper_part_of_an_address_is_not_printed(
+    password, sweep, tiny_data, storage, monkeypatch
+):
+    snapshot, plan = sweep
+    train(plan[0], tiny_data, storage)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://bob:{password}@127.0.0.1:9")
+    problem = attempt_replay(Tracker(storage), snapshot())
+    assert problem is not None
+    assert "SECRET" not in problem
 
 
 def test_the_ui_shows_metrics_and_not_the_view_for_language_models(sweep, tiny_data, storage):
