@@ -150,7 +150,7 @@ def read_asked(storage: Storage, grid: str) -> Asked | None:
         question=value["question"],
         command=value["command"],
         data=tuple(
-            DataFacts(**{name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()})
+            DataFacts(**{**facts, "notes": tuple(facts["notes"]), "class_names": tuple(facts["class_names"])})
             for facts in value["data"]
         ),
         trials=tuple(trials),
