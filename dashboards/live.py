@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dashboards.summary import attempts, progress, sampling_word
-from dashboards.text import GAP, cost_line, duration, moment, percent, plural
+from dashboards.text import GAP, cost_line, duration, moment, percent, plural, printable
 from dashboards.view import CellView, SweepView, TrialView
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def render(
         parts.append(Text(f"and {_counted(shown[len(listed) :])} more, not listed", style="dim"))
     parts += [Text(), *(Text(line, style="red") for line in _failures(listed, width))]
     if view.waiting:
-        parts.append(Text(view.waiting, style="yellow"))
+        parts.append(Text(printable(view.waiting), style="yellow"))
     parts.append(Text(counts(view), style="bold"))
     parts += [Text(line) for line in _footer(view, None if began is None else now - began)]
     return Group(*parts)
@@ -139,7 +139,7 @@ def standing(view: SweepView) -> list[str]:
     footer = _footer(view, None)
     said = [f"{view.grid}, profile {view.profile}: {plural(progress(view).asked, 'trial')}; {counts(view)}", *footer]
     if view.waiting:
-        said.append(view.waiting)
+        said.append(printable(view.waiting))
     return said + [f"{label(cell, trial)}: {_stands(view, cell, trial)}" for cell, trial in view.trials()]
 
 
@@ -206,7 +206,7 @@ def lines(
         if line is not None:
             spoken.append(f"{label(cell, trial)}: {line}")
     if current.waiting and current.waiting != previous.waiting:
-        spoken.append(f"{current.grid}: {current.waiting}")
+        spoken.append(f"{current.grid}: {printable(current.waiting)}")
     if progress(current).finished and not progress(previous).finished:
         spoken.append(f"{current.grid}: all {plural(progress(current).asked, 'trial')} done")
     return spoken, told
@@ -422,7 +422,7 @@ def _failures(shown: Sequence[tuple[CellView, TrialView]], width: int) -> list[s
 
 def _reason(trial: TrialView) -> str:
     """The first line of why a trial failed."""
-    return next(iter((trial.state.error or "no error was recorded").strip().splitlines()), "")
+    return next(iter(printable(trial.state.error or "no error was recorded").strip().splitlines()), "")
 
 
 def _counted(shown: Sequence[tuple[CellView, TrialView]]) -> str:
@@ -472,11 +472,11 @@ def _stands(view: SweepView, cell: CellView, trial: TrialView) -> str:
         if (left := trial_eta(cell, trial)) is not None:
             said.append(f"{duration(round(left))} left")
         if last.get("host"):
-            said.append(f"on {last['host']}")
+            said.append(f"on {printable(last['host'])}")
     if attempts(trial) > 1:
         said.append(f"attempt {attempts(trial)}" if state.status == "running" else f"{attempts(trial)} attempts")
     if silent_s is not None:
-        where = f" on {last['host']}" if last.get("host") else ""
+        where = f" on {printable(last['host'])}" if last.get("host") else ""
         said.append(f"silent since {moment(view.created - silent_s)}{where}")
     if state.status == "failed":
         said.append(_reason(trial))

@@ -1,5 +1,6 @@
 """How numbers, durations and gaps are written wherever people read them: one voice for the report and the terminal."""
 
+import re
 from datetime import UTC, datetime
 
 from dashboards.view import Spent
@@ -9,6 +10,9 @@ GAP = "\N{EN DASH}"
 
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
+
+#: The control characters, C0 without tab and newline, DEL and C1.
+CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]")
 
 SELECTION_WORDS = {
     "best_test": "best test epoch",
@@ -61,6 +65,11 @@ def plural(number: int, word: str, many: str = "") -> str:
 def listing(words: list[str]) -> str:
     """["a", "b", "c"] -> "a, b and c"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
+
+
+def printable(text: str) -> str:
+    """A text that was read from a storage, as a terminal may get it: without what would command it, as escapes do."""
+    return CONTROL.sub("", text)
 
 
 def slug(name: str) -> str:

@@ -6,6 +6,7 @@ nothing while the trial moves forward. Running out of memory is neither: the tri
 long as there are any.
 """
 
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,8 +44,12 @@ class Decision:
     reason: str
 
 
-#: What `kind` calls an error that says that memory ran out.
+#: What `kind` calls an error that says that memory ran out, and one that says that nothing can be written any more.
 OUT_OF_MEMORY = "OutOfMemory"
+UNWRITABLE = "Unwritable"
+
+#: Of a disk: it is full, one's share of it is, or it can only be read, as after a fault of it.
+UNWRITABLE_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def kind(error: BaseException) -> str:
@@ -55,15 +60,20 @@ def kind(error: BaseException) -> str:
     names = [cls.__name__ for cls in type(error).__mro__]
     if {"OutOfMemoryError", "MemoryError"} & set(names) or "can't allocate memory" in str(error):
         return OUT_OF_MEMORY
+    if isinstance(error, OSError) and error.errno in UNWRITABLE_NUMBERS:
+        return UNWRITABLE
     return next((name for name in names if name in PERMANENT), names[0])
 
 
 def is_loss(error: BaseException) -> bool:
     """Whether an error says that what runs the attempt is gone: a dead controller, head or store of Ray, another rank.
 
-    The trial did nothing wrong then, and its process can do nothing more for it: asked again, Ray says the same.
+    Or a disk that takes no more. The trial did nothing wrong then, and its process can do nothing more for it: asked
+    again, Ray and the disk say the same.
     """
-    return not {"RayError", "RankLostError"}.isdisjoint(cls.__name__ for cls in type(error).__mro__)
+    return kind(error) == UNWRITABLE or not {"RayError", "RankLostError"}.isdisjoint(
+        cls.__name__ for cls in type(error).__mro__
+    )
 
 
 def smaller(micro_batch: int, *, recompute: bool) -> tuple[int, bool] | None:

@@ -44,7 +44,7 @@ from dashboards.live import LiveView
 from dashboards.report import report_tables, write_report
 from dashboards.tables import write_tables
 from dashboards.terminal import summary_table
-from dashboards.text import cost_line
+from dashboards.text import cost_line, printable
 from dashboards.view import Spent
 from helix.data.shards import CorruptShardError, Recordings
 from helix.protocol import PROFILES
@@ -612,7 +612,10 @@ def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int
     undone = [(variant, trial) for variant, trial in states if trial.state.status != "done"]
     for variant, trial in undone:
         if trial.state.error is not None:
-            console.print(f"failed: {variant} fold {trial.fold} seed {trial.seed}: {trial.state.error}", markup=False)
+            console.print(
+                f"failed: {variant} fold {trial.fold} seed {trial.seed}: {printable(trial.state.error or '')}",
+                markup=False,
+            )
     if undone:
         if stopped is not None:
             console.print(f"stopped: {stopped}; every trial under way was saved", markup=False)

@@ -37,7 +37,7 @@ from orchestration.lineage import code_like
 from orchestration.meter import Meter
 from orchestration.metrics import TrialMetrics
 from orchestration.notices import Notices, sigterm_notice
-from orchestration.recovery import Budget, Ended, decide, is_loss, kind, mean_between_losses_s, smaller
+from orchestration.recovery import UNWRITABLE, Budget, Ended, decide, is_loss, kind, mean_between_losses_s, smaller
 from orchestration.stop import asked
 
 logger = logging.getLogger(__name__)
@@ -383,7 +383,9 @@ def run_trial(
             _close_lost(storage, name, heartbeat)
             records = attempts_at(storage, name)
             own = [one for one in records if one["sweep_id"] == sweep_id and one["outcome"] != "stopped"]
-            decision = decide([_ended(record) for record in own], budget or Budget())
+            # A disk that takes no more ends the worker each time, and Ray's count of those the sweep, not the trial.
+            judged = [_ended(record) for record in own if record.get("error_kind") != UNWRITABLE]
+            decision = decide(judged, budget or Budget())
             if decision.action == "stop":
                 _give_up(storage, name, own[-1], decision.reason)
                 return "failed"

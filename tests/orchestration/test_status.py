@@ -317,3 +317,15 @@ def test_a_damaged_file_is_named_and_where_to_ask_for_all_of_them(storage: Stora
     assert status.main(["--storage", repr(storage)]) == 2
     told = capsys.readouterr().err
     assert key in told and "helix verify" in told
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_storage_says_gives_the_terminal_no_orders(storage: Storage, terminal: bool):
+    fill(storage, lambda _number: "failed")
+    key = next(key for key in storage.keys("trials") if "/attempts/" in key)
+    storage.put_json(key, storage.get_json(key) | {"outcome": "failed", "error": "no \x1b]0;pwn\x07\x9b2Jroom"})
+    shown = StringIO()
+    console = Console(file=shown, force_terminal=terminal, color_system=None, width=200)
+    status.show(Standing(storage, "demo")(), console)
+    assert "no ]0;pwn2Jroom" in shown.getvalue()
+    assert not set("\x1b\x07\x9b") & set(shown.getvalue())

@@ -1,5 +1,6 @@
 """Attempts of a trial, without Ray: what is recorded, what is tried again, and what is given up with its reason."""
 
+import errno
 import json
 import os
 import subprocess
@@ -108,6 +109,23 @@ def test_a_worker_that_is_cut_off_from_ray_leaves_and_the_trial_has_not_failed(a
     assert (done, state.status, calls) == ("done", "done", 1)
     assert [record["outcome"] for record in state.attempts] == ["lost", "lost", "done"]
     assert type(error).__name__ in state.attempts[0]["error"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS], ids=errno.errorcode.get)
+def test_a_disk_that_takes_no_more_ends_the_worker_however_often_and_the_trial_has_not_failed(attempt, number):
+    often = Budget().losses_in_place + 2
+    for _ in range(often):
+        with pytest.raises(OSError, match="storage/x"):
+            attempt(OSError(number, os.strerror(number), "storage/x"), budget=Budget(failures=0))
+    done, state, calls = attempt(budget=Budget(failures=0))
+    assert (done, state.status, calls) == ("done", "done", 1)
+    assert [record["outcome"] for record in state.attempts] == [*["lost"] * often, "done"]
+    assert os.strerror(number) in state.attempts[0]["error"]
+
+
+def test_a_file_that_is_not_there_is_a_failure_of_the_trial(attempt):
+    done, state, _ = attempt(FileNotFoundError(errno.ENOENT, "no such file"), budget=Budget(failures=0))
+    assert (done, state.status) == ("failed", "failed")
 
 
 def test_a_new_sweep_tries_a_failed_trial_again(attempt):
