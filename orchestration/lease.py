@@ -175,6 +175,15 @@ def this_process() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "born": psutil.Process().create_time()}
 
 
+def is_held(storage: Storage, trial_id: str) -> bool:
+    """Whether somebody may work on a trial: its lease is not released, and its holder is not a dead process of here."""
+    number = _newest(storage, trial_id)
+    standing = storage.get_json(_key(trial_id, number)) if number else None
+    if not isinstance(standing, dict) or standing.get("released"):
+        return False
+    return standing["host"] != socket.gethostname() or _lives(standing)
+
+
 def _is_free(storage: Storage, trial_id: str, number: int, standing: Any, *, sweep_id: str, watch: Watch) -> bool:
     if not isinstance(standing, dict) or standing.get("released"):
         return True

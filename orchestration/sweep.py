@@ -62,7 +62,7 @@ from orchestration.connection import (
     offer,
 )
 from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
-from orchestration.lease import EXPIRY_S
+from orchestration.lease import EXPIRY_S, is_held
 from orchestration.ledger import TrialState, read
 from orchestration.lineage import code_facts
 from orchestration.metrics import SweepMetrics
@@ -496,7 +496,7 @@ class Guard(ray.tune.Stopper):
         on_offer = offer(self.sweep.snapshot.prices)
         under_way = any("ended" not in one for one in attempts)
         waits = (on_offer.waiting(need, workers=workers) for need, workers in self.wanted)
-        waiting = next(filter(None, waits), "") or held_elsewhere(states.values())
+        waiting = next(filter(None, waits), "") or held_elsewhere(self.sweep.storage, states.values())
         self._waiting = "" if under_way or self.stopped else waiting
         if self.impossible is None and not attempts:
             self.impossible = next(filter(None, (on_offer.impossible(need) for need, _ in self.wanted)), None)
@@ -533,9 +533,9 @@ def calls_answered(guard: Guard) -> Iterator[None]:
             os.environ[TUNE_LEAVES_SIGINT] = tunes
 
 
-def held_elsewhere(states: Iterable[TrialState]) -> str:
+def held_elsewhere(storage: Storage, states: Iterable[TrialState]) -> str:
     """What to say of trials that others work on, to a sweep that works on none: "" where there are none."""
-    others = sum(state.status == "running" for state in states)
+    others = sum(state.status == "running" and is_held(storage, state.trial_id) for state in states)
     return (
         f"{others} of the trials {'are' if others > 1 else 'is'} worked on by another sweep; where that was killed on "
         f"another machine, this one takes over after {EXPIRY_S:.0f} s of silence"

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -490,11 +491,19 @@ def test_sigterm_to_the_driver_saves_what_is_under_way_and_leaves_nothing_behind
     assert not list((tmp_path / "temporary").glob("helix-ray-*"))
 
 
-def test_a_sweep_whose_trials_are_all_in_other_hands_says_what_it_waits_for():
+def test_a_sweep_whose_trials_are_all_in_other_hands_says_what_it_waits_for(storage):
+    """What a process of this machine held that is dead by now is in nobody's hands."""
     running, partial = (TrialState(trial_id="a" * 16, status=status) for status in ("running", "partial"))
-    assert sweep.held_elsewhere([partial]) == ""
-    said = sweep.held_elsewhere([running, partial])
+    there = {"attempt_id": "a", "sweep_id": "other", "host": "elsewhere", "pid": 1, "born": 0.0}
+    assert sweep.held_elsewhere(storage, [running]) == ""
+    storage.put_json(f"trials/{running.trial_id}/leases/000001.json", there)
+    assert sweep.held_elsewhere(storage, [partial]) == ""
+    said = sweep.held_elsewhere(storage, [running, partial])
     assert said.startswith("1 of the trials is worked on by another sweep") and f"after {EXPIRY_S:.0f} s" in said
+    storage.put_json(f"trials/{running.trial_id}/leases/000001.json", there | {"host": socket.gethostname()})
+    assert sweep.held_elsewhere(storage, [running]) == ""
+    storage.put_json(f"trials/{running.trial_id}/leases/000001.json", there | {"released": True})
+    assert sweep.held_elsewhere(storage, [running]) == ""
 
 
 @pytest.mark.ray
