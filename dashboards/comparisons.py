@@ -6,7 +6,7 @@ from itertools import combinations
 
 from dashboards.evidence import Evidence, Variant
 from dashboards.tables import Column, Figure, Table, without_gaps
-from dashboards.text import GAP, MINUS, SELECTION_WORDS, plural, points
+from dashboards.text import GAP, MINUS, SELECTION_WORDS, plural, points, slug
 from helix.statistics import (
     ALPHA,
     Effect,
@@ -168,7 +168,7 @@ def statistics_table(evidence: Evidence, dataset: str) -> Table:
     variants = [(runs.frontend, runs.backbone) for runs in evidence.of_dataset(dataset)]
     found = measure_family(every_contrast(dataset, variants), evidence)
     table = Table(
-        name=f"statistics-{_file_name(dataset)}",
+        name=f"statistics-{slug(dataset)}",
         caption=f"Paired differences on {dataset}, in percentage points ({SELECTION_WORDS[evidence.select]})",
         columns=(
             Column(heading="comparison"),
@@ -270,7 +270,3 @@ def _clip_errors(asked: Contrast, evidence: Evidence, pairs: int) -> float | Non
 
 def _points(value: float | None) -> Figure:
     return Figure(None if value is None else 100 * value, points(value))
-
-
-def _file_name(dataset: str) -> str:
-    return "".join(char if char.isascii() and (char.isalnum() or char in "-_") else "-" for char in dataset.lower())

@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -117,8 +118,9 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 (as in the base class)
         pass
 
+    @abstractmethod
     def handle_request(self) -> None:
-        raise NotImplementedError
+        """Answer one request, whatever its method."""
 
     def do_any(self) -> None:
         self.handle_request()
@@ -219,50 +221,71 @@ def _flipped(body: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def s3_on_loopback(folder: Path) -> Iterator[str]:
-    """The address of an empty bucket of moto's server; the environment leads there alone until the end of the block."""
+def s3_server_on_loopback(folder: Path) -> Iterator[str]:
+    """The URL of an S3 server, moto's, which keeps everything in memory; what it says goes into `folder`.
+
+    Raises OSError where it does not answer within a minute.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with (folder / "moto.log").open("w") as log:
+    output = folder / "moto.log"
+    with output.open("w") as log:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
         server = subprocess.Popen(command, stdout=log, stderr=log)
-    endpoint = f"http://127.0.0.1:{port}"
-    changed = {
-        "AWS_ACCESS_KEY_ID": "loopback",
-        "AWS_SECRET_ACCESS_KEY": "loopback",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": str(folder / "no-config"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(folder / "no-credentials"),
-        "AWS_ENDPOINT_URL_S3": endpoint,
-        "NO_PROXY": "127.0.0.1",
-    }
-    removed = ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_REGION")
-    before = {name: os.environ.get(name) for name in (*changed, *removed)}
+    deadline = time.monotonic() + 60
     try:
-        for name in removed:
-            os.environ.pop(name, None)
-        os.environ.update(changed)
-        _make_bucket(f"{endpoint}/loopback", server)
-        yield "s3://loopback/data"
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError as error:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise OSError(f"moto did not start: {output.read_text()}") from error
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.kill()
         server.wait()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
-def _make_bucket(url: str, server: subprocess.Popen) -> None:
-    """Raises OSError where the server does not answer within a minute."""
-    deadline = time.monotonic() + 60
-    while True:
+def environment_of(endpoint: str, folder: Path) -> dict[str, str | None]:
+    """What leads boto3, also that of child processes, to this server alone; None is a variable that may not be set."""
+    removed = ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_REGION")
+    return dict.fromkeys(removed) | {
+        "AWS_ACCESS_KEY_ID": "loopback",
+        "AWS_SECRET_ACCESS_KEY": "loopback-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": str(folder / "no-config"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(folder / "no-credentials"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_ENDPOINT_URL_S3": endpoint,
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
+def make_bucket(endpoint: str, name: str) -> None:
+    """An empty one; such a server asks for no signature."""
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", method="PUT")).close()
+
+
+@contextlib.contextmanager
+def s3_on_loopback(folder: Path) -> Iterator[str]:
+    """The address of an empty bucket of a server; the environment leads there alone until the end of the block."""
+    with s3_server_on_loopback(folder) as endpoint:
+        make_bucket(endpoint, "loopback")
+        changed = environment_of(endpoint, folder)
+        before = {name: os.environ.get(name) for name in changed}
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="PUT")).close()
-            return
-        except OSError:
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+            _set_environment(changed)
+            yield "s3://loopback/data"
+        finally:
+            _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

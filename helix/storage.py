@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 import uuid
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 
+from helix.addresses import shown_uri
 from helix.registry import STORAGES
 
 TEMPORARY = ".partial-"
@@ -381,8 +381,9 @@ def open_storage(address: str) -> Storage:
     if separator and scheme in STORAGES.names():
         return STORAGES[scheme].at(rest)
     known = "".join(f", or as {name}://bucket/prefix" for name in STORAGES.names())
-    shown = re.sub(r"://[^/]*@", "://", address)
-    raise ValueError(f"storage {shown!r} is not supported; wanted a folder, as a path or as file:///path{known}")
+    raise ValueError(
+        f"storage {shown_uri(address)!r} is not supported; wanted a folder, as a path or as file:///path{known}"
+    )
 
 
 def _raise_unless_gone(error: OSError) -> None:

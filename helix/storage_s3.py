@@ -37,6 +37,7 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as UnreachableError
 from botocore.parsers import ResponseParserError
 
+from helix.addresses import without_secrets
 from helix.registry import STORAGES
 from helix.storage import TEMPORARY, CorruptObjectError, Storage, check_range, file_sha256, key_parts
 
@@ -516,4 +517,4 @@ def _status(error: ClientError) -> int:
 
 def _plain(error: Exception) -> str:
     """An error in one line, without what may stand before the @ of an address."""
-    return re.sub(r"://[^/\s]*@", "://", " ".join(str(error).split()))
+    return without_secrets(" ".join(str(error).split()))

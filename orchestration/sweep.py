@@ -46,6 +46,7 @@ from dashboards.tables import write_tables
 from dashboards.terminal import summary_table
 from dashboards.text import cost_line, printable
 from dashboards.view import Spent
+from helix.addresses import shown_uri
 from helix.data.shards import CorruptShardError, Recordings
 from helix.protocol import PROFILES
 from helix.spec import to_json
@@ -71,7 +72,7 @@ from orchestration.needs import Need, Room, deal, need_of
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, price, with_memory
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
 from orchestration.stop import ask
-from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, local_folder, shown_uri
+from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, local_folder
 from orchestration.worker import drive, worker_resources
 
 logger = logging.getLogger(__name__)

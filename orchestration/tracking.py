@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
@@ -31,6 +31,7 @@ from mlflow.exceptions import MlflowException
 from dashboards.confusion import confusion_csv, confusion_of, pooled_confusion
 from dashboards.summary import SELECTIONS, CellSummary, statistic, summarise
 from dashboards.view import CellView, SweepView, TrialView
+from helix.addresses import without_secrets
 from helix.data.shards import Prepared, find
 from helix.statistics import CONFIDENCE, t_test
 from helix.storage import FolderStorage, Storage, json_bytes
@@ -67,15 +68,6 @@ KEPT = ("accuracy", "finished", "classes", "confusion", "selected_confusion", "s
 #: So many characters of the manifest's sha256 are a data set's digest, of which MLflow keeps 36 at most.
 DIGEST = 16
 
-#: What stands for a secret, and a key of a query with a value that is one.
-MASK = "***"
-SECRET_VALUE = re.compile(
-    r"([?&;][\w.-]*(?:pass|pw|token|secret|key|sig|auth|cred)[\w.-]*=)([^&;#\s\"'<>]+)", re.IGNORECASE
-)
-
-#: A word of a password is masked wherever it stands from so many characters on: shorter ones are in every sentence.
-WORD = 4
-
 #: The state of a trial -> what MLflow calls it.
 STATUS = {"done": "FINISHED", "running": "RUNNING", "failed": "FAILED", "partial": "KILLED"}
 
@@ -89,46 +81,6 @@ def tracking_uri(storage: Storage) -> str:
     """MLFLOW_TRACKING_URI, or a SQLite file in the local folder."""
     path = re.sub("[%?#]", lambda odd: quote(odd.group()), str(local_folder(storage) / "mlflow.db"))
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"
-
-
-def without_secrets(text: str, uri: str = "") -> str:
-    """An address, or a text that holds addresses, as it may be printed: without users and passwords.
-
-    `uri`: the address that the text is about. What is secret in it is not printed either where libraries write it
-    apart, quoted, or with spaces in it; in other addresses a password with a space cannot be told from the text.
-    """
-    if uri:
-        text = text.replace(uri, shown_uri(uri))
-        for secret in _secrets(uri):
-            text = text.replace(secret, MASK)
-    text = SECRET_VALUE.sub(rf"\g<1>{MASK}", text)
-    return re.sub(r"://[^/\s]\S*@", "://", text)
-
-
-def shown_uri(uri: str) -> str:
-    """Scheme, host, port and path of an address; only its scheme where nobody can tell where its host begins."""
-    scheme, separator, rest = uri.partition("://")
-    if not separator:
-        return uri
-    address, *query = re.split("[?#]", rest, maxsplit=1)
-    if address.startswith("/"):  # a file: there is no host that a user could stand before
-        return f"{scheme}://{address}"
-    if query and "@" in query[0]:
-        return f"{scheme}://{MASK}"
-    return f"{scheme}://{address.rpartition('@')[2]}"
-
-
-def _secrets(uri: str) -> list[str]:
-    """The password of an address and the secret values of its query, in whole, in words, and quoted; longest first."""
-    rest = uri.partition("://")[2]
-    user, at, _ = rest.rpartition("@")
-    found = {match.group(2) for match in SECRET_VALUE.finditer(rest)}
-    if at and not rest.startswith("/"):
-        found.add(user.partition(":")[2] or user)
-    found |= {unquote(one) for one in found}
-    found |= {quote(one, safe="") for one in found} | {quote(one) for one in found}
-    found |= {word for one in found for word in re.split(r"\W+", one) if len(word) >= WORD}
-    return sorted(filter(None, found), key=len, reverse=True)
 
 
 class Tracker:

@@ -185,7 +185,7 @@ def run_pack(where: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class RankOrder:
     """What the first rank tells the others to do next: an attempt at a trial in these parts, or nothing for now."""
 
     spec: TrialSpec | None = None
@@ -207,7 +207,7 @@ def follow(
     order says. Raises RankLostError.
     """
     while True:
-        order: Order | None = how.ranks.share(_nothing)
+        order: RankOrder | None = how.ranks.share(_nothing)
         if order is None:
             return
         if order.spec is None:
@@ -295,7 +295,7 @@ def work_through(
         waiting += 1
         if waiting >= len(todo):  # all that is left is in other hands
             waiting = 0
-            ranks.share(Order)  # that this one is still there
+            ranks.share(RankOrder)  # that this one is still there
             time.sleep(held_s)
     ranks.share(_nothing)
 
@@ -409,7 +409,7 @@ def run_trial(
                 measured=meter.take,
                 ranks=ranks,
             )
-            order = Order(spec=spec, micro_batch=micro_batch, recompute=recompute)
+            order = RankOrder(spec=spec, micro_batch=micro_batch, recompute=recompute)
             try:
                 ranks.share(lambda order=order: order)
                 with meter:

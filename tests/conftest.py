@@ -1,25 +1,27 @@
 """What tests of several folders share: a storage, a few seconds of tones, and specs small enough to train in one."""
 
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
+import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from helix.data.shards import Recordings, open_prepared, prepare
-from helix.loopback import FaultProxy
+from helix.loopback import FaultProxy, environment_of, make_bucket, s3_server_on_loopback
 from helix.protocol import profile
 from helix.spec import AugmentSpec, DataSpec, ModelSpec, TrainingSpec, TrialSpec
 from helix.storage import FolderStorage, Storage
 from orchestration.grid import VARIANTS, Grid, Trial
 from orchestration.plan import Snapshot, make_plan
+
+CHROMIUM_FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic"),
+    *("--no-first-run", "--disable-background-networking"),
+)
 
 TINY_TONES = {"clips_per_class": 16}
 
@@ -93,49 +95,21 @@ def with_training(spec: TrialSpec, **changes) -> TrialSpec:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory) -> Iterator[str]:
-    """The URL of an S3 server on loopback, moto's, which keeps everything in memory."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    output = (tmp_path_factory.mktemp("moto") / "output").open("w+")
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=output, stderr=output)
-    deadline = time.monotonic() + 60
-    try:
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                if server.poll() is not None or time.monotonic() > deadline:
-                    output.seek(0)
-                    pytest.fail(f"moto did not start: {output.read()}")
-                time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
-        output.close()
+    """The URL of an S3 server on loopback for all tests of this process."""
+    with s3_server_on_loopback(tmp_path_factory.mktemp("moto")) as endpoint:
+        yield endpoint
 
 
 @pytest.fixture
 def s3_address(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """s3://bucket/prefix in a fresh bucket; the environment, which subprocesses inherit, leads boto3 there alone."""
-    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_SESSION_TOKEN", "AWS_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test-key-id",
-        "AWS_SECRET_ACCESS_KEY": "test-secret-key",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": str(tmp_path / "no-config"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "no-credentials"),
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_ENDPOINT_URL_S3": s3_server,
-        "NO_PROXY": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    for name, value in environment_of(s3_server, tmp_path).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
     bucket = f"test-{uuid.uuid4().hex[:12]}"
-    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{bucket}", method="PUT")).close()
+    make_bucket(s3_server, bucket)
     return f"s3://{bucket}/some/prefix"
 
 
@@ -145,3 +119,16 @@ def fault_proxy(s3_server: str, s3_address: str, monkeypatch: pytest.MonkeyPatch
     with FaultProxy(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.address)
         yield proxy
+
+
+@pytest.fixture(name="browser", scope="module")
+def _browser() -> Iterator[Any]:
+    """Headless Chromium, as playwright's `Browser`."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=chromium, args=list(CHROMIUM_FLAGS))
+        yield browser
+        browser.close()

@@ -14,12 +14,13 @@ PACKAGES = ("helix", "orchestration", "dashboards", "cluster")
 
 #: Who may import which parts of the project. A part is a module or a package with all that is in it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "helix.addresses": (),
     "helix.registry": (),
     "helix.protocol": (),
     "helix.published": (),
     "helix.statistics": (),
-    "helix.storage": ("helix.registry",),
-    "helix.storage_s3": ("helix.storage", "helix.registry"),
+    "helix.storage": ("helix.addresses", "helix.registry"),
+    "helix.storage_s3": ("helix.addresses", "helix.storage", "helix.registry"),
     "helix.spec": ("helix.registry", "helix.protocol", "helix.storage"),
     "helix.data": ("helix.data", "helix.spec", "helix.registry", "helix.protocol", "helix.storage"),
     "helix.models": ("helix.models", "helix.spec", "helix.registry", "helix.protocol"),
@@ -77,7 +78,10 @@ MAY_BE_MISSING = {
 
 #: Modules that plan and read: what they import, directly or not, holds no torch (a laptop answers at once).
 WITHOUT_TORCH = (
-    *(f"helix.{name}" for name in ("spec", "registry", "protocol", "published", "statistics", "storage", "storage_s3")),
+    *(
+        f"helix.{name}"
+        for name in ("addresses", "spec", "registry", "protocol", "published", "statistics", "storage", "storage_s3")
+    ),
     *(f"orchestration.{name}" for name in ("grid", "recovery", "ledger", "asked", "status", "money")),
     "orchestration.grids",
 )

@@ -1,6 +1,7 @@
 """Rules on differences between variants: by the corrected t test, adjusted for the family, over folds or seeds."""
 
 import itertools
+from abc import abstractmethod
 from dataclasses import dataclass
 
 from dashboards.claim import Case, Judgement, Rule, Verdict, lacking, no_data
@@ -33,8 +34,9 @@ class _Pair(Rule):
         found = case.numbers.get(self.contrasts[0])
         return no_data(case, self.cells) if found is None else self.of(found)
 
+    @abstractmethod
     def of(self, found: Measured) -> Judgement:
-        raise NotImplementedError
+        """What the measured difference says of the claim."""
 
 
 @dataclass(frozen=True, kw_only=True)

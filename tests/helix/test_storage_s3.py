@@ -304,7 +304,7 @@ def quickly(use: Callable[[], object], error: type[BaseException], said: str) ->
     with pytest.raises(error, match=re.escape(said)) as caught:
         use()
     assert time.monotonic() - begun < 5
-    assert "test-secret-key" not in str(caught.value)
+    assert "loopback-secret" not in str(caught.value)
     return str(caught.value)
 
 
