@@ -385,18 +385,20 @@ def test_a_sweep_and_its_models_reach_a_server_on_postgresql_that_wants_a_passwo
     get_app_client("basic-auth", tracking_uri=url).create_user("sweeper", "sweeper-password-of-a-test")
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "sweeper")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "sweeper-password-of-a-test")
-    barrier, problems = threading.Barrier(3), []
+    barrier, problems = threading.Barrier(2), []
 
     def replay() -> None:
         tracker = Tracker(storage)
         barrier.wait()
-        problems.extend(attempt_replay(tracker, view) for _ in range(3))
+        problems.extend(attempt_replay(tracker, view) for _ in range(2))
 
-    threads = [threading.Thread(target=replay) for _ in range(3)]
+    threads = [threading.Thread(target=replay) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(200)
+    # Two threads that log models at once leave a stand-in of MLflow's behind, at which hypothesis stumbles.
+    sys.modules.pop("dbutils", None)
     assert attempt_replay(Tracker(storage), view, tmp_path / "test.html") is None
 
     client = MlflowClient(url)
