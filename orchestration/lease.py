@@ -10,6 +10,7 @@ before sees it at its next beat and stops. A holder on this machine whose proces
 
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -19,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from helix.storage import Storage, json_bytes
+from helix.storage import CorruptObjectError, Storage, json_bytes
 from helix.training.trainer import trial_folder
 from orchestration.ledger import heartbeat_of
 from orchestration.stop import asked
@@ -32,6 +33,8 @@ BEAT_S = 2.0
 #: A holder whose heartbeat did not change for so long is dead.
 EXPIRY_S = 60.0
 
+#: What a lease has to say of its holder.
+HOLDER = {"host": str, "pid": int, "born": (int, float), "sweep_id": str}
 
 #: A process that finished no step for this long, and for so many times its slowest step, hangs; and how long the first
 #: step may take, which loads data and compiles.
@@ -151,7 +154,7 @@ def acquire(
     """The lease of a trial, or None while another process that may be alive holds it."""
     number = _newest(storage, trial_id)
     if number:
-        standing = storage.get_json(_key(trial_id, number))
+        standing = _standing(storage, trial_id, number)
         if not _is_free(storage, trial_id, number, standing, sweep_id=sweep_id, watch=watch):
             return None
     holder = {"attempt_id": attempt_id, "sweep_id": sweep_id, **this_process()}
@@ -178,21 +181,34 @@ def this_process() -> dict[str, Any]:
 def is_held(storage: Storage, trial_id: str) -> bool:
     """Whether somebody may work on a trial: its lease is not released, and its holder is not a dead process of here."""
     number = _newest(storage, trial_id)
-    standing = storage.get_json(_key(trial_id, number)) if number else None
-    if not isinstance(standing, dict) or standing.get("released"):
+    standing = _standing(storage, trial_id, number) if number else None
+    if standing is None or standing.get("released"):
         return False
-    return standing["host"] != socket.gethostname() or _lives(standing)
+    return not standing or standing["host"] != socket.gethostname() or _lives(standing)
 
 
 def _is_free(storage: Storage, trial_id: str, number: int, standing: Any, *, sweep_id: str, watch: Watch) -> bool:
-    if not isinstance(standing, dict) or standing.get("released"):
+    if standing is None or standing.get("released"):
         return True
     here = this_process()
-    if standing["host"] == here["host"]:
+    if standing and standing["host"] == here["host"]:
         return standing["pid"] == here["pid"] or not _lives(standing)
-    if standing["sweep_id"] == sweep_id:  # Ray starts another worker for a pack only once the one before is gone
+    # Ray starts another worker for a pack only once the one before is gone.
+    if standing and standing["sweep_id"] == sweep_id:
         return True
     return watch.silent(trial_id, (number, heartbeat_of(storage, trial_id)))
+
+
+def _standing(storage: Storage, trial_id: str, number: int) -> dict[str, Any] | None:
+    """What a lease says; None where it is gone, nothing where it is damaged: its holder is then known by its beats."""
+    try:
+        said = storage.get_json(_key(trial_id, number))
+    except CorruptObjectError:
+        return {}
+    if said is None:
+        return None
+    whole = isinstance(said, dict) and all(isinstance(said.get(name), classes) for name, classes in HOLDER.items())
+    return said if whole else {}
 
 
 def _lives(standing: dict[str, Any]) -> bool:
@@ -207,7 +223,7 @@ def _lives(standing: dict[str, Any]) -> bool:
 
 def _newest(storage: Storage, trial_id: str) -> int:
     names = storage.children(f"{trial_folder(trial_id)}/leases")
-    return max((int(name.removesuffix(".json")) for name in names), default=0)
+    return max((int(name[:-5]) for name in names if re.fullmatch(r"\d+\.json", name)), default=0)
 
 
 def _key(trial_id: str, number: int) -> str:

@@ -7,9 +7,10 @@ removes what it made. A process that dies between the two leaves a thing without
 records. What was removed by hand since is made again under the next number.
 """
 
+import re
 from collections.abc import Callable
 
-from helix.storage import Storage, json_bytes
+from helix.storage import CorruptObjectError, Storage, json_bytes
 
 #: Where the names of what was made are kept.
 FOLDER = "tracking"
@@ -46,8 +47,14 @@ def recorded(storage: Storage, key: str) -> str | None:
     """The name that is recorded last for `key`."""
     folder = f"{FOLDER}/{key}"
     number = _newest(storage, folder)
-    return storage.get_json(f"{folder}/{number:06d}.json")["made"] if number else None
+    try:
+        said = storage.get_json(f"{folder}/{number:06d}.json") if number else None
+    except CorruptObjectError:  # what was made is then found by what it is
+        return None
+    made = said.get("made") if isinstance(said, dict) else None
+    return made if isinstance(made, str) else None
 
 
 def _newest(storage: Storage, folder: str) -> int:
-    return max((int(name.removesuffix(".json")) for name in storage.children(folder)), default=0)
+    names = storage.children(folder)
+    return max((int(name[:-5]) for name in names if re.fullmatch(r"\d+\.json", name)), default=0)

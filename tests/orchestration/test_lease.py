@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from helix.storage import FolderStorage, Storage
-from orchestration.lease import Lease, LeaseLostError, Watch, acquire, this_process
+from orchestration.lease import Lease, LeaseLostError, Watch, acquire, is_held, this_process
 
 TRIAL = "0123456789abcdef"
 
@@ -202,3 +202,15 @@ def test_a_storage_that_is_away_for_a_while_ends_nothing(storage: Storage, monke
 
 def test_a_process_is_told_from_a_later_one_with_its_number():
     assert this_process()["pid"] == os.getpid() and this_process()["born"] > 0
+
+
+@pytest.mark.parametrize("said", [b"", b"{", b"[]", b"{}", b'{"host": 1, "pid": "x"}'])
+def test_a_damaged_lease_is_held_for_as_long_as_its_holder_may_live(storage: Storage, said: bytes):
+    storage.put(f"trials/{TRIAL}/leases/000001.json", said)
+    storage.put(f"trials/{TRIAL}/leases/notes.txt", b"no lease")
+    watch = Watch(expiry_s=60, clock=(clock := Clock()))
+    assert is_held(storage, TRIAL)
+    assert ask(storage, watch=watch) is None
+    clock.now = 61.0
+    lease = ask(storage, watch=watch)
+    assert lease is not None and lease.number == 2

@@ -84,3 +84,15 @@ def test_two_databases_do_not_share_what_they_made(storage: Storage):
     one, other = Service(), Service()
     hands = [{"find": s.find, "make": s.make, "remove": s.remove, "lives": s.lives} for s in (one, other)]
     assert made_once(storage, "a/thing", **hands[0]) != made_once(storage, "b/thing", **hands[1])
+
+
+@pytest.mark.parametrize("said", [b"{", b"[]", b"{}", b'{"made": 1}'])
+def test_a_damaged_record_makes_nothing_twice(storage: Storage, said: bytes):
+    service = Service()
+    name = service.ask(storage)
+    (record,) = storage.children("tracking/database/thing")
+    storage.put(f"tracking/database/thing/{record}", said)
+    storage.put("tracking/database/thing/notes.txt", b"no record")
+    assert recorded(storage, "database/thing") is None
+    assert service.ask(storage) == name == recorded(storage, "database/thing")
+    assert len(service.things) == 1
