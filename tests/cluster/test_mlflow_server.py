@@ -367,6 +367,8 @@ def test_a_sweep_and_its_models_reach_a_server_on_postgresql_that_wants_a_passwo
     monkeypatch: pytest.MonkeyPatch,
 ):
     url, log = server
+    # One fold: the server takes a tenth of a second for a password, which comes with each of many hundred requests.
+    tiny_sweep.plan = tiny_sweep.plan[:2]
     for entry in tiny_sweep.plan:
         run_trial(entry.trial.spec, tiny_data, storage, sweep_id="s1")
     view = tiny_sweep()
@@ -407,7 +409,7 @@ def test_a_sweep_and_its_models_reach_a_server_on_postgresql_that_wants_a_passwo
     levels: dict[str, list[Any]] = {"cell": [], "trial": [], "report": []}
     for run in client.search_runs([experiment.experiment_id]):
         levels[run.data.tags["helix.level"]].append(run)
-    assert {level: len(found) for level, found in levels.items()} == {"cell": 2, "trial": 4, "report": 1}
+    assert {level: len(found) for level, found in levels.items()} == {"cell": 2, "trial": 2, "report": 1}
     for run in levels["trial"]:
         points = client.get_metric_history(run.info.run_id, "test_accuracy")
         rows = storage.get_json(f"trials/{run.data.tags['helix.trial_id']}/result.json")["rows"]
