@@ -1,6 +1,6 @@
 """How much memory one training step takes at its peak, told from shapes alone, and the micro-batch that fits a limit.
 
-The step itself is run, the code of the model and of helix.training.trainer.train_step, on tensors that have shapes and
+The step itself is run, the code of the model and of helix.training.step.train_step, on tensors that have shapes and
 no memory (torch's FakeTensorMode), while a ledger counts the bytes of every storage from the operator that makes it to
 the moment it dies. Nothing is allocated, and whatever changes in a model changes the prediction.
 
@@ -38,7 +38,7 @@ from helix.models.scan import forced, kernels, scan_backend
 from helix.spec import TrialSpec, from_json, resolve, to_json
 from helix.training.optim import build_optimizer
 from helix.training.ranks import Ranks
-from helix.training.trainer import Position, train_step
+from helix.training.step import Position, train_step
 
 Device = Literal["cpu", "cuda"]
 
