@@ -202,7 +202,7 @@ class Graphed:
     def _state(self) -> "State":
         """All that a step changes, by kind: weights, buffers and moments; the last are none before the first of all."""
         weights = list(self.model.parameters())
-        state: State = {"weights": weights, "buffers": list(self.model.buffers())}
+        state: State = {"weights": [*weights], "buffers": [*self.model.buffers()]}
         for weight in weights:
             for name, moment in self.optimizer.state.get(weight, {}).items():
                 state.setdefault(name, []).append(moment)
