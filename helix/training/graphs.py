@@ -166,9 +166,7 @@ class Graphed:
         except RuntimeError as error:
             self._give_up(f"it could not be recorded: {str(error).strip().splitlines()[0]}")
         finally:
-            for name, tensors in self._state().items():
-                # Moments that the first step of all has made begin at zero.
-                _put(tensors, before.get(name) or [torch.zeros_like(tensor) for tensor in tensors])
+            self._become(before)
         return held
 
     def _check(self) -> None:
@@ -177,8 +175,7 @@ class Graphed:
 
         def found(step: Callable[[], None]) -> State:
             """What a step makes of the state before it."""
-            for name, tensors in self._state().items():
-                _put(tensors, before[name])
+            self._become(before)
             self._found_3.fill_(math.nan)
             step()
             after = {**self._state(), **{f"found {n}": [value] for n, value in enumerate(self._found_3.unbind())}}
@@ -190,10 +187,16 @@ class Graphed:
         if apart <= SLACK * noise:
             logger.info("a replayed step is %.1e of it from the step, which is %.1e from itself", apart, noise)
             return
-        for name, tensors in self._state().items():
-            _put(tensors, wanted[name])
+        self._become(wanted)
         self._found_3.copy_(torch.stack([wanted[f"found {n}"][0] for n in range(3)]))
         self._give_up(f"a replay is {apart:.1e} of the step away from the step, which is {noise:.1e} from itself")
+
+    def _become(self, state: "State") -> None:
+        """Be at `state` again. Moments that it does not know are those that the first step of all has made since."""
+        for name, tensors in self._state().items():
+            values = state.get(name) or [torch.zeros_like(tensor) for tensor in tensors]
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
 
     def _give_up(self, reason: str) -> None:
         logger.warning("no CUDA graph, the training goes on without: %s", reason)
@@ -226,11 +229,6 @@ def _capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 def _copied(state: State) -> State:
     return {name: [tensor.clone() for tensor in tensors] for name, tensors in state.items()}
-
-
-def _put(tensors: list[Tensor], values: list[Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
 
 
 def _apart(before: State, wanted: State, other: State) -> float:

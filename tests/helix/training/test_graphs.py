@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from helix.data.shards import Recordings
 from helix.protocol import profile
@@ -36,8 +36,10 @@ class Tape(Unwaited):
         self.plays = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # As they are at this call, on the same memory: some operators change the shape of what they are given.
+        given = tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}))
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.calls.append((func, args, kwargs or {}, result))
+        self.calls.append((func, *given, tree_map_only(Tensor, Tensor.detach, result)))
         return result
 
     @torch.no_grad()
