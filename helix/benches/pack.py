@@ -5,6 +5,7 @@ The steps are those of a fit (helix.training.step), replayed as CUDA graphs wher
 that lie on the device. Loading, evaluation and checkpoints are not in them.
 """
 
+import math
 import os
 import statistics
 import tempfile
@@ -19,17 +20,20 @@ from typing import Any
 import torch
 
 from helix.bench import Conditions, Outcome, Row, Table, require_positive
-from helix.benches.step import BACKBONES, CLASSES, SAMPLES_PER_TOKEN, pattern_of
 from helix.data.loader import Batch
 from helix.models.classifier import build_classifier, cost
 from helix.process import in_own_process
 from helix.protocol import Protocol
-from helix.registry import BENCHES, FRONTENDS
+from helix.registry import BENCHES, BLOCKS, FRONTENDS
 from helix.spec import AugmentSpec, ModelSpec, TrainingSpec, TrialSpec, resolve
+from helix.training.feasibility import SAMPLES_PER_TOKEN
 from helix.training.graphs import CHECKED, Choice, graphed
 from helix.training.optim import build_optimizer
 from helix.training.precision import precision_of
 from helix.training.step import Position, take, train_step
+
+#: ESC-50's.
+CLASSES = 50
 
 #: What a process waits for the others at most: it takes so long to start several and to compile in each.
 PATIENCE_S = 600.0
@@ -51,10 +55,9 @@ class PackBench:
     device: str = "cpu"
     steps: int = 50
     frontends: tuple[str, ...] = ("raw", "mel")
-    backbone: str = "mamba"
+    pattern: tuple[str, ...] = ("mamba",) * 6
     tokens: int = 500
     width: int = 256
-    layers: int = 6
     batch: int = 32
     precision: str = "fp32"
     graphs: str = "auto"
@@ -63,17 +66,17 @@ class PackBench:
         require_positive(self)
         for name, given, known in (
             ("frontends", self.frontends, FRONTENDS.names()),
-            ("backbone", (self.backbone,), BACKBONES),
+            ("pattern", self.pattern, BLOCKS.names()),
             ("precision", (self.precision,), ("fp32", "tf32", "bf16")),
             ("graphs", (self.graphs,), ("auto", "on", "off")),
             ("device", (self.device.partition(":")[0],), ("cpu", "cuda")),
         ):
             if unknown := set(given) - set(known):
                 raise ValueError(f"bench 'pack': {name} has {sorted(unknown)[0]}; known: {', '.join(known)}")
-        if self.device != "cpu" and not torch.cuda.is_available():
-            raise ValueError(f"bench 'pack': device is {self.device}, and torch finds no CUDA GPU here")
 
     def run(self, how: Conditions) -> Outcome:
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise ValueError(f"bench 'pack': device is {self.device}, and torch finds no CUDA GPU here")
         rows = []
         for frontend in self.frontends:
             how.say(f"{self.trials} trials, {frontend}")
@@ -84,14 +87,14 @@ class PackBench:
             gain = statistics.median(turn / once for turn, once in zip(turns_s, at_once_s, strict=True))
             rows.append(Row(name=frontend, values=(all_steps / turn_s, all_steps / once_s, gain), note=note))
         device = self.device if self.device == "cpu" else torch.cuda.get_device_name(self.device)
-        shape = f"B={self.batch}, L={self.tokens:,} raw, width {self.width}, {self.layers} layers, {self.precision}"
-        title = f"{self.trials} trials of {self.backbone} on one device ({device}), {shape}, graphs {self.graphs}"
+        shape = f"B={self.batch}, L={self.tokens:,} raw, width {self.width}, {self.precision}, graphs {self.graphs}"
+        title = f"{self.trials} trials of {'-'.join(self.pattern)} on one device ({device}), {shape}"
         columns = ("in turn, steps/s", "at once, steps/s", "gain")
         return Outcome(tables=(Table(title=title, columns=columns, rows=tuple(rows)),))
 
     def spec(self, frontend: str) -> TrialSpec:
         """What each of the trials is, but for its seed."""
-        model = ModelSpec(frontend=frontend, pattern=pattern_of(self.backbone, self.layers), width=self.width)
+        model = ModelSpec(frontend=frontend, pattern=self.pattern, width=self.width)
         training = TrainingSpec(batch_size=self.batch, precision=self.precision)  # type: ignore[arg-type]
         return TrialSpec(model=model, augment=AugmentSpec(), training=training, protocol=Protocol())
 
@@ -105,7 +108,7 @@ class PackBench:
             if errors:  # the others fail because one of them did
                 raise next((error for error in errors if not isinstance(error, OtherFailedError)), errors[0])
             rounds = list(zip(*(answer.result() for answer in answers), strict=True))
-        turns_s = [sum(alone_s for alone_s, _, _ in one) for one in rounds]
+        turns_s = [math.fsum(alone_s for alone_s, _, _ in one) for one in rounds]
         at_once_s = [max(end for _, _, end in one) - min(begin for _, begin, _ in one) for one in rounds]
         return turns_s, at_once_s
 
@@ -158,8 +161,8 @@ class Steps:
             wave_BT, label_B = 0.1 * torch.randn(batch, samples), torch.randint(CLASSES, (batch,))
         self.model = model.to(device).train()
         self.optimizer = build_optimizer(self.model, self.spec.training, protocol)
-        columns = {"label_B": label_B, "clip_B": torch.arange(batch), "samples_B": torch.full((batch,), samples)}
-        self.batch = Batch(wave_BT=wave_BT, **columns).to(device)
+        clip_B, samples_B = torch.arange(batch), torch.full((batch,), samples)
+        self.batch = Batch(wave_BT=wave_BT, label_B=label_B, clip_B=clip_B, samples_B=samples_B).to(device)
         tokens = cost(self.spec.model, protocol, classes=CLASSES, samples=samples).tokens
         self.replay = graphed(
             partial(take, self.model, self.optimizer, spec=self.spec),

@@ -43,6 +43,9 @@ SLACK = 10.0
 #: does that step again. It may do the step as often as it likes; whoever asks puts the state back.
 Capture = Callable[[torch.device, Callable[[], None], Callable[[], None]], Callable[[], None]]
 
+#: Tensors that a step changes, by kind.
+State = dict[str, list[Tensor]]
+
 
 def cuda_graph(device: torch.device, run: Callable[[], None], recorded: Callable[[], None]) -> Callable[[], None]:
     """A step as a CUDA graph, by the recipe of torch's notes on CUDA semantics. RuntimeError where it cannot be one."""
@@ -191,7 +194,7 @@ class Graphed:
         self._found_3.copy_(torch.stack([wanted[f"found {n}"][0] for n in range(3)]))
         self._give_up(f"a replay is {apart:.1e} of the step away from the step, which is {noise:.1e} from itself")
 
-    def _become(self, state: "State") -> None:
+    def _become(self, state: State) -> None:
         """Be at `state` again. Moments that it does not know are those that the first step of all has made since."""
         for name, tensors in self._state().items():
             values = state.get(name) or [torch.zeros_like(tensor) for tensor in tensors]
@@ -202,17 +205,14 @@ class Graphed:
         logger.warning("no CUDA graph, the training goes on without: %s", reason)
         self._replay, self.checks, self.replays = self._run, 0, False
 
-    def _state(self) -> "State":
+    def _state(self) -> State:
         """All that a step changes, by kind: weights, buffers and moments; the last are none before the first of all."""
         weights = list(self.model.parameters())
-        state: State = {"weights": [*weights], "buffers": [*self.model.buffers()]}
+        state: State = {"weights": list[Tensor](weights), "buffers": list(self.model.buffers())}
         for weight in weights:
             for name, moment in self.optimizer.state.get(weight, {}).items():
                 state.setdefault(name, []).append(moment)
         return {name: [tensor.detach() for tensor in tensors] for name, tensors in state.items()}
-
-
-State = dict[str, list[Tensor]]
 
 
 @contextmanager

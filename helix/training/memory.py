@@ -5,7 +5,8 @@ no memory (torch's FakeTensorMode), while a ledger counts the bytes of every sto
 the moment it dies. Nothing is allocated, and whatever changes in a model changes the prediction.
 
 What the ledger cannot see is what allocators lose between blocks and what libraries keep for themselves; the error
-bound below is for that. CUDA is predicted with the CPU's operators: its fused scan and its attention without a matrix
+bound below is for that. It has to be for CUDA graphs too, which keep a step's memory while clips are augmented and
+evaluated in other memory. CUDA is predicted with the CPU's operators: its fused scan and its attention without a matrix
 of weights keep the same tensors, but those figures have not been held against a GPU.
 
 Legend: B batch, T samples.

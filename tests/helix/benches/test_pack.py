@@ -10,7 +10,7 @@ from helix.bench import Conditions
 from helix.benches import pack
 from helix.benches.pack import Meeting, OtherFailedError, PackBench, Steps
 
-TINY = {"trials": 2, "steps": 2, "frontends": ("mel",), "tokens": 60, "width": 16, "layers": 1, "batch": 2}
+TINY = {"trials": 2, "steps": 2, "frontends": ("mel",), "tokens": 60, "width": 16, "batch": 2, "pattern": ("mamba",)}
 
 
 def test_a_pack_is_measured_in_turn_and_at_once():
@@ -60,6 +60,7 @@ def test_each_waits_for_all_in_a_meeting_and_for_those_before_it_in_a_turn(tmp_p
     ("wrong", "said"),
     [
         ({"trials": 0}, "trials is 0; wanted 1 or more"),
+        ({"pattern": ("mamba", "lstm")}, "pattern has lstm; known: attention, mamba"),
         ({"frontends": ("mels",)}, "frontends has mels; known: mel, raw"),
         ({"precision": "fp16"}, "precision has fp16; known: fp32, tf32, bf16"),
         ({"device": "tpu"}, "device has tpu; known: cpu, cuda"),
@@ -73,7 +74,7 @@ def test_what_cannot_be_measured_is_refused(wrong, said):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_none_is_measured():
     with pytest.raises(ValueError, match="torch finds no CUDA GPU here"):
-        PackBench(device="cuda")
+        PackBench(device="cuda").run(Conditions())
 
 
 @pytest.mark.gpu
