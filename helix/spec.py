@@ -80,7 +80,8 @@ class AugmentSpec:
 class TrainingSpec:
     """Optimisation (section 3.4): AdamW, cosine annealing from `lr` to `lr_min` over `epochs`, gradient clipping.
 
-    `precision` is that of the matrix products (autocast); weights, states of scans and the optimiser are float32.
+    `precision` is that of the matrix products: "fp32", "tf32" (float32 with factors of 10 bits, which CUDA GPUs alone
+    do) or "bf16" (autocast). Weights, states of scans and the optimiser are float32 in all of them.
     """
 
     epochs: int = 100
@@ -89,7 +90,7 @@ class TrainingSpec:
     lr_min: float = 1e-6
     weight_decay: float = 0.05
     clip_norm: float = 1.0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         _require_finite(self, "training")

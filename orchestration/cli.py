@@ -171,7 +171,7 @@ def feasibility(arguments: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=sweep.numbers, default=list(TOKENS), metavar="500,3000", help="these lengths")
     parser.add_argument("--backbones", type=sweep.names, default=list(BACKBONES), metavar="NAME,...")
     parser.add_argument("--batch", type=int, default=1, help="clips in a batch (default: 1)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
     parser.add_argument(
         "--memory-gib",
         type=float,

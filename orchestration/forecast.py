@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from helix.data.shards import Recordings
 from helix.spec import identity
 from helix.storage import CorruptObjectError, FolderStorage, Storage
@@ -146,6 +148,12 @@ def calibrate(
 def _timed(trial: Trial, recordings: Recordings, *, device: str, placement: Placement) -> float:
     """The median seconds of a step, evaluation left out."""
     ends: list[float] = []
+
+    def on_step(_step: int) -> None:
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize()  # so far the step was only launched
+        ends.append(time.monotonic())
+
     with tempfile.TemporaryDirectory(prefix="helix-calibrate-") as folder:
         how = Fit(
             storage=FolderStorage(Path(folder)),
@@ -153,7 +161,7 @@ def _timed(trial: Trial, recordings: Recordings, *, device: str, placement: Plac
             micro_batch=placement.micro_batch,
             recompute=placement.recompute,
             save_every_s=1e9,
-            on_step=lambda _step: ends.append(time.monotonic()),
+            on_step=on_step,
             stop_now=lambda: len(ends) > CALIBRATED_STEPS,
         )
         with contextlib.suppress(StoppedError):

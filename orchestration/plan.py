@@ -17,6 +17,7 @@ from helix.spec import resolve, trial_id
 from helix.storage import Storage
 from helix.training import feasibility
 from helix.training.memory import Device, Placement, choose
+from helix.training.precision import require
 from orchestration.asked import Asked, AskedTrial
 from orchestration.grid import BACKBONES, Grid, Trial
 from orchestration.ledger import TrialState, certificates, read_all
@@ -83,6 +84,7 @@ def place(trial: Trial, *, limit_bytes: int | None, device: Device, ranks: int =
     dataset: Dataset = DATASETS.make(spec.data.dataset, spec.data.options)
     size = {"samples": dataset.clip_samples, "classes": dataset.class_count}
     try:
+        require(spec.training.precision, device)
         return choose(spec, **size, limit_bytes=limit_bytes, device_type=device, ranks=ranks)
     except ValueError as error:
         raise ValueError(f"{trial.label}: {error}") from error

@@ -305,7 +305,9 @@ def data_placement(recordings: Recordings, device: str) -> Literal["host", "devi
     if torch.device(device).type != "cuda":
         return "host"
     size = sum(shard["bytes"] for shard in recordings.manifest["shards"])
-    ours = torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.get_device_properties(device).total_memory
+    # By its number, or None for the current one: that function takes no "cuda" without a number.
+    part = torch.cuda.get_per_process_memory_fraction(torch.device(device).index)
+    ours = part * torch.cuda.get_device_properties(device).total_memory
     return "device" if size <= DEVICE_SHARE * ours else "host"
 
 

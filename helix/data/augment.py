@@ -99,19 +99,13 @@ def pairing(clips: int, epoch: int, step: int, *, alpha: float, seed: int) -> tu
     return random.permutation(clips), lam
 
 
-def mixup(
-    features: Tensor, *, alpha: float, seed: int, epoch: int, step: int, partner_B: Tensor | None = None
-) -> tuple[Tensor, Tensor, float]:
-    """(mixed, partner_B, lam) with mixed = lam * features + (1 - lam) * features[partner_B], paired by `pairing`.
+def mixup(features: Tensor, partner_B: Tensor, lam: Tensor) -> Tensor:
+    """lam * features + (1 - lam) * features[partner_B], with `partner_B` and the scalar `lam` as `pairing` draws them.
 
-    Zhang et al. 2018, arXiv:1710.09412. With `partner_B`, of a part of a batch (helix.data.loader), its first clips are
-    mixed, each with the one that it names: as in the whole batch.
+    Zhang et al. 2018, arXiv:1710.09412. Of a part of a batch (helix.data.loader) as many clips as `partner_B` is long
+    are mixed, the first ones, each with the one that it names: as in the whole batch.
     """
-    drawn_B, lam = pairing(len(features), epoch, step, alpha=alpha, seed=seed)
-    if partner_B is None:
-        partner_B = torch.from_numpy(drawn_B).to(features.device)
-    own = features if len(partner_B) == len(features) else features[: len(partner_B)]
-    return (own if alpha == 0 else torch.lerp(features[partner_B], own, lam)), partner_B, lam
+    return torch.lerp(features[partner_B], features[: len(partner_B)], lam)
 
 
 def _key(clip_B: Tensor, seed: int) -> Tensor:

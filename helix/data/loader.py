@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -146,8 +146,8 @@ class Device:
         of_piece = np.repeat(np.arange(len(clips)), np.diff(clips.first_piece))
         before = np.cumsum(clips.samples) - clips.samples
         columns = (clips.samples, self.first_row[clips.row] + clips.start - before)
-        samples_P, source_P = (torch.from_numpy(column).to(self.device) for column in columns)
-        place_P = torch.from_numpy(of_piece * clips.clip_samples + clips.place - before).to(self.device)
+        samples_P, source_P = (uploaded(column, self.device) for column in columns)
+        place_P = uploaded(of_piece * clips.clip_samples + clips.place - before, self.device)
         total = int(clips.samples.sum())
         place_S = torch.arange(total, device=self.device)
         source_S = place_S + torch.repeat_interleave(source_P, samples_P, output_size=total)
@@ -156,16 +156,18 @@ class Device:
 
 
 def _batch(wave_BT: Tensor, clips: Clips, device: torch.device | str, *, pinned: bool = False) -> Batch:
-    label_B, clip_B, samples_B = (torch.from_numpy(column) for column in (clips.label, clips.clip, clips.sounding))
-    if pinned:
-        label_B, clip_B, samples_B = (tensor.pin_memory() for tensor in (label_B, clip_B, samples_B))
-    return Batch(
-        wave_BT=wave_BT,
-        label_B=label_B.to(device),
-        clip_B=clip_B.to(device),
-        samples_B=samples_B.to(device),
-        parts=clips.parts,
-    )
+    columns = (clips.label, clips.clip, clips.sounding)
+    label_B, clip_B, samples_B = (uploaded(column, device, pinned=pinned) for column in columns)
+    return Batch(wave_BT=wave_BT, label_B=label_B, clip_B=clip_B, samples_B=samples_B, parts=clips.parts)
+
+
+def uploaded(column: np.ndarray, device: torch.device | str, *, pinned: bool = False) -> Tensor:
+    """A column of the host on `device`. To a CUDA device it goes through pinned memory, so that nobody waits for it.
+
+    On the host it is pinned where that is asked for, and shares its memory with `column` where not.
+    """
+    tensor, on_cuda = torch.from_numpy(column), torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if pinned or on_cuda else tensor).to(device, non_blocking=True)
 
 
 def part_of(total: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -238,6 +240,11 @@ class Batches:
         place = (epoch, step, rank, ranks)
         return self._ahead(place) if self._ahead else self._make(place)
 
+    def settle(self) -> None:
+        """Wait until the thread has made what it was told to make; it rests then, until a batch is asked for."""
+        if self._ahead:
+            self._ahead.settle()
+
     def close(self) -> None:
         """End the thread; batches can still be asked for and are made then."""
         if self._ahead:
@@ -266,7 +273,7 @@ class Batches:
         place_B = np.zeros(self.batch_size, np.int64)
         place_B[taken_B] = np.arange(len(taken_B))
         batch = self.placement.gather(self._ordered(epoch).take(step * self.batch_size + taken_B))
-        partner_B = torch.from_numpy(place_B[with_B]).to(batch.label_B.device)
+        partner_B = uploaded(place_B[with_B], batch.label_B.device, pinned=batch.label_B.is_pinned())
         return replace(batch, whole=self.batch_size, partner_B=partner_B)
 
     def _next(self, place: tuple[int, ...]) -> tuple[int, ...]:
@@ -311,6 +318,9 @@ class _Ahead:
 
     def _order(self, place: tuple[int, ...]) -> None:
         self.waiting.append((place, self.thread.submit(self.make, place)))
+
+    def settle(self) -> None:
+        wait([future for _, future in self.waiting])
 
     def close(self) -> None:
         self.thread.shutdown(wait=True, cancel_futures=True)

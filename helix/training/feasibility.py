@@ -29,6 +29,7 @@ from helix.training.memory import (
     needed_bytes,
     predict,
 )
+from helix.training.precision import require
 
 #: The lengths of Table 1 in tokens of a raw waveform, 160 samples each: 5 s, 30 s and 300 s.
 TOKENS = (500, 3_000, 30_000)
@@ -136,6 +137,10 @@ def table(
 
 def measured(cell: Cell, *, steps: int = 2) -> Cell:
     """The cell with what its step took on this machine's CPU, or with why it was not run here."""
+    try:
+        require(cell.spec.training.precision, "cpu")
+    except ValueError as error:
+        return dataclasses.replace(cell, why_not=str(error).partition(";")[0])
     available = available_bytes()
     needed = cell.needed_bytes("cpu")
     if needed > available:

@@ -1,11 +1,12 @@
 """How much memory one training step takes at its peak, told from shapes alone, and the micro-batch that fits a limit.
 
-The step itself is run, the code of the model and of helix.training.trainer.train_step, on tensors that have shapes and
+The step itself is run, the code of the model and of helix.training.step.train_step, on tensors that have shapes and
 no memory (torch's FakeTensorMode), while a ledger counts the bytes of every storage from the operator that makes it to
 the moment it dies. Nothing is allocated, and whatever changes in a model changes the prediction.
 
 What the ledger cannot see is what allocators lose between blocks and what libraries keep for themselves; the error
-bound below is for that. CUDA is predicted with the CPU's operators: its fused scan and its attention without a matrix
+bound below is for that. It has to be for CUDA graphs too, which keep a step's memory while clips are augmented and
+evaluated in other memory. CUDA is predicted with the CPU's operators: its fused scan and its attention without a matrix
 of weights keep the same tensors, but those figures have not been held against a GPU.
 
 Legend: B batch, T samples.
@@ -38,7 +39,7 @@ from helix.models.scan import forced, kernels, scan_backend
 from helix.spec import TrialSpec, from_json, resolve, to_json
 from helix.training.optim import build_optimizer
 from helix.training.ranks import Ranks
-from helix.training.trainer import Position, train_step
+from helix.training.step import Position, train_step
 
 Device = Literal["cpu", "cuda"]
 

@@ -24,7 +24,7 @@ from helix.data.loader import FULL_SCALE
 from helix.models.classifier import build_classifier
 from helix.registry import DATASETS
 from helix.spec import from_json
-from helix.training.trainer import logits_of
+from helix.training.step import logits_of
 
 
 class Predictor:

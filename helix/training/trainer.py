@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helix.data.augment import augment, mixup, pairing
+from helix.data.augment import pairing
 from helix.data.clips import Clips
 from helix.data.dataset import Dataset
-from helix.data.loader import Batch, Batches, Device, Host, in_order
+from helix.data.loader import Batches, Device, Host, in_order
 from helix.data.shards import Recordings
 from helix.data.splits import halves
 from helix.models.classifier import Classifier, build_classifier, cost
@@ -45,9 +45,12 @@ from helix.training.checkpoint import (
     save_interval_s,
     weights_sha256,
 )
+from helix.training.graphs import Choice, Graphed, graphed
 from helix.training.metrics import Evaluation, select
 from helix.training.optim import build_optimizer, learning_rate
+from helix.training.precision import precision_of
 from helix.training.ranks import Ranks
+from helix.training.step import Position, logits_of, take, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +86,8 @@ class Fit:
 
     `micro_batch`: clips that go through the model together, None for the whole batch; `recompute`: each block is
     computed again in the backward and keeps only its input until then. helix.training.memory chooses both.
+    `graphs`: whether steps are replayed as a CUDA graph (helix.training.graphs), "auto" where that pays or as
+    HELIX_GRAPHS says; where it cannot be the log says why, and the numbers are the same.
     `placement`: where the samples are gathered, "host" from memory maps or "device" from the whole set held there.
     `ahead`: how many batches are made before they are asked for, None for 2 on an accelerator and 0 on a CPU.
     `save_every_s`: the most seconds of training between checkpoints; how many it is follows from what a checkpoint
@@ -104,6 +109,7 @@ class Fit:
     device: str = "cpu"
     micro_batch: int | None = None
     recompute: bool = False
+    graphs: Choice = "auto"
     placement: Literal["host", "device"] = "host"
     ahead: int | None = None
     save_every_s: float = 300.0
@@ -134,9 +140,9 @@ def fit(spec: TrialSpec, recordings: Recordings, how: Fit) -> dict[str, Any]:
     Raises StoppedError when it is asked to stop, DivergedError when a loss is not finite, CheckpointError when no
     checkpoint can be trusted, OSError when the storage fails; a call that was stopped by any of them, or killed, is
     continued by calling again. With several ranks what one of them raises is raised by all, or RankLostError where a
-    rank is gone.
+    rank is gone. Raises ValueError, before anything, where the device cannot compute with the precision of the spec.
     """
-    with how.ranks.together():
+    with how.ranks.together(), precision_of(spec.training.precision, how.device):
         trial = _Trial(spec, recordings, how)
         try:
             return trial.run()
@@ -180,6 +186,7 @@ class _Trial:
         self.tested: Evaluation | None = None
         self.micro_batch = how.micro_batch or self.ranks.largest_part(self.spec.training.batch_size)
         self.model, self.optimizer = self._initial()
+        self.graph = self._graphed()
         described = {"trial_id": self.id, "spec": to_json(self.spec), "versions": versions()}
         self.saver = Saver(how.storage, self.folder, identity=described)
         self.saved, self.told = how.clock(), 0
@@ -194,6 +201,21 @@ class _Trial:
             model = build_classifier(self.spec.model, self.spec.protocol, classes=self.classes).to(self.how.device)
         model.recompute = self.how.recompute
         return model, build_optimizer(model, self.spec.training, self.spec.protocol)
+
+    def _graphed(self) -> Graphed | None:
+        """The step of this model and optimiser as a graph, None where it is not to be one."""
+        how, spec = self.how, self.spec
+        price = cost(spec.model, spec.protocol, classes=self.classes, samples=self.dataset.clip_samples)
+        return graphed(
+            partial(take, self.model, self.optimizer, spec=spec, micro_batch=self.micro_batch),
+            self.model,
+            self.optimizer,
+            choice=how.graphs,
+            device=how.device,
+            ranks=self.ranks.count,
+            tokens=self.micro_batch * price.tokens,
+            settle=self.batches.settle,
+        )
 
     def run(self) -> dict[str, Any]:
         storage = self.how.storage
@@ -276,6 +298,7 @@ class _Trial:
         if restored is None:
             self.model, self.optimizer = self._initial()
             restored = Progress(epoch=0, step=0)
+        self.graph = self._graphed()  # the moments lie elsewhere now
         return replace(restored, rows=(), skipped=(error.step,), environments=progress.environments)
 
     def _epoch(self, progress: Progress) -> Progress:
@@ -414,7 +437,7 @@ class _Trial:
         """One optimiser step. Returns the loss, the gradient's norm and the number of hits, all on the device."""
         batch = self.batches.batch(epoch, step, rank=self.ranks.rank, ranks=self.ranks.count).to(self.how.device)
         at = Position(epoch=epoch, step=step, steps_per_epoch=self.steps_per_epoch, rate_hz=self.dataset.rate_hz)
-        how = {"micro_batch": self.micro_batch, "ranks": self.ranks}
+        how = {"micro_batch": self.micro_batch, "ranks": self.ranks, "replay": self.graph}
         return train_step(self.model, self.optimizer, batch, self.spec, at, **how)
 
     def _finite(
@@ -546,88 +569,6 @@ class _Trial:
         if best is None or "confusion" not in best or best["value"] != rows[best["epoch"] - 1][best["metric"]]:
             return None
         return best
-
-
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """Where a step stands: `epoch` and `step` from 0."""
-
-    epoch: int
-    step: int
-    steps_per_epoch: int
-    rate_hz: int = Dataset.rate_hz
-
-
-def train_step(
-    model: Classifier,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    spec: TrialSpec,
-    at: Position,
-    *,
-    micro_batch: int | None = None,
-    ranks: Ranks | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimiser step on a batch that is on the model's device, or on the part of it that this rank has.
-
-    `spec` is resolved. Returns the loss, the norm of the gradient before it is clipped, and the number of correct
-    predictions, all of the whole batch.
-    helix.training.memory runs this same function on shapes alone, so what it predicts follows every change of it.
-    """
-    training, protocol, seed = spec.training, spec.protocol, spec.seed
-    rate = learning_rate(training, protocol, epoch=at.epoch, step=at.step, steps_per_epoch=at.steps_per_epoch)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    # Before the forward, so that the gradients of the last step are not kept through it.
-    optimizer.zero_grad(set_to_none=True)
-    wave_BT, label_B, samples_B = batch.wave_BT, batch.label_B, batch.samples_B
-    if model.frontend.augmented:
-        wave_BT = augment(
-            wave_BT,
-            batch.clip_B,
-            spec.augment,
-            seed=seed,
-            epoch=at.epoch,
-            rate_hz=at.rate_hz,
-            samples_B=samples_B if protocol.pad_mask == "clip" else None,
-            parts=batch.parts,
-        )
-    mixing = {"alpha": spec.augment.mixup_alpha, "seed": seed, "epoch": at.epoch, "step": at.step}
-    mixing |= {"partner_B": batch.partner_B}
-    if protocol.mixup_on == "waveform":
-        mixed, partner_B, share = mixup(wave_BT, **mixing)
-        features = model.features(mixed)
-    else:
-        features, partner_B, share = mixup(model.features(wave_BT), **mixing)
-    # A mixed clip sounds as long as the longer of its two. Behind a rank's own clips may be partners of them.
-    own, whole = len(features), batch.whole or len(features)
-    other_B, samples_B = label_B[partner_B], torch.maximum(samples_B[:own], samples_B[partner_B])
-    label_B = label_B[:own]
-    total, hits = (torch.zeros((), dtype=torch.float64, device=label_B.device) for _ in range(2))
-    size = micro_batch or own
-    for first in range(0, own, size):
-        part = slice(first, first + size)
-        logits_BC = logits_of(model, features[part], samples_B[part], spec)
-        # Sums over the clips divided by the size of the whole batch: a last part that is smaller weighs less.
-        a, b = (F.cross_entropy(logits_BC, wanted_B[part], reduction="sum") for wanted_B in (label_B, other_B))
-        loss = (share * a + (1 - share) * b) / whole
-        loss.backward()
-        with torch.no_grad():
-            guess_B = logits_BC.argmax(dim=1)
-            hits += share * (guess_B == label_B[part]).sum() + (1 - share) * (guess_B == other_B[part]).sum()
-            total += loss.detach()
-    if ranks is not None:
-        ranks.add([p.grad for p in model.parameters() if p.grad is not None], [total, hits])
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
-    optimizer.step()
-    return total, norm.double(), hits
-
-
-def logits_of(model: Classifier, features: Tensor, samples_B: Tensor, spec: TrialSpec) -> Tensor:
-    """float32 logits [B, C], the matrix products at the precision of the spec."""
-    half = spec.training.precision == "bf16"
-    with torch.autocast(features.device.type, dtype=torch.bfloat16, enabled=half):
-        return model.logits(features, samples_B).float()
 
 
 def versions() -> dict[str, str]:

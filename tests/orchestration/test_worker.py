@@ -324,7 +324,10 @@ def test_a_small_set_lives_on_the_gpu_and_a_large_one_does_not(tiny_data, monkey
     for times, share, wanted in ((30, 1.0, "device"), (10, 1.0, "host"), (30, 0.25, "host"), (100, 0.25, "device")):
         gpu = SimpleNamespace(total_memory=times * size)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, gpu=gpu: gpu)
-        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _, share=share: share)
+        # What torch does with the device before it asks the driver is torch's own here.
+        monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch._C, "_cuda_getMemoryFraction", lambda _, share=share: share, raising=False)
         assert worker.data_placement(tiny_data, "cuda") == wanted
 
 

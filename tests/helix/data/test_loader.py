@@ -104,10 +104,10 @@ def test_each_rank_sees_its_contiguous_part_and_the_parts_are_the_batch(tones, r
 @pytest.mark.parametrize("ranks", [2, 4, 6])
 def test_a_rank_brings_along_the_clips_that_its_own_are_mixed_with(tones, ranks):
     pairs = partial(pairing, 6, alpha=0.3, seed=0)
-    batches, (wanted_B, _) = training(tones, pairs=pairs), pairs(2, 1)
+    batches, (wanted_B, lam) = training(tones, pairs=pairs), pairs(2, 1)
     whole = batches.batch(2, 1)
     assert whole.partner_B is None
-    mixed = mixup(whole.wave_BT, alpha=0.3, seed=0, epoch=2, step=1)[0]
+    mixed = mixup(whole.wave_BT, torch.from_numpy(wanted_B), torch.tensor(lam))
     parts = []
     for rank in range(ranks):
         part = batches.batch(2, 1, rank=rank, ranks=ranks).to("cpu")
@@ -116,7 +116,7 @@ def test_a_rank_brings_along_the_clips_that_its_own_are_mixed_with(tones, ranks)
         assert torch.equal(part.clip_B[: last - first], whole.clip_B[first:last])
         assert torch.equal(part.clip_B[part.partner_B], whole.clip_B[wanted_B[first:last]])
         assert len(part.clip_B) == len(set(part.clip_B.tolist())), "each clip once"
-        parts.append(mixup(part.wave_BT, alpha=0.3, seed=0, epoch=2, step=1, partner_B=part.partner_B)[0])
+        parts.append(mixup(part.wave_BT, part.partner_B, torch.tensor(lam)))
     assert torch.equal(torch.cat(parts), mixed)
 
 

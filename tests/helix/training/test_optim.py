@@ -12,7 +12,8 @@ from torch import nn
 from helix.models.classifier import build_classifier
 from helix.protocol import Protocol
 from helix.spec import ModelSpec, TrainingSpec
-from helix.training.optim import build_optimizer, learning_rate
+from helix.training.checkpoint import become, replica
+from helix.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 EPOCH, STEP = Protocol(schedule_unit="epoch"), Protocol(schedule_unit="step")
 
@@ -140,3 +141,59 @@ def test_every_parameter_is_trained_once_and_at_the_rate_asked_for(name: str, de
     assert len(held) == len({id(parameter) for parameter in held})
     assert {id(parameter) for parameter in held} == {id(parameter) for parameter in model.parameters()}
     assert {group["lr"] for group in optimizer.param_groups} == {0.123}
+
+
+# Where the rate and the moments are
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> dict[str, torch.Tensor]:
+    """The weights after these steps, each at a rate of its own and with gradients that follow from its number."""
+    for step in steps:
+        random = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=random).to(parameter.device)
+        set_learning_rate(optimizer, 1e-2 / (1 + step))
+        optimizer.step()
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+def test_a_rate_in_memory_is_the_rate_and_stays_where_it_is():
+    weights = []
+    for in_memory in (False, True):
+        torch.manual_seed(0)
+        model = build("helix-mel")
+        optimizer = build_optimizer(model, TrainingSpec(), Protocol(decay="mamba_groups"))
+        assert optimizer.defaults["fused"]
+        for group in optimizer.param_groups if in_memory else ():
+            group["lr"] = torch.tensor(0.5, dtype=torch.float64)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        weights.append(trained(model, optimizer, range(4)))
+        after = [group["lr"] for group in optimizer.param_groups]
+        assert not in_memory or all(now is before for now, before in zip(after, rates, strict=True))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_a_gpu_it_is_one_kernel_whose_rate_and_moments_lie_there_wherever_they_came_from():
+    """A CPU's checkpoint goes on there, and nothing in a step has to be fetched from the host."""
+    torch.manual_seed(0)
+    model = build("helix-mel")
+    optimizer = build_optimizer(model, TrainingSpec(), Protocol())
+    trained(model, optimizer, range(3))
+    there = build("helix-mel").cuda()
+    goes_on = build_optimizer(there, TrainingSpec(), Protocol())
+    become(there, goes_on, replica(model, optimizer))
+    assert goes_on.defaults["fused"]
+    assert {group["lr"].device.type for group in goes_on.param_groups} == {"cuda"}
+    wanted, found = trained(model, optimizer, range(3, 6)), trained(there, goes_on, range(3, 6))
+    assert all(torch.allclose(found[name], wanted[name], rtol=1e-5, atol=1e-6) for name in wanted)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for parameter in there.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        set_learning_rate(goes_on, 1e-3)
+        goes_on.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert {value.device.type for state in goes_on.state.values() for value in state.values()} == {"cuda"}

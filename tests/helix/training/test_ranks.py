@@ -34,7 +34,7 @@ from torch import distributed
 from helix.data.shards import open_prepared
 from helix.spec import from_json
 from helix.storage import FolderStorage
-from helix.training import trainer
+from helix.training import step, trainer
 from helix.training.checkpoint import replica, weights_sha256
 from helix.training.ranks import Ranks, RankLostError
 from helix.training.trainer import Fit, fit
@@ -71,7 +71,7 @@ def on_step(step):
     if step == happens.get("raise"):
         raise MemoryError("no room")
 
-real_logits, real_save = trainer.logits_of, trainer.Saver.save
+real_logits, real_save = step.logits_of, trainer.Saver.save
 
 def logits(model, *rest):
     here = len(seen) + 1
@@ -82,7 +82,7 @@ def logits(model, *rest):
         return found * torch.inf
     return found
 
-trainer.logits_of = logits
+step.logits_of = logits
 trials = []
 real_trial = trainer._Trial
 

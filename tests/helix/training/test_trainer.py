@@ -19,6 +19,7 @@ from helix.data.shards import Recordings
 from helix.protocol import profile
 from helix.spec import TrialSpec, trial_id
 from helix.storage import FolderStorage, sealed
+from helix.training import step as step_module
 from helix.training import trainer
 from helix.training.checkpoint import CheckpointError, committed, load_best
 from helix.training.trainer import DivergedError, Fit, StoppedError, fit, row_key
@@ -287,7 +288,7 @@ class Spoiled:
 
     def __init__(self, monkeypatch, step: int, what: str):
         self.met = 0
-        real_logits, real_step = trainer.logits_of, trainer.train_step
+        real_logits, real_step = step_module.logits_of, trainer.train_step
         at = 0
 
         def logits(*arguments: Any) -> torch.Tensor:
@@ -305,7 +306,7 @@ class Spoiled:
             at = position.epoch * position.steps_per_epoch + position.step + 1
             return real_step(*arguments, **options)
 
-        monkeypatch.setattr(trainer, "logits_of", logits)
+        monkeypatch.setattr(step_module, "logits_of", logits)
         monkeypatch.setattr(trainer, "train_step", one_step)
 
 

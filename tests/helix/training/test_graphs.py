@@ -1,0 +1,342 @@
+"""Steps that are replayed give the bits of steps that are not, and a recording that would not is found out.
+
+On a CPU a tape stands in for a CUDA graph: it keeps every operator of the recorded step with the tensors that it read
+and wrote, and does them again on the same memory, without the Python in between. What a graph would miss, it misses.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from helix.data.shards import Recordings
+from helix.protocol import profile
+from helix.spec import TrialSpec
+from helix.storage import FolderStorage
+from helix.training import graphs, trainer
+from helix.training.graphs import Graphed
+from helix.training.step import Found, Inputs
+from helix.training.trainer import Fit, StoppedError, fit
+from orchestration.grid import VARIANTS
+from tests.conftest import with_training
+from tests.helix.training.test_step import Unwaited
+
+
+class Tape(Unwaited):
+    """Every operator while it is on; a wait for a result fails as it does while a graph is recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.plays = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # As they are at this call, on the same memory: some operators change the shape of what they are given.
+        given = tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.calls.append((func, *given, tree_map_only(Tensor, Tensor.detach, result)))
+        return result
+
+    @torch.no_grad()
+    def play(self) -> None:
+        self.plays += 1
+        for func, args, kwargs, results in self.calls:
+            again = func(*args, **kwargs)
+            for held, made in zip(tree_leaves(results), tree_leaves(again), strict=True):
+                if isinstance(held, Tensor) and held.untyped_storage()._cdata != made.untyped_storage()._cdata:
+                    held.copy_(made)
+
+
+TAPES: list[Tape] = []
+
+
+def tape(_device: torch.device, run: Callable[[], None], recorded: Callable[[], None]) -> Callable[[], None]:
+    for _ in range(graphs.WARM_UP):
+        run()
+    TAPES.append(Tape())
+    with TAPES[-1]:
+        recorded()
+    return TAPES[-1].play
+
+
+@pytest.fixture
+def taped(monkeypatch) -> list[Tape]:
+    """From here on a CPU has tapes for graphs and, as CUDA does, a rate that lies in memory."""
+    TAPES.clear()
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", tape)
+    rate_in_memory(monkeypatch)
+    return TAPES
+
+
+def rate_in_memory(monkeypatch) -> None:
+    real = trainer.build_optimizer
+
+    def build(*arguments: Any) -> torch.optim.AdamW:
+        optimizer = real(*arguments)
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+        return optimizer
+
+    monkeypatch.setattr(trainer, "build_optimizer", build)
+
+
+def science(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What must not depend on graphs."""
+    losses = [(row["train_losses"], row["test_loss"], row["train_accuracy"]) for row in result["rows"]]
+    return result["weights_sha256"], losses, result["confusion"], result["skipped_steps"]
+
+
+def run(spec: TrialSpec, data: Recordings, folder, **how: Any) -> tuple[Any, ...]:
+    return science(fit(spec, data, Fit(storage=FolderStorage(folder), **how)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_every_variant_ends_with_the_bits_that_it_has_without_a_graph(variant, tiny_spec, tiny_data, tmp_path, taped):
+    model = replace(tiny_spec.model, frontend=variant.frontend, pattern=variant.pattern[2:4])
+    spec = replace(with_training(tiny_spec, epochs=2), model=model)
+    assert run(spec, tiny_data, tmp_path / "a", graphs="on") == run(spec, tiny_data, tmp_path / "b", graphs="off")
+    assert [one.plays for one in taped] == [6]
+
+
+@pytest.mark.parametrize("name", ["authors", "fair"])
+def test_so_does_every_profile(name, tiny_spec, tiny_data, tmp_path, taped):
+    """Other schedules, masks, mixup of features, decay: each of them is in the step."""
+    spec = replace(with_training(tiny_spec, epochs=2), protocol=profile(name))
+    spec = replace(spec, protocol=replace(spec.protocol, mixup_on="features", schedule_unit="step", pad_mask="clip"))
+    assert run(spec, tiny_data, tmp_path / "a", graphs="on") == run(spec, tiny_data, tmp_path / "b", graphs="off")
+    assert len(taped) == 1 and taped[0].plays
+
+
+@pytest.mark.parametrize(
+    "how", [{"micro_batch": 7}, {"micro_batch": 7, "recompute": True}, {"ahead": 2}, {"placement": "device"}], ids=str
+)
+def test_however_the_step_is_run_a_graph_of_it_has_its_bits(how, tiny_spec, tiny_data, tmp_path, taped):
+    spec = with_training(tiny_spec, epochs=2, precision="bf16")
+    found = run(spec, tiny_data, tmp_path / "a", graphs="on", **how)
+    assert found == run(spec, tiny_data, tmp_path / "b", graphs="off", **how)
+    assert [one.plays for one in taped] == [6]
+
+
+@pytest.mark.parametrize("first", ["on", "off"])
+def test_a_trial_goes_on_with_a_graph_or_without_as_if_it_had_never_stopped(
+    first, tiny_spec, tiny_data, tmp_path, taped
+):
+    steps: list[int] = []
+    how: dict[str, Any] = {"on_step": steps.append, "stop_now": lambda: len(steps) == 4}
+    with pytest.raises(StoppedError):
+        run(tiny_spec, tiny_data, tmp_path / "a", graphs=first, **how)
+    second = "off" if first == "on" else "on"
+    found = run(tiny_spec, tiny_data, tmp_path / "a", graphs=second)
+    assert found == run(tiny_spec, tiny_data, tmp_path / "b", graphs="off")
+    assert len(taped) == 1
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_trial_that_is_rolled_back_is_recorded_again(saved, tiny_spec, tiny_data, tmp_path, taped, monkeypatch):
+    """Its moments lie elsewhere then, and where nothing was saved its weights too."""
+    real = trainer.train_step
+    left = {"on": 1, "off": 1}
+
+    def once_spoiled(*arguments: Any, **options: Any) -> Found:
+        loss, norm, hits = real(*arguments, **options)
+        at, way = arguments[-1], "off" if options["replay"] is None else "on"
+        if (at.epoch, at.step) == (1, 1) and left[way]:
+            left[way] -= 1
+            loss = loss * torch.inf
+        return loss, norm, hits
+
+    monkeypatch.setattr(trainer, "train_step", once_spoiled)
+    spec = replace(tiny_spec, protocol=replace(tiny_spec.protocol, divergence="rollback"))
+    calls: list[int] = []
+    # Saved after the steps of the first epoch, or never before the divergence.
+    how: dict[str, Any] = {"on_step": calls.append, "save_every_s": 1e9}
+    how["save_now"] = lambda: saved and calls[-1] == 2
+    found = run(spec, tiny_data, tmp_path / "a", graphs="on", **how)
+    assert found == run(spec, tiny_data, tmp_path / "b", graphs="off", **how)
+    assert found[-1] == [5] and len(taped) == 2 and all(one.plays for one in taped)
+
+
+# A recording that is wrong
+
+
+def nothing(_device, _run, _recorded) -> Callable[[], None]:
+    """A graph that holds no work."""
+    return lambda: None
+
+
+def forgetful(device, run, recorded) -> Callable[[], None]:
+    """A graph that reads inputs of its own, as one would that was recorded on copies of them."""
+    one = run.__self__
+    held = one._inputs
+    one._inputs = Inputs(**{name: tensor.clone() for name, tensor in vars(held).items()})
+    try:
+        return tape(device, run, recorded)
+    finally:
+        one._inputs = held
+
+
+def without_update(device, run, recorded) -> Callable[[], None]:
+    """A graph that ends before the optimiser."""
+    play, calls = tape(device, run, recorded), TAPES[-1].calls
+    last = next(n for n, call in enumerate(calls) if "_fused_adamw" in str(call[0]))
+    del calls[last:]
+    return play
+
+
+def unrecorded(_device, run, _recorded) -> Callable[[], None]:
+    run()
+    raise RuntimeError("operation not permitted when stream is capturing\n(and more lines)")
+
+
+@pytest.mark.parametrize("capture", [nothing, forgetful, without_update, unrecorded])
+def test_a_wrong_recording_is_found_out_and_changes_no_bit(
+    capture, tiny_spec, tiny_data, tmp_path, taped, monkeypatch, caplog
+):
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", capture)
+    found = run(tiny_spec, tiny_data, tmp_path / "a", graphs="on")
+    assert "no CUDA graph, the training goes on without" in caplog.text
+    assert found == run(tiny_spec, tiny_data, tmp_path / "b", graphs="off")
+
+
+def test_a_number_that_was_recorded_as_a_constant_is_found_out(tiny_spec, tiny_data, tmp_path, monkeypatch, caplog):
+    """Here the rate, which falls with each step and is no tensor: the first replay is right and the second is not."""
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", tape)
+    spec = replace(tiny_spec, protocol=replace(tiny_spec.protocol, schedule_unit="step"))
+    found = run(spec, tiny_data, tmp_path / "a", graphs="on")
+    assert "of the step away from the step, which is 0.0e+00 from itself" in caplog.text
+    assert TAPES[-1].plays == 2
+    assert found == run(spec, tiny_data, tmp_path / "b", graphs="off")
+
+
+class Toy:
+    """A linear model that is fitted to inputs, with noise in its gradient where that is asked for."""
+
+    def __init__(self, capture: graphs.Capture, *, noise: float = 0.0):
+        torch.manual_seed(0)
+        self.model = nn.Linear(4, 1)
+        rate = torch.tensor(1e-2, dtype=torch.float64)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, fused=True)
+        self.noise = noise
+        self.step = Graphed(self.take, self.model, self.optimizer, capture)
+
+    def take(self, inputs: Inputs) -> Found:
+        y_B = self.model(inputs.wave_BT).squeeze(1)
+        loss = (inputs.weight * (y_B - inputs.label_B) ** 2).sum()
+        (loss * (1 + self.noise * torch.randn(()))).backward()
+        self.optimizer.step()
+        return loss.detach().double(), loss.detach().double(), loss.detach().double()
+
+
+def toy_inputs(clips: int, seed: int) -> Inputs:
+    random = torch.Generator().manual_seed(seed)
+    return Inputs(
+        wave_BT=torch.randn(clips, 4, generator=random),
+        label_B=torch.randint(3, (clips,), generator=random),
+        samples_B=torch.full((clips,), 4),
+        partner_B=torch.arange(clips),
+        weight=torch.rand((), generator=random),
+        partner_weight=torch.zeros(()),
+    )
+
+
+def rough(times: float) -> graphs.Capture:
+    """A graph whose result differs from the step's by so many times its own noise."""
+
+    def capture(_device, run, _recorded) -> Callable[[], None]:
+        toy = run.__self__.take.__self__
+
+        def replay() -> None:
+            before, toy.noise = toy.noise, times * toy.noise
+            run()
+            toy.noise = before
+
+        return replay
+
+    return capture
+
+
+@pytest.mark.parametrize(("times", "kept"), [(1.0, True), (1e5, False)])
+def test_where_two_steps_differ_a_replay_may_too_and_not_by_much_more(times, kept):
+    toy = Toy(rough(times), noise=1e-6)
+    for seed in range(4):
+        toy.step(toy_inputs(8, seed))
+    assert toy.step.replays == kept
+
+
+def test_a_batch_of_another_size_is_taken_without_the_graph():
+    toy, twin = Toy(tape), Toy(nothing)
+    TAPES.clear()
+    for seed, clips in enumerate((8, 8, 8, 5, 8)):
+        twin.optimizer.zero_grad()
+        toy.optimizer.zero_grad()
+        given = toy_inputs(clips, seed)
+        assert [found.item() for found in toy.step(given)] == [found.item() for found in twin.take(given)]
+    assert TAPES[-1].plays == 4
+    assert torch.equal(toy.model.weight, twin.model.weight)
+
+
+def test_what_a_replay_found_is_not_overwritten_by_the_next():
+    toy = Toy(tape)
+    found = [toy.step(toy_inputs(8, seed))[0] for seed in range(5)]
+    assert len({loss.item() for loss in found}) == 5
+
+
+# Where there is one
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "ranks", "tokens", "reason"),
+    [
+        ("auto", "cuda", 1, 16_000, None),
+        ("auto", "cuda:1", 1, 80, None),
+        ("auto", "cuda", 1, 96_000, "96,000 tokens in flight keep the device busy"),
+        ("on", "cuda", 1, 96_000, None),
+        ("off", "cuda", 1, 80, "graphs are switched off"),
+        ("auto", "cpu", 1, 80, "a device of type cpu has none"),
+        ("on", "cpu", 1, 80, "a device of type cpu has none"),
+        ("on", "cuda", 2, 80, "2 ranks meet within each step"),
+    ],
+)
+def test_there_is_a_graph_where_launches_take_longer_than_the_work(choice, device, ranks, tokens, reason):
+    found = graphs.why_not(choice, device, ranks=ranks, tokens=tokens)
+    assert found == reason if reason is None else found is not None and found.startswith(reason)
+
+
+def test_the_environment_has_its_say_where_nobody_else_has(monkeypatch):
+    monkeypatch.setenv("HELIX_GRAPHS", "off")
+    assert graphs.why_not("auto", "cuda", ranks=1, tokens=80) == "graphs are switched off"
+    assert graphs.why_not("on", "cuda", ranks=1, tokens=80) is None
+    monkeypatch.setenv("HELIX_GRAPHS", "maybe")
+    with pytest.raises(ValueError, match="HELIX_GRAPHS is 'maybe'; wanted auto, on or off"):
+        graphs.asked("auto")
+
+
+def test_a_graph_that_was_asked_for_and_cannot_be_is_a_warning(tiny_spec, tiny_data, storage, caplog):
+    fit(with_training(tiny_spec, epochs=1), tiny_data, Fit(storage=storage, graphs="on"))
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "no CUDA graph: a device of type cpu has none"
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_on_a_gpu_a_graph_has_the_bits_of_the_steps_without_one(
+    variant, precision, tiny_spec, tiny_data, tmp_path, monkeypatch, caplog
+):
+    """By the reference scan, whose backward adds in one order."""
+    monkeypatch.setenv("HELIX_SCAN", "reference")
+    caplog.set_level(logging.INFO, logger="helix.training.graphs")
+    model = replace(tiny_spec.model, frontend=variant.frontend, pattern=variant.pattern[2:4])
+    spec = replace(with_training(tiny_spec, batch_size=8, precision=precision), model=model)
+    for how in ({}, {"micro_batch": 3, "recompute": True}):
+        found = [run(spec, tiny_data, tmp_path / f"{on}{how}", device="cuda", graphs=on, **how) for on in ("on", "off")]
+        assert found[0] == found[1]
+    assert "a replayed step is 0.0e+00 of it from the step" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
