@@ -22,7 +22,7 @@ sweep: $(VENV)/.ready
 test: $(VENV)/.ready-dev
 ifeq ($(ARGS),)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not browser" --durations 10
-	@$(BIN)/python -m pytest -n 2 -m "ray or browser" --durations 20
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "ray or browser" --durations 20
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif

@@ -36,6 +36,9 @@ EXPRESSIONS = [
 #: What only a machine with a GPU tells; here they have to be understood and cannot have a value.
 NEED_A_GPU = ("ray_node_gram_used", "ray_node_gpus_utilization", 'ray_resources{Name="GPU"}')
 
+#: All of this file in one process: the sweep that is looked at runs once.
+pytestmark = pytest.mark.xdist_group("grafana")
+
 RAY = "import sys; from ray.scripts.scripts import main; sys.argv[0] = 'ray'; main()"
 SMALL = (
     *("--grid", "demo", "--variants", "mamba-mel,attention-mel", "--folds", "1", "training.epochs=2"),
