@@ -1,0 +1,55 @@
+"""The training step of a trial on one batch that lies on the device already: what a step takes without any loader.
+
+It is helix.training.trainer.train_step, which the trainer calls, on noise. B batch, T samples.
+"""
+
+import torch
+from torch import Tensor
+
+from helix.data.loader import Batch
+from helix.models.classifier import build_classifier
+from helix.spec import TrialSpec, resolve
+from helix.training.optim import build_optimizer
+from helix.training.trainer import Position, train_step
+
+
+class ResidentStep:
+    """A model with drawn weights, its optimiser and a batch of `spec.training.batch_size` clips of noise on `device`.
+
+    Calling it is one optimiser step; it returns the loss, left on the device, so that nothing waits for it. `batch`
+    may be replaced.
+    """
+
+    def __init__(
+        self,
+        spec: TrialSpec,
+        *,
+        samples: int,
+        classes: int,
+        device: torch.device | str = "cpu",
+        micro_batch: int | None = None,
+        recompute: bool = False,
+    ):
+        self.spec, self.micro_batch = resolve(spec), micro_batch
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.model = build_classifier(self.spec.model, self.spec.protocol, classes=classes).to(device).train()
+        self.model.recompute = recompute
+        self.optimizer = build_optimizer(self.model, self.spec.training, self.spec.protocol)
+        self.batch = noise(spec.training.batch_size, samples, classes=classes, device=device)
+
+    def __call__(self) -> Tensor:
+        at = Position(epoch=0, step=0, steps_per_epoch=1)
+        return train_step(self.model, self.optimizer, self.batch, self.spec, at, micro_batch=self.micro_batch)[0]
+
+
+def noise(clips: int, samples: int, *, classes: int, device: torch.device | str = "cpu") -> Batch:
+    """So many clips of noise with drawn labels, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    wave_BT = 0.1 * torch.randn(clips, samples, generator=generator)
+    return Batch(
+        wave_BT=wave_BT,
+        label_B=torch.randint(classes, (clips,), generator=generator),
+        clip_B=torch.arange(clips),
+        samples_B=torch.full((clips,), samples),
+    ).to(device)
