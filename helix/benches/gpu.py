@@ -16,7 +16,7 @@ import torch
 from helix.bench import Conditions, Outcome, Row, Table, require_positive
 from helix.benches.step import BACKBONES, pattern_of
 from helix.gpu import lengths, scans, steps
-from helix.gpu.clock import release
+from helix.gpu.clock import known_objects_aside, release
 from helix.gpu.roofline import roofline
 from helix.gpu.section import Part, Stage
 from helix.models.agreement import compile_kernels
@@ -80,7 +80,7 @@ class GpuBench:
         device = usable(self.device)
         if device.type == "cpu":
             compile_kernels()
-        with limited(device, self.memory_gib):
+        with known_objects_aside(), limited(device, self.memory_gib):
             parts: list[Part] = []
             for name in (name for name in SECTIONS if name in self.sections):
                 how.say(f"section {name}")

@@ -8,7 +8,7 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +107,17 @@ def peak_of(device: torch.device, function: Callable[[], object]) -> Peak:
     forget_peak()
     function()
     return Peak(tensor_bytes=peak_bytes() - held, reserved_bytes=None)
+
+
+@contextlib.contextmanager
+def known_objects_aside() -> Iterator[None]:
+    """What is there now is not looked at by the collections to come, of which there is one before every sample."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def synchronize(device: torch.device) -> None:
