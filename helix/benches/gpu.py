@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from helix.bench import Conditions, Outcome, Row, Table, require_positive
-from helix.benches.step import BACKBONES, pattern_of
 from helix.gpu import lengths, scans, steps
 from helix.gpu.clock import known_objects_aside, release
 from helix.gpu.roofline import roofline
@@ -22,6 +21,7 @@ from helix.gpu.section import Part, Stage
 from helix.models.agreement import compile_kernels
 from helix.registry import BENCHES
 from helix.training.memory import GIB
+from helix.training.resident import BACKBONES, pattern_of
 
 SECTIONS = ("scan", "step", "table1", "roofline")
 

@@ -36,15 +36,13 @@ from helix.protocol import Protocol
 from helix.registry import BENCHES
 from helix.spec import ModelSpec, TrainingSpec, TrialSpec
 from helix.training.memory import compact_large_blocks
-from helix.training.resident import ResidentStep, noise
+from helix.training.resident import BACKBONES, ResidentStep, noise, pattern_of
 
 SAMPLES_PER_TOKEN = 160
 CLASSES = 50
 
 #: Whether blocks run again in the backward instead of keeping what is inside them, where the classifier can.
 RECOMPUTE = (False, True)
-
-BACKBONES = ("mamba", "helix", "attention")
 
 #: Tokens of the step before the one that is weighed: it compiles, and makes the state of the optimiser.
 WARM_UP_TOKENS = 16
@@ -227,13 +225,6 @@ def step_of(
         model=ModelSpec(pattern=pattern, width=width), training=TrainingSpec(batch_size=batch), protocol=protocol
     )
     return ResidentStep(spec, samples=tokens * SAMPLES_PER_TOKEN, classes=CLASSES, recompute=recompute)
-
-
-def pattern_of(backbone: str, layers: int) -> tuple[str, ...]:
-    """Pure patterns, or for helix Mamba with attention at the middle, which is layer 3 of 6 (from 0)."""
-    if backbone == "helix":
-        return tuple("attention" if layer == layers // 2 else "mamba" for layer in range(layers))
-    return (backbone,) * layers
 
 
 def swapped(scan: Callable[..., Tensor], step: Callable[[], Tensor]) -> Tensor:

@@ -12,6 +12,9 @@ from helix.spec import TrialSpec, resolve
 from helix.training.optim import build_optimizer
 from helix.training.trainer import Position, train_step
 
+#: The paper's, by the names that it has for them, in small letters.
+BACKBONES = ("mamba", "helix", "attention")
+
 
 class ResidentStep:
     """A model with drawn weights, its optimiser and a batch of `spec.training.batch_size` clips of noise on `device`.
@@ -53,3 +56,10 @@ def noise(clips: int, samples: int, *, classes: int, device: torch.device | str 
         clip_B=torch.arange(clips),
         samples_B=torch.full((clips,), samples),
     ).to(device)
+
+
+def pattern_of(backbone: str, layers: int) -> tuple[str, ...]:
+    """Pure patterns, or for helix Mamba with attention at the middle, which is layer 3 of 6 (from 0)."""
+    if backbone == "helix":
+        return tuple("attention" if layer == layers // 2 else "mamba" for layer in range(layers))
+    return (backbone,) * layers

@@ -4,7 +4,7 @@ import torch
 
 from helix.spec import TrialSpec, resolve
 from helix.training.optim import build_optimizer
-from helix.training.resident import ResidentStep, noise
+from helix.training.resident import ResidentStep, noise, pattern_of
 from helix.training.trainer import Position, train_step
 from tests.conftest import with_training
 
@@ -29,3 +29,8 @@ def test_the_noise_is_the_same_every_time_and_no_two_clips_of_it_are():
     assert torch.equal(one.wave_BT, other.wave_BT) and torch.equal(one.label_B, other.label_B)
     assert not torch.equal(one.wave_BT[0], one.wave_BT[1])
     assert one.samples_B.tolist() == [500] * 3 and int(one.label_B.max()) < 7
+
+
+def test_helix_has_attention_where_the_paper_has_it():
+    assert pattern_of("helix", 6) == ("mamba", "mamba", "mamba", "attention", "mamba", "mamba")
+    assert pattern_of("attention", 2) == ("attention", "attention")
