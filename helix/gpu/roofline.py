@@ -77,21 +77,22 @@ def limits(stage: Stage) -> dict[str, Timing | Exception]:
     target = torch.empty_like(source)
     contestants: dict[str, Callable[[], object]] = {COPY: lambda: target.copy_(source)}
     a, b = (torch.randn(SIDE[kind], SIDE[kind], device=stage.device) for _ in range(2))
-    contestants["fp32"] = lambda: _product(a, b, "highest")
+    contestants["fp32"] = lambda: _product(a, b, "ieee")
     if kind == "cuda":
-        contestants["tf32"] = lambda: _product(a, b, "high")
+        contestants["tf32"] = lambda: _product(a, b, "tf32")
     a_bf16, b_bf16 = a.bfloat16(), b.bfloat16()
     contestants["bf16"] = lambda: a_bf16 @ b_bf16
     return race_on(stage.device, contestants, stage.how)
 
 
 def _product(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = precision
     try:
         return a @ b
     finally:
-        torch.set_float32_matmul_precision(before)
+        setting.fp32_precision = before
 
 
 def roofline(stage: Stage, loads: Sequence[Load]) -> Part:

@@ -77,7 +77,7 @@ def test_the_limits_are_measured_and_every_load_stands_below_them(stage: Stage):
 
 
 def test_the_precision_of_products_is_what_it_was(stage: Stage):
-    before = torch.get_float32_matmul_precision()
+    before = torch.backends.cuda.matmul.fp32_precision
     a = torch.ones(2, 2)
-    module._product(a, a, "high")
-    assert torch.get_float32_matmul_precision() == before
+    module._product(a, a, "tf32")
+    assert torch.backends.cuda.matmul.fp32_precision == before
