@@ -63,7 +63,7 @@ class Stage:
 
 
 def why(error: Exception) -> str:
-    """A note for a row: running out of memory is a finding, in two words."""
+    """A note for a row: running out of memory is a finding, in three words."""
     return "out of memory" if is_out_of_memory(error) else brief(error)
 
 

@@ -101,3 +101,25 @@ def test_an_error_without_frames_lets_go_of_what_they_held():
         kept = without_frames(error)
     assert kept.__traceback__ is None and is_out_of_memory(kept)
     assert not is_out_of_memory(RuntimeError("an illegal memory access"))
+
+
+def test_on_a_gpu_the_peak_is_that_of_tensors_and_of_what_the_allocator_took(monkeypatch: pytest.MonkeyPatch):
+    held = {"allocated": 100, "reserved": 1000}
+    peak = dict(held)
+
+    def needs_memory() -> None:
+        peak.update(allocated=held["allocated"] + 40, reserved=held["reserved"] + 64)
+
+    asked = []
+    for name, function in {
+        "memory_allocated": lambda device: held["allocated"],
+        "memory_reserved": lambda device: held["reserved"],
+        "max_memory_allocated": lambda device: peak["allocated"],
+        "max_memory_reserved": lambda device: peak["reserved"],
+        "reset_peak_memory_stats": lambda device: peak.update(held),
+        "synchronize": lambda device: asked.append("synchronize"),
+        "empty_cache": lambda: asked.append("empty_cache"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    assert peak_of(torch.device("cuda"), needs_memory) == clock.Peak(tensor_bytes=40, reserved_bytes=64)
+    assert asked == ["empty_cache", "synchronize", "synchronize"]
