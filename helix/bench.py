@@ -118,7 +118,9 @@ class Bench(Interface):
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Medians in seconds over `runs` runs: the CPU time of the whole process, and the time on the wall."""
+    """Medians in seconds over `runs` runs: the CPU time of the whole process, and the time on the wall.
+
+    Of work on a GPU (helix.gpu.clock) the first is the time that passed in its stream."""
 
     cpu_s: float
     wall_s: float

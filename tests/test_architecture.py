@@ -32,6 +32,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.loopback": (),
     "helix.peers": (),
     "helix.loader_peers": ("helix.peers",),
+    "helix.training_peers": ("helix.models", "helix.peers"),
+    "helix.gpu": (
+        *("helix.bench", "helix.data", "helix.gpu", "helix.models", "helix.peers", "helix.process", "helix.protocol"),
+        *("helix.published", "helix.spec", "helix.storage", "helix.training", "helix.training_peers"),
+    ),
     "helix.benches": (
         *(
             "helix.bench",
@@ -42,7 +47,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "helix.registry",
             "helix.spec",
         ),
-        *("helix.training", "helix.data", "helix.loader_peers", "helix.loopback", "helix.storage"),
+        *("helix.training", "helix.data", "helix.gpu", "helix.loader_peers", "helix.loopback", "helix.storage"),
     ),
     "dashboards": ("dashboards", "helix", "orchestration.ledger"),
     "orchestration": ("orchestration", "dashboards", "helix"),

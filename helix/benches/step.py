@@ -1,4 +1,4 @@
-"""Whole training steps (forward, loss, backward, clipping, AdamW): time, growth with the tokens, peak memory.
+"""Whole training steps (augmentation, forward, loss, backward, clipping, AdamW): time, growth, peak memory.
 
 The model is ours in every row; what differs is the scan or the attention inside it, with the same weights and the same
 clips. Legend: B batch, T samples, L tokens, E channels.
@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from helix.bench import (
     TIMING_COLUMNS,
@@ -32,22 +30,19 @@ from helix.bench import (
 )
 from helix.models.agreement import compile_kernels
 from helix.models.blocks import mamba
-from helix.models.classifier import build_classifier
 from helix.peers import MissingPeerError, load_mambapy
 from helix.process import forget_peak, in_own_process, peak_bytes
 from helix.protocol import Protocol
 from helix.registry import BENCHES
-from helix.spec import ModelSpec, TrainingSpec
+from helix.spec import ModelSpec, TrainingSpec, TrialSpec
 from helix.training.memory import compact_large_blocks
-from helix.training.optim import build_optimizer
+from helix.training.resident import BACKBONES, ResidentStep, noise, pattern_of
 
 SAMPLES_PER_TOKEN = 160
 CLASSES = 50
 
 #: Whether blocks run again in the backward instead of keeping what is inside them, where the classifier can.
 RECOMPUTE = (False, True)
-
-BACKBONES = ("mamba", "helix", "attention")
 
 #: Tokens of the step before the one that is weighed: it compiles, and makes the state of the optimiser.
 WARM_UP_TOKENS = 16
@@ -101,8 +96,11 @@ class StepBench:
             tables.append(self._memory_table(memory))
         return Outcome(tables=tuple(tables), targets=tuple(self._targets(scans, growth, memory)))
 
-    def _step(self, backbone: str, *, batch: int, tokens: int, protocol: Protocol, recompute: bool = False) -> "Step":
-        return Step(pattern_of(backbone, self.layers), self.width, batch, tokens, protocol, recompute=recompute)
+    def _step(
+        self, backbone: str, *, batch: int, tokens: int, protocol: Protocol, recompute: bool = False
+    ) -> ResidentStep:
+        pattern = pattern_of(backbone, self.layers)
+        return step_of(pattern, self.width, batch, tokens, protocol, recompute=recompute)
 
     def _race_scans(self, how: Conditions) -> dict[str, Timing | Exception]:
         step = self._step("mamba", batch=self.batch, tokens=self.tokens, protocol=Protocol())
@@ -219,52 +217,17 @@ class StepBench:
         return targets
 
 
-class Step:
-    """A model with drawn weights, an optimiser and a batch of noise; calling it is one training step."""
-
-    def __init__(
-        self,
-        pattern: tuple[str, ...],
-        width: int,
-        batch: int,
-        tokens: int,
-        protocol: Protocol,
-        *,
-        recompute: bool,
-    ):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.model = build_classifier(ModelSpec(pattern=pattern, width=width), protocol, classes=CLASSES)
-        self.model.recompute = recompute
-        self.training = TrainingSpec()
-        self.optimizer = build_optimizer(self.model, self.training, protocol)
-        self.wave_BT, self.label_B = clips(batch, tokens)
-
-    def __call__(self) -> float:
-        """The loss, before the weights change."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self.model(self.wave_BT), self.label_B)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip_norm)
-        self.optimizer.step()
-        return loss.item()
+def step_of(
+    pattern: tuple[str, ...], width: int, batch: int, tokens: int, protocol: Protocol, *, recompute: bool
+) -> ResidentStep:
+    """The trainer's step of such a model on noise of so many tokens."""
+    spec = TrialSpec(
+        model=ModelSpec(pattern=pattern, width=width), training=TrainingSpec(batch_size=batch), protocol=protocol
+    )
+    return ResidentStep(spec, samples=tokens * SAMPLES_PER_TOKEN, classes=CLASSES, recompute=recompute)
 
 
-def clips(batch: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """wave_BT and label_B: noise of so many tokens, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    wave_BT = 0.1 * torch.randn(batch, tokens * SAMPLES_PER_TOKEN, generator=generator)
-    return wave_BT, torch.randint(CLASSES, (batch,), generator=generator)
-
-
-def pattern_of(backbone: str, layers: int) -> tuple[str, ...]:
-    """Pure patterns, or for helix Mamba with attention at the middle, which is layer 3 of 6 (from 0)."""
-    if backbone == "helix":
-        return tuple("attention" if layer == layers // 2 else "mamba" for layer in range(layers))
-    return (backbone,) * layers
-
-
-def swapped(scan: Callable[..., Tensor], step: Callable[[], float]) -> float:
+def swapped(scan: Callable[..., Tensor], step: Callable[[], Tensor]) -> Tensor:
     """One step with another scan inside our Mamba."""
     with another_scan(scan):
         return step()
@@ -287,9 +250,9 @@ def peak_gb(pattern: tuple[str, ...], width: int, tokens: int, recompute: bool) 
     Freed blocks go back to the system at once, as in a worker whose memory is short.
     """
     compact_large_blocks()
-    step = Step(pattern, width, 1, WARM_UP_TOKENS, Protocol(), recompute=recompute)
+    step = step_of(pattern, width, 1, WARM_UP_TOKENS, Protocol(), recompute=recompute)
     step()
-    step.wave_BT, step.label_B = clips(1, tokens)
+    step.batch = noise(1, tokens * SAMPLES_PER_TOKEN, classes=CLASSES)
     forget_peak()
     step()
     return peak_bytes() / 1e9

@@ -20,7 +20,8 @@ BUILD = (
 )
 BUILD_WHY = (
     "(FORCE_BUILD compiles instead of fetching a wheel that was built for another torch, KEEP_CUDA_BUILD keeps the "
-    "Mamba-1 kernel, --no-build-isolation builds against this torch, --no-cache-dir forgets older builds; needs nvcc)"
+    "Mamba-1 kernel, --no-build-isolation builds against this torch, --no-cache-dir forgets older builds; needs nvcc; "
+    "cluster/kernels_here.sh of a checkout does all of it, and for the GPU that is here alone, a ninth of the work)"
 )
 REINSTALL_TORCHAUDIO = (
     "helix does not use torchaudio: pip uninstall torchaudio; whoever needs it installs the build that belongs to this "

@@ -203,6 +203,7 @@ def test_the_kernels_are_built_against_the_pinned_torch_and_never_fetched(tmp_pa
         "PATH": "/usr/bin:/bin",
         "PYTHON": str(python_stand_in(tmp_path)),
         "BUILD_PREFIX": str(tmp_path / "build"),
+        "NVCC": str(stand_in(tmp_path / "nvcc", "exit 0")),
     }
     subprocess.run([CLUSTER / "images" / "build_kernels.sh", tmp_path / "wheels", "9.0"], env=environment, check=True)
     calls = (tmp_path / "calls").read_text()

@@ -11,7 +11,7 @@ import torch
 from helix.bench import Conditions, Outcome, Row
 from helix.benches import step as step_module
 from helix.benches.scan import ScanBench
-from helix.benches.step import StepBench, another_scan, pattern_of
+from helix.benches.step import StepBench, another_scan
 from helix.models.agreement import SCAN_NAMES, relative_errors, run, scan_inputs, scanned
 from helix.models.blocks import mamba
 from helix.models.scan import selective_scan, selective_scan_sequential
@@ -192,8 +192,3 @@ def test_the_scan_of_the_model_is_another_one_only_while_it_is_asked_for():
         assert torch.equal(layer(x_BLD), plain)
     layer(x_BLD)
     assert len(calls) == 2
-
-
-def test_helix_has_attention_where_the_paper_has_it():
-    assert pattern_of("helix", 6) == ("mamba", "mamba", "mamba", "attention", "mamba", "mamba")
-    assert pattern_of("attention", 2) == ("attention", "attention")

@@ -1,0 +1,179 @@
+"""Everything that only a GPU can say: the scan, the step beside the authors' code, Table 1, and how near the limits.
+
+    helix bench gpu authors=DIR source=ESC-50-master
+    helix bench gpu sections=table1 memory_gib=48
+
+A section ends after `section_s` seconds, what is left being rows that say so. `device=cpu` measures the same by the
+CPU's clocks, at sizes that a CPU can do; it says nothing about a GPU.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from helix.bench import Conditions, Outcome, Row, Table, require_positive
+from helix.gpu import lengths, scans, steps
+from helix.gpu.clock import known_objects_aside, release
+from helix.gpu.roofline import roofline
+from helix.gpu.section import Part, Stage
+from helix.models.agreement import compile_kernels
+from helix.registry import BENCHES
+from helix.training.memory import GIB
+from helix.training.resident import BACKBONES, pattern_of
+
+SECTIONS = ("scan", "step", "table1", "roofline")
+
+
+@BENCHES.register("gpu")
+@dataclass(frozen=True, kw_only=True)
+class GpuBench:
+    """The defaults are the paper's sizes. `tokens` are the scan's lengths, with about `in_flight` tokens in a batch of
+    at most `batch`; `table_tokens` those of Table 1, where micro-batches are tried up to `most_batch` (0: none).
+    `authors` is a clone of the authors' repository, `source` the folder of ESC-50; without it `clips` of noise stand
+    in. `epochs` are timed end to end (0: none). `memory_gib`: as if the GPU had no more (0: all that it has)."""
+
+    device: str = "cuda"
+    sections: tuple[str, ...] = SECTIONS
+    section_s: float = 420.0
+    precisions: tuple[str, ...] = lengths.known_precisions()
+    tokens: tuple[int, ...] = (100, 500, 3000, 30_000)
+    in_flight: int = 16_000
+    channels: int = 512
+    state: int = 32
+    error_channels: int = 64
+    batch: int = 32
+    samples: int = steps.CLIP_SAMPLES
+    width: int = 256
+    layers: int = 6
+    frontends: tuple[str, ...] = ("raw", "mel")
+    authors: str = ""
+    source: str = ""
+    clips: int = steps.ESC50_CLIPS
+    epochs: int = 2
+    scratch: str = ""
+    backbones: tuple[str, ...] = BACKBONES
+    table_tokens: tuple[int, ...] = (500, 3000, 30_000)
+    table_precisions: tuple[str, ...] = ("fp32", "bf16")
+    most_batch: int = 4096
+    search_s: float = 20.0
+    memory_gib: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive(self, zero=("epochs", "most_batch", "memory_gib"))
+        for option, known in (
+            ("sections", SECTIONS),
+            ("precisions", lengths.known_precisions()),
+            ("table_precisions", lengths.known_precisions()),
+            ("frontends", ("raw", "mel")),
+            ("backbones", BACKBONES),
+        ):
+            unknown = [name for name in getattr(self, option) if name not in known]
+            if unknown or not getattr(self, option):
+                given = ", ".join(unknown) or "nothing"
+                raise ValueError(f"bench 'gpu': {option} has {given}; known: {', '.join(known)}")
+        if not (self.section_s > 0 and self.search_s > 0):
+            raise ValueError(f"section_s is {self.section_s} and search_s is {self.search_s}; wanted seconds above 0")
+
+    def run(self, how: Conditions) -> Outcome:
+        device = usable(self.device)
+        if device.type == "cpu":
+            compile_kernels()
+        with known_objects_aside(), limited(device, self.memory_gib):
+            parts: list[Part] = []
+            for name in (name for name in SECTIONS if name in self.sections):
+                how.say(f"section {name}")
+                parts.append(self._section(name, Stage.begin(device, how, self.section_s), parts))
+                release(device)
+        tables = [_device_table(device, self.memory_gib), *(table for part in parts for table in part.tables)]
+        return Outcome(tables=tuple(tables), targets=tuple(target for part in parts for target in part.targets))
+
+    def _section(self, name: str, stage: Stage, before: list[Part]) -> Part:
+        sections: dict[str, Callable[[], Part]] = {
+            "scan": lambda: scans.scans(stage, self._scan_shapes()),
+            "step": lambda: steps.steps(stage, self._step_sizes()),
+            "table1": lambda: lengths.table1(stage, self._table_shapes()),
+            "roofline": lambda: roofline(stage, [load for part in before for load in part.loads]),
+        }
+        return sections[name]()
+
+    def _scan_shapes(self) -> scans.Shapes:
+        return scans.Shapes(
+            tokens=self.tokens,
+            batch=self.batch,
+            in_flight=self.in_flight,
+            channels=self.channels,
+            state=self.state,
+            error_channels=self.error_channels,
+        )
+
+    def _step_sizes(self) -> steps.Sizes:
+        return steps.Sizes(
+            batch=self.batch,
+            samples=self.samples,
+            width=self.width,
+            layers=self.layers,
+            precisions=self.precisions,
+            frontends=self.frontends,
+            authors=self.authors,
+            source=self.source,
+            clips=self.clips,
+            epochs=self.epochs,
+            scratch=self.scratch,
+        )
+
+    def _table_shapes(self) -> lengths.Shapes:
+        return lengths.Shapes(
+            backbones={name: pattern_of(name, self.layers) for name in self.backbones},
+            tokens=self.table_tokens,
+            precisions=self.table_precisions,
+            width=self.width,
+            most_batch=self.most_batch,
+            search_s=self.search_s,
+        )
+
+
+def usable(name: str) -> torch.device:
+    """The device of that name. ValueError where torch has none such here."""
+    if name.partition(":")[0] not in ("cuda", "cpu"):
+        raise ValueError(f"bench 'gpu': device is {name!r}; wanted cuda, cuda:0 and so on, or cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "bench 'gpu' needs a CUDA device, and torch finds none here (helix doctor says why); device=cpu runs it on "
+            "the CPU, at sizes that you choose"
+        )
+    return device
+
+
+@contextmanager
+def limited(device: torch.device, memory_gib: int) -> Iterator[None]:
+    """The allocator of a GPU hands out no more than so much; ValueError for a CPU and for more than there is."""
+    if not memory_gib:
+        yield
+        return
+    if device.type != "cuda":
+        raise ValueError("memory_gib limits what a GPU hands out; with device=cpu leave it out")
+    whole = torch.cuda.get_device_properties(device).total_memory
+    if memory_gib * GIB > whole:
+        raise ValueError(f"memory_gib is {memory_gib}; this GPU has {whole / GIB:.1f}")
+    torch.cuda.set_per_process_memory_fraction(memory_gib * GIB / whole, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _device_table(device: torch.device, memory_gib: int) -> Table:
+    if device.type == "cpu":
+        return Table(
+            title="device", columns=("GiB",), rows=(Row(name="CPU", values=(None,), note="says nothing of GPUs"),)
+        )
+    seen = torch.cuda.get_device_properties(device)
+    note = f"sm_{seen.major}{seen.minor}, CUDA {torch.version.cuda}"
+    if memory_gib:
+        note += f", limited to {memory_gib} GiB"
+    return Table(
+        title="device", columns=("GiB",), rows=(Row(name=seen.name, values=(seen.total_memory / GIB,), note=note),)
+    )

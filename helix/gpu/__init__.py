@@ -1,0 +1,1 @@
+"""The parts of `helix bench gpu`: clocks of a device, what each section measures, the device's limits."""

@@ -1,0 +1,139 @@
+"""How near measured work comes to what the device could do at best, by two limits that are measured in the same run.
+
+Williams et al. 2009, doi 10.1145/1498765.1498785: work cannot be quicker than its operations at the speed of the
+device's arithmetic, nor than its bytes at the speed of its memory. The first is that of a large matrix product at each
+precision, the second that of a copy. FLOPs are helix.models.classifier.cost's; bytes are those that no
+implementation which keeps the same tensors can avoid, so a share says at least how far there is to go.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from helix.bench import Row, Table, Timing
+from helix.gpu.clock import race_on
+from helix.gpu.section import Load, Part, Stage, why
+from helix.training.memory import Prediction
+
+#: The side of the matrices and the bytes of the copy, by the type of device: large enough to hide the launches.
+SIDE = {"cuda": 8192, "cpu": 512}
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**25}
+
+COPY = "copy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Datasheet:
+    """What the vendor promises: GB/s of memory and dense TFLOP/s, fp32 outside of the matrix units."""
+
+    memory_gb_s: float
+    fp32: float
+    tf32: float
+    bf16: float
+
+
+#: By a part of the name that CUDA gives the device, the longest first. NVIDIA's data sheets of the H100 (SXM5, PCIe,
+#: NVL), H200 (SXM), L40S and A100, 2020 to 2024; figures there "with sparsity" are halved.
+DATASHEETS = {
+    "H100 PCIe": Datasheet(memory_gb_s=2000, fp32=51, tf32=378, bf16=756),
+    "H100 NVL": Datasheet(memory_gb_s=3900, fp32=60, tf32=417.5, bf16=835.5),
+    "H100": Datasheet(memory_gb_s=3350, fp32=67, tf32=494.5, bf16=989.5),
+    "H200": Datasheet(memory_gb_s=4800, fp32=67, tf32=494.5, bf16=989.5),
+    "L40S": Datasheet(memory_gb_s=864, fp32=91.6, tf32=183, bf16=362),
+    "A100-SXM4-40GB": Datasheet(memory_gb_s=1555, fp32=19.5, tf32=156, bf16=312),
+    "A100-PCIE-40GB": Datasheet(memory_gb_s=1555, fp32=19.5, tf32=156, bf16=312),
+    "A100 80GB PCIe": Datasheet(memory_gb_s=1935, fp32=19.5, tf32=156, bf16=312),
+    "A100": Datasheet(memory_gb_s=2039, fp32=19.5, tf32=156, bf16=312),
+}
+
+
+def datasheet(name: str) -> Datasheet | None:
+    """That of the GPU which CUDA calls so, where it is known."""
+    found = [part for part in DATASHEETS if part in name]
+    return DATASHEETS[max(found, key=len)] if found else None
+
+
+def step_bytes(predicted: Prediction) -> float:
+    """Bytes that a step surely moves: what it keeps for the backward is written and read; weights are read in the
+    forward, the backward and by the optimiser, and written; gradients written, and read to be clipped and taken; the
+    state of the optimiser is read and written."""
+    return 2 * predicted.activations + 4 * predicted.parameters + 3 * predicted.parameters + 2 * predicted.optimizer
+
+
+def scan_bytes(batch: int, tokens: int, channels: int, state: int, *, backward: bool, element_bytes: int = 4) -> float:
+    """Bytes that a scan surely moves: u, dt, z, B and C are read and y is written; a backward reads the same and the
+    gradient of y again, and writes the gradients of what was read."""
+    wide, narrow = batch * tokens * channels, batch * tokens * state
+    forward = 4 * wide + 2 * narrow
+    return element_bytes * (forward + (7 * wide + 4 * narrow if backward else 0))
+
+
+def limits(stage: Stage) -> dict[str, Timing | Exception]:
+    """The time of a copy, and of a matrix product at each precision that the device has."""
+    kind = stage.device.type
+    source = torch.ones(COPY_BYTES[kind] // 4, device=stage.device)
+    target = torch.empty_like(source)
+    contestants: dict[str, Callable[[], object]] = {COPY: lambda: target.copy_(source)}
+    a, b = (torch.randn(SIDE[kind], SIDE[kind], device=stage.device) for _ in range(2))
+    contestants["fp32"] = lambda: _product(a, b, "ieee")
+    if kind == "cuda":
+        contestants["tf32"] = lambda: _product(a, b, "tf32")
+    a_bf16, b_bf16 = a.bfloat16(), b.bfloat16()
+    contestants["bf16"] = lambda: a_bf16 @ b_bf16
+    return race_on(stage.device, contestants, stage.how)
+
+
+def _product(a: Tensor, b: Tensor, precision: str) -> Tensor:
+    setting = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = precision
+    try:
+        return a @ b
+    finally:
+        setting.fp32_precision = before
+
+
+def roofline(stage: Stage, loads: Sequence[Load]) -> Part:
+    """The limits beside the data sheet, and every load beside the limits."""
+    stage.how.say("limits of the device")
+    found = limits(stage)
+    speeds = _speeds(stage.device, found)
+    sheet = datasheet(torch.cuda.get_device_name(stage.device)) if stage.device.type == "cuda" else None
+    rows = [_load_row(load, speeds) for load in sorted(loads, key=lambda load: load.name)]
+    tables = [_limits_table(found, speeds, sheet)]
+    if rows:
+        columns = ("ms", "TFLOP/s", "GB/s", "% of the limit")
+        tables.append(Table(title="achieved over the limit", columns=columns, rows=tuple(rows)))
+    return Part(tables=tuple(tables))
+
+
+def _speeds(device: torch.device, found: Mapping[str, Timing | Exception]) -> dict[str, float]:
+    """Bytes a second of COPY, operations a second of the rest, of those that have a time."""
+    work = dict.fromkeys(found, 2.0 * SIDE[device.type] ** 3) | {COPY: 2.0 * COPY_BYTES[device.type]}
+    return {name: work[name] / timing.cpu_s for name, timing in found.items() if isinstance(timing, Timing)}
+
+
+def _limits_table(
+    found: Mapping[str, Timing | Exception], speeds: Mapping[str, float], sheet: Datasheet | None
+) -> Table:
+    rows = []
+    for name, result in found.items():
+        promised = None if sheet is None else sheet.memory_gb_s if name == COPY else getattr(sheet, name)
+        speed = speeds.get(name)
+        measured = None if speed is None else speed / (1e9 if name == COPY else 1e12)
+        note = why(result) if isinstance(result, Exception) else "" if sheet else "no data sheet here"
+        shown = "copy, GB/s" if name == COPY else f"matrix product in {name}, TFLOP/s"
+        rows.append(Row(name=shown, values=(measured, promised), note=note))
+    title = "what the device can do, measured in this run"
+    return Table(title=title, columns=("measured", "data sheet"), rows=tuple(rows))
+
+
+def _load_row(load: Load, speeds: Mapping[str, float]) -> Row:
+    columns = (1e3 * load.seconds, load.flops / load.seconds / 1e12, load.moved_bytes / load.seconds / 1e9)
+    if COPY not in speeds or load.unit not in speeds:
+        return Row(name=load.name, values=(*columns, None), note=f"the limit of {load.unit} was not measured")
+    bounds = {"its memory": load.moved_bytes / speeds[COPY], f"its {load.unit}": load.flops / speeds[load.unit]}
+    bound = max(bounds, key=lambda name: bounds[name])
+    return Row(name=load.name, values=(*columns, 100 * bounds[bound] / load.seconds), note=f"limited by {bound}")

@@ -1,0 +1,169 @@
+"""One command builds the CUDA kernels for the GPU of a machine, and says what is missing before it builds anything.
+
+The pinned sources themselves are driven with stand-ins for the compilers where HELIX_TEST_KERNEL_SOURCES names a folder
+with the archives that pip downloads: MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE pip download
+--no-deps --no-binary :all: --no-build-isolation -c constraints.txt mamba-ssm causal-conv1d.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.validators import CLUSTER, ROOT
+
+SCRIPT = CLUSTER / "kernels_here.sh"
+
+
+def stand_in(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def machine(folder: Path, *, torch: str = "13.0", nvcc: str | None = "13.0", gpus: str = "9.0") -> dict[str, str]:
+    """An environment of stand-ins: a python whose torch is of that CUDA and sees such GPUs, and an nvcc."""
+    python = f"""
+echo "python $*" >>{folder}/calls
+env | grep -E '^(MAMBA|CAUSAL|PYTORCH_NVCC|HELIX_CUDA|MAX_JOBS|CUDA_HOME)' >>{folder}/calls
+case "$*" in
+*torch.version.cuda*) echo "{torch}" ;;
+*get_device_capability*) echo "{gpus}" ;;
+*"pip wheel"*) touch {folder}/wheels/causal_conv1d-1.whl {folder}/wheels/mamba_ssm-1.whl ;;
+*helix.doctor*) exit "${{DOCTOR:-0}}" ;;
+esac
+"""
+    if nvcc is not None:
+        stand_in(folder / "cuda/bin/nvcc", f'echo "Cuda compilation tools, release {nvcc}, V{nvcc}.88"')
+    return {
+        "PATH": "/usr/bin:/bin",
+        "PYTHON": str(stand_in(folder / "python", python)),
+        "CUDA_HOME": str(folder / "cuda"),
+    }
+
+
+def run(folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [SCRIPT, folder / "wheels", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_the_kernels_are_built_for_the_gpu_that_is_there_installed_and_looked_at(tmp_path: Path):
+    done = run(tmp_path, machine(tmp_path))
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert "-m venv" not in calls, "against the torch that is there"
+    wheel = next(line for line in calls.splitlines() if "pip wheel" in line)
+    assert "--no-build-isolation" in wheel and f"-w {tmp_path}/wheels" in wheel and "--no-index" not in wheel
+    for setting in (
+        *("MAMBA_FORCE_BUILD=TRUE", "MAMBA_KEEP_CUDA_BUILD=TRUE", "CAUSAL_CONV1D_FORCE_BUILD=TRUE"),
+        *("HELIX_CUDA_ARCHS=9.0", f"PYTORCH_NVCC={CLUSTER}/images/nvcc.sh", "MAX_JOBS="),
+    ):
+        assert setting in calls
+    order = ["pip wheel", "pip install --force-reinstall", 'backend="mamba_ssm"', "-m helix.doctor"]
+    assert sorted(order, key=calls.index) == order
+
+
+def test_without_a_network_everything_comes_from_the_sources(tmp_path: Path):
+    done = run(tmp_path, machine(tmp_path) | {"SOURCES": str(tmp_path / "sources")})
+    assert done.returncode == 0, done.stderr
+    pips = [line for line in (tmp_path / "calls").read_text().splitlines() if "-m pip" in line]
+    assert len(pips) == 2 and "--no-deps" in pips[1]
+    assert f"--no-index --find-links {tmp_path}/sources" in pips[0]
+
+
+def test_it_ends_as_the_doctor_ends(tmp_path: Path):
+    assert run(tmp_path, machine(tmp_path) | {"DOCTOR": "1"}).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"nvcc": None}, "no nvcc"),
+        ({"torch": ""}, "is built for CPUs"),
+        ({"nvcc": "12.8"}, "nvcc is of CUDA 12.8 and torch of 13.0"),
+        ({"gpus": ""}, "torch sees no GPU here"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_built(given: dict, said: str, tmp_path: Path):
+    done = run(tmp_path, machine(tmp_path, **given))
+    assert done.returncode == 2 and said in done.stderr
+    assert "pip" not in (tmp_path / "calls").read_text()
+
+
+def test_a_gpu_that_is_not_there_can_be_named(tmp_path: Path):
+    assert run(tmp_path, machine(tmp_path, gpus=""), "8.9,9.0").returncode == 0
+    assert "HELIX_CUDA_ARCHS=8.9,9.0" in (tmp_path / "calls").read_text()
+
+
+def test_an_environment_that_is_not_there_is_refused(tmp_path: Path):
+    done = run(tmp_path, machine(tmp_path) | {"PYTHON": str(tmp_path / "none")})
+    assert done.returncode == 2 and "PYTHON names another" in done.stderr
+
+
+def test_wheels_for_images_are_refused_without_nvcc_before_anything_is_installed(tmp_path: Path):
+    environment = {"PATH": "/usr/bin:/bin", "CUDA_HOME": str(tmp_path), "BUILD_PREFIX": str(tmp_path / "build")}
+    command = [CLUSTER / "images" / "build_kernels.sh", tmp_path / "wheels", "9.0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and f"{tmp_path}/bin/nvcc is not there" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+#: torch as a CUDA build of it would look to a setup.py.
+AS_CUDA = """
+import os, runpy, sys, torch
+import torch.utils.cpp_extension as extension
+torch.version.cuda, extension.CUDA_HOME = "13.0", os.environ["CUDA_HOME"]
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+#: A compiler that writes down what it is asked and makes empty files.
+COMPILER = """
+case "$*" in
+-V | --version | -v | *-dumpversion* | *-dumpfullversion*) {version}; exit ;;
+esac
+echo "$@" >>{calls}
+while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : >"$2"; fi; shift; done
+"""
+
+
+@pytest.mark.parametrize("package", ["mamba_ssm", "causal_conv1d"])
+def test_the_real_sources_are_compiled_for_one_architecture_instead_of_nine(package: str, tmp_path: Path):
+    folder = os.environ.get("HELIX_TEST_KERNEL_SOURCES")
+    archives = sorted(Path(folder).glob(f"{package}-*.tar.gz")) if folder else []
+    if not archives:
+        pytest.skip("HELIX_TEST_KERNEL_SOURCES names no folder with the sources that pip downloads")
+    found = {}
+    for way in ("as it is", "by nvcc.sh"):
+        place = tmp_path / way.replace(" ", "-")
+        with tarfile.open(archives[0]) as archive:
+            archive.extractall(place, filter="data")
+        (source,) = place.iterdir()
+        nvcc_version = 'echo "Cuda compilation tools, release 13.0, V13.0.88"'
+        stand_in(place / "cuda/bin/nvcc", COMPILER.format(version=nvcc_version, calls=place / "calls"))
+        cxx = stand_in(place / "cxx", COMPILER.format(version='g++ "$@"', calls=place / "others"))
+        environment = {
+            "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+            "CUDA_HOME": str(place / "cuda"),
+            "MAMBA_FORCE_BUILD": "TRUE",
+            "CAUSAL_CONV1D_FORCE_BUILD": "TRUE",
+            "TORCH_CUDA_ARCH_LIST": "9.0",
+            **dict.fromkeys(("CC", "CXX", "LDSHARED"), str(cxx)),
+        }
+        if way == "by nvcc.sh":
+            environment |= {"PYTORCH_NVCC": str(CLUSTER / "images" / "nvcc.sh"), "HELIX_CUDA_ARCHS": "9.0"}
+        command = [sys.executable, "-c", AS_CUDA]
+        done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[way] = set(re.findall(r"code=sm_(\d+)", (place / "calls").read_text()))
+    assert len(found["as it is"]) == 9, "TORCH_CUDA_ARCH_LIST is still not heard"
+    assert found["by nvcc.sh"] == {"90"}
+
+
+def test_the_script_is_named_where_a_reader_looks():
+    assert "cluster/kernels_here.sh" in (ROOT / "BENCHMARKS.md").read_text()
+    assert "kernels_here.sh" in (CLUSTER / "images" / "README.md").read_text()

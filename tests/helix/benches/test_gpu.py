@@ -1,0 +1,99 @@
+"""`helix bench gpu` at toy sizes on a CPU: chosen sections in one run, and one clear line where there is no GPU."""
+
+import math
+
+import pytest
+import torch
+
+from helix import bench
+from helix.bench import Conditions
+from helix.benches.gpu import SECTIONS, GpuBench, limited, usable
+
+TINY = {
+    "device": "cpu",
+    "precisions": ("fp32",),
+    "tokens": (6,),
+    "in_flight": 6,
+    "channels": 4,
+    "state": 3,
+    "error_channels": 2,
+    "batch": 2,
+    "samples": 1600,
+    "width": 16,
+    "layers": 2,
+    "frontends": ("raw",),
+    "clips": 10,
+    "epochs": 1,
+    "backbones": ("helix",),
+    "table_tokens": (16,),
+    "table_precisions": ("fp32",),
+    "most_batch": 2,
+}
+QUICK = Conditions(repeats=1)
+
+
+def test_all_sections_come_in_one_run_and_the_roofline_knows_what_was_timed():
+    outcome = GpuBench(**TINY).run(QUICK)
+    titles = [table.title for table in outcome.tables]
+    for start in ("device", "scan, forward", "one training step", "an epoch", "Table 1", "what the device", "achieved"):
+        assert any(title.startswith(start) for title in titles), start
+    for table in outcome.tables:
+        for row in table.rows:
+            assert len(row.values) == len(table.columns), row
+            assert all(value is None or math.isfinite(value) for value in row.values), row
+    achieved = {row.name for row in outcome.tables[-1].rows}
+    assert {"step of pure Mamba on raw, B=2, fp32", "step of helix, SDPA, L=16, fp32, B=1"} <= achieved
+    assert any(name.startswith("scan, forward+backward, L=6") for name in achieved)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_can_be_had_alone(section: str):
+    small = TINY | {"sections": (section,), "epochs": 0, "most_batch": 0}
+    outcome = GpuBench(**small).run(QUICK)
+    assert len(outcome.tables) >= 2
+    if section == "roofline":
+        assert [table.title for table in outcome.tables] == ["device", "what the device can do, measured in this run"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_is_refused_in_one_line(capsys: pytest.CaptureFixture):
+    assert bench.main(["gpu"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "needs a CUDA device" in said and "device=cpu" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["sections=scans"], "known: scan, step, table1, roofline"),
+        (["sections="], "sections has nothing"),
+        (["precisions=fp8"], "known: fp32"),
+        (["device=cpu", "backbones=hyena"], "known: mamba, helix, attention"),
+        (["device=tpu"], "wanted cuda"),
+        (["device=cpu", "memory_gib=48"], "leave it out"),
+        (["device=cpu", "section_s=0"], "seconds above 0"),
+        (["device=cpu", "batch=0"], "1 or more"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture):
+    assert bench.main(["gpu", *arguments]) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+class Gpu:
+    total_memory = 80 * 2**30
+
+
+def test_a_smaller_gpu_can_be_asked_for_and_a_larger_one_not(monkeypatch: pytest.MonkeyPatch):
+    shares: list[float] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    with limited(torch.device("cuda"), 48):
+        assert shares == [0.6]
+    assert shares == [0.6, 1.0], "and it is whole again"
+    with pytest.raises(ValueError, match=r"this GPU has 80\.0"), limited(torch.device("cuda"), 81):
+        pass
+
+
+def test_the_cpu_is_usable():
+    assert usable("cpu") == torch.device("cpu")

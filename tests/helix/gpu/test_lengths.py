@@ -1,0 +1,148 @@
+"""Table 1 measured: cells, the search for the largest micro-batch, and out of memory as a figure."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from helix.bench import Conditions
+from helix.gpu import lengths as module
+from helix.gpu.lengths import FINENESS, Largest, Shapes, cells_of, known_precisions, largest, table1
+from helix.gpu.section import Stage
+from helix.training.resident import ResidentStep
+
+SHAPES = Shapes(
+    backbones={"mamba": ("mamba",), "attention": ("attention",)},
+    tokens=(16,),
+    precisions=("fp32",),
+    width=16,
+    most_batch=3,
+    search_s=20,
+)
+
+
+def stage(seconds: float = 60) -> Stage:
+    return Stage.begin(torch.device("cpu"), Conditions(repeats=1), seconds)
+
+
+def always() -> bool:
+    return True
+
+
+@pytest.mark.parametrize("first", [1, 7, 100, 5000])
+@pytest.mark.parametrize("limit", [0, 1, 2, 5, 13, 100, 999])
+def test_the_largest_that_fits_is_found_to_a_sixteenth_wherever_one_begins(limit: int, first: int):
+    asked: list[int] = []
+
+    def fits(size: int) -> bool:
+        asked.append(size)
+        return size <= limit
+
+    found = largest(fits, 4096, first=first, time_left=always)
+    assert found.whole
+    assert limit - max(1, limit // FINENESS) < found.clips <= limit or found.clips == limit == 0
+    assert len(asked) == len(set(asked)) <= 25
+
+
+def test_a_search_that_reaches_its_bound_says_that_more_might_fit():
+    assert largest(lambda _: True, 10, time_left=always) == Largest(clips=10, whole=False)
+
+
+def test_a_search_without_time_says_so():
+    turns = iter([True, True, False])
+    found = largest(lambda _: True, 1000, time_left=lambda: next(turns))
+    assert found == Largest(clips=2, whole=False)
+
+
+def test_every_backbone_length_attention_and_precision_is_a_cell():
+    shapes = replace(
+        SHAPES, backbones=SHAPES.backbones | {"helix": ("mamba", "attention")}, precisions=("fp32", "bf16")
+    )
+    names = [cell.name for cell in cells_of(shapes)]
+    assert names == [
+        *("mamba, L=16, fp32", "mamba, L=16, bf16"),
+        *("attention, weights, L=16, fp32", "attention, weights, L=16, bf16"),
+        *("attention, SDPA, L=16, fp32", "attention, SDPA, L=16, bf16"),
+        *("helix, weights, L=16, fp32", "helix, weights, L=16, bf16"),
+        *("helix, SDPA, L=16, fp32", "helix, SDPA, L=16, bf16"),
+    ]
+
+
+def test_the_papers_word_stands_beside_the_authors_attention_only():
+    said = {cell.name: cell.paper for cell in cells_of(replace(SHAPES, tokens=(30_000,)))}
+    assert said == {
+        "mamba, L=30,000, fp32": "trains",
+        "attention, weights, L=30,000, fp32": "OOM",
+        "attention, SDPA, L=30,000, fp32": "",
+    }
+
+
+def test_a_cell_has_memory_foretold_and_measured_a_time_and_a_micro_batch():
+    part = table1(stage(), SHAPES)
+    (table,) = part.tables
+    assert table.title.startswith("Table 1 of the paper")
+    for row in table.rows:
+        measured, taken, foretold, _, step_ms, clips = row.values
+        assert measured is not None and taken is None and foretold and step_ms and clips == 3
+        assert "at least" in row.note
+    assert len(part.loads) == 3
+    assert {target.verdict for target in part.targets} == {"not measured"}
+
+
+def out_of_memory_above(most: int) -> Callable[..., None]:
+    def steps(stage: Stage, cell: module.Cell, batch: int) -> None:
+        if batch > most or (cell.attn_impl == "weights" and cell.tokens == 16):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 13.41 GiB.\nGPU 0 has ...")
+
+    return steps
+
+
+def test_running_out_of_memory_fills_a_cell_and_ends_a_search(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_steps", out_of_memory_above(2))
+    (table,) = table1(stage(), SHAPES).tables
+    rows = {row.name: row for row in table.rows}
+    full = rows["attention, weights, L=16, fp32"]
+    assert full.values[0] is None and full.values[2] and full.values[-1] == 0 and full.note == "out of memory"
+    assert rows["mamba, L=16, fp32"].values[-1] == 2 and rows["mamba, L=16, fp32"].note == ""
+
+
+def test_an_error_that_is_not_of_memory_is_told_and_stops_no_cell(monkeypatch: pytest.MonkeyPatch):
+    def steps(*_: object) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(module, "_steps", steps)
+    (table,) = table1(stage(), SHAPES).tables
+    assert all("no kernel image" in row.note and row.values[0] is None for row in table.rows)
+
+
+def test_a_cpu_is_not_asked_for_what_it_has_not(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "available_bytes", lambda: 1000)
+    (table,) = table1(stage(), SHAPES).tables
+    assert all("not run: needs" in row.note for row in table.rows)
+
+
+def test_without_a_bound_on_clips_no_search_is_made():
+    (table,) = table1(stage(), replace(SHAPES, most_batch=0)).tables
+    assert {row.values[-1] for row in table.rows} == {None}
+
+
+def test_precisions_are_those_of_the_spec():
+    assert {"fp32", "bf16"} <= set(known_precisions())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_step_takes_what_was_foretold():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    on_gpu = Stage.begin(torch.device("cuda"), Conditions(repeats=1), 60)
+    shapes = replace(SHAPES, tokens=(3000,), width=256, most_batch=0)
+    (table,) = table1(on_gpu, shapes).tables
+    for row in table.rows:
+        assert row.values[0] and row.values[2] and 0.7 < row.values[2] / row.values[0] < 1.3
+
+
+def test_the_step_is_on_the_device_that_is_asked_for():
+    (cell,) = cells_of(replace(SHAPES, backbones={"mamba": ("mamba",)}))
+    step = module._step(stage(), cell, 2)
+    assert isinstance(step, ResidentStep) and len(step.batch.label_B) == 2
