@@ -153,10 +153,10 @@ def _walk(
     A = tl.load(A_ptr + place, there, 0.0)
     bias = tl.load(bias_ptr + e, mine, 0.0)
     at = (batch * segments + s) * N * channels + place
-    h = tl.zeros([ROWS, WIDTH], tl.float32)
+    h = tl.full([ROWS, WIDTH], 0.0, tl.float32)
     if STARTED:
         h += tl.load(starts_ptr + at, there, 0.0)
-    total = tl.zeros([WIDTH], tl.float32)
+    total = tl.full([WIDTH], 0.0, tl.float32)
     for number in range(tiles):
         tile = s * tiles + (tiles - 1 - number if ADJOINT else number)
         if KEEP:
@@ -206,7 +206,7 @@ def _join(
     place = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     there = place < numbers
     A = tl.load(A_ptr + place, there, 0.0)
-    h = tl.zeros([WIDTH], tl.float32)
+    h = tl.full([WIDTH], 0.0, tl.float32)
     for first in range(0, segments, AHEAD):
         decay, ends = (), ()
         for k in tl.static_range(AHEAD):  # none of these reads waits for the one before
@@ -337,7 +337,7 @@ def _backward(
     dparameters_ptr += (batch * segments + s) * (N + 2) * channels
     bias = tl.load(bias_ptr + e, mine, 0.0)
     D = tl.load(D_ptr + e, mine, 0.0)
-    dD, dbias = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+    dD, dbias = tl.full([WIDTH], 0.0, tl.float32), tl.full([WIDTH], 0.0, tl.float32)
     for number in range(tiles):
         tile = s * tiles + tiles - 1 - number
         first = tile * TILE
@@ -349,41 +349,53 @@ def _backward(
             z_j = tl.load(z_ptr + t * z_token, live, 0.0).to(tl.float32)
             dout_j = tl.load(dout_ptr + t * dout_token, live, 0.0).to(tl.float32)
             d, x, dy = d + (d_j,), x + (d_j * u_j,), dy + (dout_j * z_j * _sigmoid(z_j),)
-            nothing = tl.zeros([WIDTH], tl.float32)
+            nothing = tl.full([WIDTH], 0.0, tl.float32)
             y, dx, dd = y + (nothing,), dx + (nothing,), dd + (nothing,)
+        before_tile = states_ptr + (batch * segments * tiles + tile) * N * channels
+        place, there = rows[:, None] * channels + e[None, :], (rows[:, None] < N) & mine[None, :]
+        next_A = tl.load(A_ptr + place, there, 0.0)
+        next_h = tl.load(before_tile + place, there, 0.0)
+        next_carry = tl.load(carries_ptr + place, there, 0.0)
         for n0 in range(0, N, ROWS):
-            n = n0 + rows
+            n, A, h, carry = n0 + rows, next_A, next_h, next_carry
             place, there = n[:, None] * channels + e[None, :], (n[:, None] < N) & mine[None, :]
-            A = tl.load(A_ptr + place, there, 0.0)
-            h = tl.load(states_ptr + (batch * segments * tiles + tile) * N * channels + place, there, 0.0)
-            carry = tl.load(carries_ptr + place, there, 0.0)
-            decays, kept, y_so_far = (), (), ()
+            # What the next states need comes from afar, so it is asked for before it is wanted.
+            soon, wanted = place + ROWS * channels, (n[:, None] + ROWS < N) & mine[None, :]
+            next_A = tl.load(A_ptr + soon, wanted, 0.0)
+            next_h = tl.load(before_tile + soon, wanted, 0.0)
+            next_carry = tl.load(carries_ptr + soon, wanted, 0.0)
+            # All reads come before and all writes after what is computed, or each would wait for the one before it.
+            B, C = (), ()
             for j in tl.static_range(TILE):
                 at, seen = _token(first + j, tokens, REVERSE) * 2 * N + n0, (n < N) & (first + j < tokens)
-                B = tl.load(BC_ptr + at, seen, 0.0).to(tl.float32)
-                C = tl.load(BC_ptr + at + N, seen, 0.0).to(tl.float32)
+                B += (tl.load(BC_ptr + at, seen, 0.0).to(tl.float32),)
+                C += (tl.load(BC_ptr + at + N, seen, 0.0).to(tl.float32),)
+            decays, kept, dC, y_so_far = (), (), (), ()
+            for j in tl.static_range(TILE):
                 decay = tl.exp2(d[j][None, :] * A)
                 left = decay * h
-                h = left + x[j][None, :] * B[:, None]
-                decays, kept = decays + (decay,), kept + (left,)
-                y_so_far += (y[j] + tl.sum(h * C[:, None], 0),)
-                tl.store(dBC_ptr + at + N, tl.sum(h * dy[j][None, :], 1), seen)
+                h = left + x[j][None, :] * B[j][:, None]
+                decays, kept, dC = decays + (decay,), kept + (left,), dC + (h * dy[j][None, :],)
+                y_so_far += (y[j] + tl.sum(h * C[j][:, None], 0),)
             y = y_so_far
-            dA = tl.zeros([ROWS, WIDTH], tl.float32)
-            dx_so_far, dd_so_far = (), ()
+            dA = tl.full([ROWS, WIDTH], 0.0, tl.float32)
+            dB, dx_so_far, dd_so_far = (), (), ()
             for j in tl.static_range(TILE - 1, -1, -1):
-                at, seen = _token(first + j, tokens, REVERSE) * 2 * N + n0, (n < N) & (first + j < tokens)
-                B = tl.load(BC_ptr + at, seen, 0.0).to(tl.float32)
-                C = tl.load(BC_ptr + at + N, seen, 0.0).to(tl.float32)
-                g = carry + dy[j][None, :] * C[:, None]
-                # The gradient of the exponent d A.
-                w = g * kept[j]
+                g = carry + dy[j][None, :] * C[j][:, None]
+                w = g * kept[j]  # the gradient of the exponent d A
                 dA += d[j][None, :] * w
-                dx_so_far += (dx[j] + tl.sum(g * B[:, None], 0),)
-                dd_so_far += (dd[j] + tl.sum(w * A, 0),)
-                tl.store(dBC_ptr + at, tl.sum(g * x[j][None, :], 1), seen)
+                dB = (g * x[j][None, :],) + dB
+                dx_so_far = (dx[j] + tl.sum(g * B[j][:, None], 0),) + dx_so_far
+                dd_so_far = (dd[j] + tl.sum(w * A, 0),) + dd_so_far
                 carry = decays[j] * g
-            dx, dd = dx_so_far[::-1], dd_so_far[::-1]
+            dx, dd = dx_so_far, dd_so_far
+            sums = ()
+            for j in tl.static_range(TILE):
+                sums += ((tl.sum(dB[j], 1), tl.sum(dC[j], 1)),)
+            for j in tl.static_range(TILE):
+                at, seen = _token(first + j, tokens, REVERSE) * 2 * N + n0, (n < N) & (first + j < tokens)
+                tl.store(dBC_ptr + at, sums[j][0], seen)
+                tl.store(dBC_ptr + at + N, sums[j][1], seen)
             tl.store(carries_ptr + place, carry, there)
             before = tl.load(dparameters_ptr + place, there & (number > 0), 0.0)
             tl.store(dparameters_ptr + place, before + dA, there)
