@@ -26,6 +26,11 @@ N / TILE tensors [B, L, E] of states.
 Legend: B batch, L tokens, E channels, N state, K taps of the convolution, S segments.
 """
 
+# The kernels are in Triton's language, which types loops and indices in its own way and knows no starred tuples.
+# ruff: noqa: RUF005
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -179,10 +184,8 @@ def _walk(
             t, seen = _token(i, tokens, REVERSE), (n < N) & (i < tokens)
             B = tl.load(BC_ptr + t * 2 * N, seen, 0.0).to(tl.float32)
             decay = tl.exp2(d[j][None, :] * A)
-            if ADJOINT:
-                h = decay * (h + x[j][None, :] * B[:, None])
-            else:
-                h = decay * h + x[j][None, :] * B[:, None]
+            added = x[j][None, :] * B[:, None]
+            h = decay * (h + added) if ADJOINT else decay * h + added
     if not KEEP:
         tl.store(out_ptr + at, h, there)
         tl.store(sums_ptr + (batch * segments + s) * channels + e, total, mine)
@@ -315,10 +318,10 @@ def _backward(
 ):
     """All gradients of a segment of `tiles` tiles, from the last to the first.
 
-    `states` [B, S tiles, N, E]: those before every tile. `carries` [B, S, N, E]: the adjoint that comes from the segment
-    after this one, the first adjoint there times the first decay there; overwritten. `dB` and `dC` [blocks, B, L, N]:
-    the sums over the channels of a program. `dparameters` [B, S, N + 2, E]: those over the tokens of a segment, for A,
-    D and the bias.
+    `states` [B, S tiles, N, E]: those before every tile. `carries` [B, S, N, E]: the adjoint that comes from the
+    segment after this one, the first adjoint there times the first decay there; overwritten. `dBC` [blocks, B, L, 2 N]:
+    the sums over the channels of a program, for B and for C. `dparameters` [B, S, N + 2, E]: those over the tokens of a
+    segment, for A, D and the bias.
     """
     batch, s, segments = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     block, batches = tl.program_id(0).to(tl.int64), tl.num_programs(2)
@@ -516,12 +519,15 @@ def _conv_backward(
 # graphs can hold them. They are registered without their gradients, as those of helix.models.scan_numba are.
 
 
+def _pieces(length: int, size: int) -> int:
+    return -(-length // size)
+
+
 def segments_of(batch: int, tokens: int, channels: int) -> tuple[int, int]:
     """The number of segments, and the tiles of each, for at most PROGRAMS programs: by the shapes alone."""
-    whole = -(-tokens // TILE.value)
-    wanted = max(1, min(PROGRAMS // max(1, batch * -(-channels // LANES)), whole))
-    tiles = -(-whole // wanted)
-    return -(-whole // tiles), tiles
+    whole = _pieces(tokens, TILE.value)
+    tiles = _pieces(whole, max(1, min(PROGRAMS // max(1, batch * _pieces(channels, LANES)), whole)))
+    return _pieces(whole, tiles), tiles
 
 
 def _rows(x_BLX: Tensor) -> Tensor:
@@ -539,7 +545,11 @@ class _Pass:
     def __init__(self, tensors: Sequence[Tensor], *, reverse: bool):
         u, dt, A, B, C, D, z, dt_bias = tensors
         (self.batch, self.tokens, self.channels), self.state, self.reverse = u.shape, A.shape[1], reverse
-        self.u, self.dt, self.z, self.D, self.dt_bias = *(_rows(x) for x in (u, dt, z)), D.contiguous(), dt_bias.contiguous()
+        self.u, self.dt, self.z, self.D, self.dt_bias = (
+            *(_rows(x) for x in (u, dt, z)),
+            D.contiguous(),
+            dt_bias.contiguous(),
+        )
         self.segments, self.tiles = segments_of(*u.shape)
         # Exponentials are powers of two on a GPU. Both are laid out as the lanes read them.
         self.A_NE = torch.mul(A.t(), LOG2_E.value, out=A.new_empty(A.shape[::-1]))
@@ -548,7 +558,7 @@ class _Pass:
         self.one_warp = {"num_warps": max(1, self.rows // 32), "maxnreg": REGISTERS}
 
     def grid(self, width: int) -> tuple[int, int, int]:
-        return triton.cdiv(self.channels, width), self.segments, self.batch
+        return _pieces(self.channels, width), self.segments, self.batch
 
     def walk(self, x: Tensor, starts: Tensor | None, *, adjoint: bool, keep: bool) -> tuple[Tensor, Tensor]:
         """What `_walk` writes: states and sums."""
@@ -570,7 +580,7 @@ class _Pass:
             return self.A_NE.new_zeros(self.batch, 1, self.state, self.channels)
         ends, sums = self.walk(x, None, adjoint=adjoint, keep=False)
         starts, numbers = torch.empty_like(ends), self.A_NE.numel()
-        _join[(triton.cdiv(numbers, JOINED), self.batch)](
+        _join[(_pieces(numbers, JOINED), self.batch)](
             *(ends, sums, self.A_NE, starts, self.segments, self.channels, numbers, JOINED, AHEAD, adjoint),
             num_warps=1,
         )
@@ -654,7 +664,7 @@ def _(dy, starts, u, dt, A, B, C, D, z, dt_bias, reverse):  # noqa: ARG001  (the
 def conv_silu_forward(u: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     """y [B, L, E] from u [B, L, E] and weight [E, K]."""
     (batch, tokens, channels), y, u = u.shape, u.new_empty(u.shape), _rows(u)
-    _conv_forward[(triton.cdiv(tokens, CONV_TILE), triton.cdiv(channels, CONV_LANES), batch)](
+    _conv_forward[(_pieces(tokens, CONV_TILE), _pieces(channels, CONV_LANES), batch)](
         *(u, weight.contiguous(), bias.contiguous(), y, *_strides(u), tokens, channels),
         *(weight.shape[1], CONV_TILE, CONV_LANES, reverse),
         num_warps=4,
@@ -668,14 +678,12 @@ def _(u, weight, bias, reverse):  # noqa: ARG001  (the contract's)
 
 
 @torch.library.custom_op("helix::conv_silu_triton_backward", mutates_args=())
-def conv_silu_backward(
-    dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor]:
+def conv_silu_backward(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """The gradients of u, and of weight and bias [K + 1, E]."""
     (batch, tokens, channels), taps, du = u.shape, weight.shape[1], u.new_empty(u.shape)
-    u, dy, spans = _rows(u), _rows(dy), triton.cdiv(tokens, CONV_SPAN)
+    u, dy, spans = _rows(u), _rows(dy), _pieces(tokens, CONV_SPAN)
     dparameters = weight.new_empty(batch, spans, taps + 1, channels)
-    _conv_backward[(spans, triton.cdiv(channels, CONV_LANES), batch)](
+    _conv_backward[(spans, _pieces(channels, CONV_LANES), batch)](
         *(dy, u, weight.contiguous(), bias.contiguous(), du, dparameters, *_strides(dy, u), tokens, channels),
         *(taps, CONV_TILE, CONV_LANES, CONV_SPAN, reverse),
         num_warps=4,
