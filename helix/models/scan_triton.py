@@ -9,16 +9,17 @@ order of the scan, so that there are about PROGRAMS programs of one warp whateve
                 _backward: each segment from its last tile to its first, with all gradients
 
 A channel is a lane of a warp and its N states are registers, so a step of the recurrence is an exponential, a product
-and two sums; 16 exponentials per cycle of an SM are what limits _walk and _read, and everything else hides behind
-them. _backward holds the decays and states of TILE tokens for one state number at a time, so it computes no exponential
-twice; its own limit is the instructions (13 for each state of each token, and as many again to add up over the
-channels of a warp for the gradients of B and C). An associative scan over the tokens would add a second product to each
-step and shuffles between lanes, and gain nothing while there are enough warps. Nothing is divided by a decay: where a
-segment's share of a state is wanted, it is the exponential of A times the sum of its steps.
+and two sums. An SM computes 16 exponentials in a cycle, which is what limits _walk and _read: for each a warp issues
+eight or nine instructions in all, in the eight cycles that it takes. _backward holds the decays and states of TILE
+tokens for one state number at a time, so it computes no exponential twice; its limit is the instructions, as compiled
+33 for each state of each token, of which 10 add up over the channels of a warp for the gradients of B and C. An
+associative scan over the tokens would add a second product to each step and shuffles between lanes, and gain nothing
+while there are enough warps. Nothing is divided by a decay: where a segment's share of a state is wanted, it is the
+exponential of A times the sum of its steps.
 
-The order of every sum follows from the shapes alone: there are no atomics and nothing is tuned at run time. Sums over
-tokens are float32 within a segment and float64 over the segments. States and sums are float32, whatever the activations
-are.
+The order of every sum in a kernel follows from the shapes alone: there are no atomics and nothing is tuned at run time.
+Sums over tokens are float32 within a segment and float64, torch's, over the segments. States and sums are float32,
+whatever the activations are.
 
 Kept for the backward are the inputs and the states at the start of each segment. The backward holds, while it runs,
 N / TILE tensors [B, L, E] of states.
@@ -41,8 +42,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Programs that the scan is cut into, of one warp each: four for each of the 528 schedulers of an H100 or H200. It is
-#: a constant, so that no sum depends on which GPU there is.
+#: The most programs that the scan is cut into, of one warp each: four for each of the 528 schedulers of an H100 or
+#: H200, all of them at once. It is a constant, so that the segments do not depend on which GPU there is.
 PROGRAMS = 2112
 
 #: Tokens whose inputs a program holds at a time.
@@ -61,7 +62,7 @@ JOINED, AHEAD = 128, 8
 REGISTERS = 128
 
 #: The convolution: tokens and channels of a tile, and tokens of a program of its backward.
-CONV_TILE, CONV_LANES, CONV_SPAN = 16, 128, 64
+CONV_TILE, CONV_LANES, CONV_SPAN = 8, 128, 64
 
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
@@ -487,32 +488,34 @@ def _conv_backward(
     u_ptr += batch * u_batch
     dy_ptr += batch * dy_batch
     dparameters_ptr += (batch * spans + span) * (TAPS + 1) * channels + e
+    nothing = tl.full([WIDTH], 0.0, tl.float32)
+    dweight, dbias = (), nothing
+    for _ in tl.static_range(TAPS):
+        dweight += (nothing,)
     for first in range(span * SPAN, span * SPAN + SPAN, HEIGHT):
         i = first + tl.arange(0, HEIGHT)
+        here = (i < tokens)[:, None] & mine[None, :]
+        u = tl.load(u_ptr + _token(i, tokens, REVERSE)[:, None] * u_token + e[None, :], here, 0.0).to(tl.float32)
         du = tl.full([HEIGHT, WIDTH], 0.0, tl.float32)
-        for tap in tl.static_range(TAPS - 1, -1, -1):
-            # What the token adds to the one that meets it with this weight, which comes TAPS - 1 - tap later.
-            later = i + (TAPS - 1 - tap)
+        so_far = ()
+        for after in tl.static_range(TAPS):
+            # A token adds to the one that comes so many after it, by the weight that stands as far before the last.
+            later = i + after
             seen = (later < tokens)[:, None] & mine[None, :]
             pre = _conv_at(u_ptr, weight_ptr, bias, later, e, mine, u_token, tokens, TAPS, REVERSE)
             dy = tl.load(dy_ptr + _token(later, tokens, REVERSE)[:, None] * dy_token + e[None, :], seen, 0.0)
             sigmoid = _sigmoid(pre)
             dpre = dy.to(tl.float32) * sigmoid * (1 + pre * (1 - sigmoid))
-            du += dpre * tl.load(weight_ptr + e * TAPS + tap, mine, 0.0)[None, :]
-            u = tl.load(
-                u_ptr + _token(i, tokens, REVERSE)[:, None] * u_token + e[None, :],
-                (i < tokens)[:, None] & mine[None, :],
-                0.0,
-            )
-            at = dparameters_ptr + tap * channels
-            so_far = tl.load(at, mine & (first > span * SPAN), 0.0)
-            tl.store(at, so_far + tl.sum(dpre * u.to(tl.float32), 0), mine)
-            if tap == TAPS - 1:
-                at = dparameters_ptr + TAPS * channels
-                so_far = tl.load(at, mine & (first > span * SPAN), 0.0)
-                tl.store(at, so_far + tl.sum(dpre, 0), mine)
+            du += dpre * tl.load(weight_ptr + e * TAPS + (TAPS - 1 - after), mine, 0.0)[None, :]
+            so_far += (dweight[after] + tl.sum(dpre * u, 0),)
+            if after == 0:
+                dbias += tl.sum(dpre, 0)
+        dweight = so_far
         at = _token(i, tokens, REVERSE)[:, None] * channels + e[None, :]
-        tl.store(du_ptr + batch * tokens * channels + at, du, (i < tokens)[:, None] & mine[None, :])
+        tl.store(du_ptr + batch * tokens * channels + at, du, here)
+    for after in tl.static_range(TAPS):
+        tl.store(dparameters_ptr + (TAPS - 1 - after) * channels, dweight[after], mine)
+    tl.store(dparameters_ptr + TAPS * channels, dbias, mine)
 
 
 # --- The operators: opaque to torch.compile, and without a synchronisation or a size that data decides, so that CUDA

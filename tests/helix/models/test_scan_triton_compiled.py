@@ -24,8 +24,8 @@ COMPILED: dict[str, tuple[dict[str, Any], int, int]] = {
     "_read": (SIZES, 128, 128),
     "_join": ({"ADJOINT": False}, 168, 0),
     "_backward": (SIZES, 255, 160),
-    "_conv_forward": (CONV, 128, 0),
-    "_conv_backward": (CONV, 255, 0),
+    "_conv_forward": (CONV, 64, 0),
+    "_conv_backward": (CONV, 168, 0),
 }
 
 #: What holds activations; everything else is float32.
