@@ -26,6 +26,7 @@ from safetensors.torch import load
 
 from dashboards.certificates import BIT_EXACT
 from helix.data.shards import Recordings
+from helix.models.scan import drifts, scan_backend, wanted_backend
 from helix.spec import SCIENCE_VERSION, resolve, to_json, trial_id
 from helix.storage import Storage, json_bytes, open_storage
 from helix.training.checkpoint import BEST_FILE, FILES, committed
@@ -59,6 +60,9 @@ CLOCK = ("seconds", "time", "system", "train_seconds", "finished", "environments
 
 #: Moments that are met on purpose, and AFTER_RESULT once at most: the twin is finished then.
 ON_PURPOSE = (WRITING, EVALUATION, BEFORE_RESULT, LAST_STEP, MANIFEST, ROW, START, OPTIMIZER, WEIGHTS)
+
+#: Kills that a certificate may ask for.
+MOST_KILLS = 1000
 
 #: Checkpoints that the twin makes between two kills, so that each costs a part of what lies between.
 PER_KILL = 3
@@ -97,11 +101,11 @@ def certify(
 ) -> dict[str, Any]:
     """Run the trial and its twin in processes of their own, kill the twin, compare, and put the certificate.
 
-    `recordings` are those of `storage`. Raises ValueError where `kills` is not positive, RuntimeError where a run ends
-    with an error of its own.
+    `recordings` are those of `storage`. On CUDA both take kernels that give the same bits again, unless HELIX_SCAN
+    names a scan that has none: then the certificate shows its drift. Raises ValueError as `check_wanted` does,
+    RuntimeError where a run ends with an error of its own.
     """
-    if kills < 1:
-        raise ValueError(f"--kills is {kills}; wanted 1 or more: a certificate is about what was survived")
+    check_wanted(kills=kills, device=device, threads=threads)
     name = trial_id(trial.spec, recordings.manifest_sha256)
     certificate_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
     scratch = f"{CERTIFICATES}/{certificate_id}"
@@ -112,6 +116,7 @@ def certify(
         data=recordings.prepared.prefix,
         storage=repr(one),
         device=device,
+        deterministic=device == "cuda" and not drifts(wanted_backend()),
         threads=threads,
     )
     try:
@@ -150,6 +155,7 @@ def certify(
         "scan": whole.scan,
         "device": device,
         "device_name": _device_name(device),
+        "deterministic": order.deterministic,
         "threads": threads,
         "versions": installed(),
         "commit": commit(),
@@ -171,6 +177,22 @@ def certify(
     if verdict == BIT_EXACT:
         storage.delete_folder(scratch)
     return certificate
+
+
+def check_wanted(*, kills: int, device: str, threads: int) -> None:
+    """ValueError where no certificate can come of this; nothing was prepared for it then."""
+    if not 1 <= kills <= MOST_KILLS:
+        raise ValueError(
+            f"--kills is {kills}; wanted 1 to {MOST_KILLS}: a certificate is about what was survived, and after each "
+            "kill a process starts anew, which takes seconds"
+        )
+    if threads < 1:
+        raise ValueError(f"--threads is {threads}; wanted 1 or more CPU threads for each of the two runs")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device is cuda, but torch finds no CUDA device on this machine; leave it out to certify on the CPU"
+        )
+    scan_backend(torch.device(device), torch.float32)
 
 
 def moments(kills: int, seed: int, steps: int, pace: Pace) -> list[Moment]:

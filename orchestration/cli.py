@@ -21,6 +21,7 @@ from helix import bench, doctor
 from helix.data.dataset import Dataset, DatasetError
 from helix.data.download import DownloadError, fetch_all
 from helix.data.shards import CorruptShardError
+from helix.models.scan import forced, wanted_backend
 from helix.protocol import PROFILES
 from helix.published import GPU_BYTES
 from helix.registry import DATASETS
@@ -29,7 +30,7 @@ from helix.training import feasibility as feasible
 from helix.training.feasibility import TOKENS, Cell, table
 from helix.training.memory import GIB, gib
 from orchestration import status, sweep
-from orchestration.certify import BIT_EXACT, certificate_table, certify
+from orchestration.certify import BIT_EXACT, certificate_table, certify, check_wanted
 from orchestration.connection import ClusterError, cpu_count, rehearse
 from orchestration.forecast import Forecast, calibrate, forecasts, measured, shape
 from orchestration.grid import BACKBONES, GRIDS, PRESETS, expand, load_grid
@@ -290,10 +291,19 @@ def certify_grid(arguments: Sequence[str]) -> int:
     parser.add_argument("--preset", help=f"model size, in place of the grid's: {', '.join(PRESETS)}")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process (default: 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to train on (default: cpu)")
+    parser.add_argument(
+        "--scan",
+        default="auto",
+        metavar="NAME",
+        help="the scan of both runs (default: HELIX_SCAN, else the fastest, on cuda of those that give the same bits "
+        "again); mamba_ssm shows its drift",
+    )
     sweep.add_data_arguments(parser)
     given = parser.parse_intermixed_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     try:
+        with forced(wanted_backend(given.scan)):
+            check_wanted(kills=given.kills, device=given.device, threads=given.threads)
         trial = expand(
             load_grid(given.grid),
             profile_name=given.profile,
@@ -314,7 +324,7 @@ def certify_grid(arguments: Sequence[str]) -> int:
             say=console.print,
         )
         make_plan([trial], recordings)
-        with Twins() as twins:
+        with forced(wanted_backend(given.scan)), Twins() as twins:
             certificate = certify(
                 trial,
                 recordings,

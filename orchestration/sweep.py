@@ -48,6 +48,7 @@ from dashboards.text import cost_line, printable
 from dashboards.view import Spent
 from helix.addresses import shown_uri
 from helix.data.shards import CorruptShardError, Recordings
+from helix.models.scan import drifts, wanted_backend
 from helix.protocol import PROFILES
 from helix.spec import to_json
 from helix.storage import FolderStorage, Storage, open_storage
@@ -112,6 +113,7 @@ class Sweep:
     threads: int
     room: Room
     limits: Limits
+    deterministic: bool = False
 
     def missing(self) -> list[Planned]:
         """The trials that have no result yet."""
@@ -219,6 +221,8 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
         )
     if options.gpus_per_trial is not None and options.device != "cuda":
         raise ValueError("--gpus-per-trial shares GPUs, and this sweep trains on CPU; add --device cuda")
+    if options.deterministic:
+        _check_determinism(options)
     ends = until(deadline=options.deadline, hours=options.hours, now=time.time())
     limits = Limits(budget_usd=options.budget_usd, ends=ends)
     prices = read_prices(options.prices) if options.prices else read_prices()
@@ -273,6 +277,7 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
         threads=options.threads,
         room=room,
         limits=limits,
+        deterministic=options.deterministic,
     )
 
 
@@ -341,6 +346,7 @@ def train(
             "gpu": sweep.gpu,
             "gpus": pack.gpus,
             "ranks": sweep.room.ranks,
+            "deterministic": sweep.deterministic,
             "scratch": scratch,
             "code": code_facts(),
         }
@@ -725,6 +731,17 @@ def _progress(state: TrialState) -> str:
     return f"{state.status}, {state.epochs_done} epochs" if state.epochs_done else state.status
 
 
+def _check_determinism(options: argparse.Namespace) -> None:
+    """ValueError where --deterministic would do nothing, or HELIX_SCAN asks for the opposite."""
+    if options.device != "cuda":
+        raise ValueError("--deterministic is about GPUs: on a CPU the bits are always the same; add --device cuda")
+    if drifts(wanted_backend()):
+        raise ValueError(
+            f"--deterministic asks for the same bits again, and HELIX_SCAN={wanted_backend()} for a scan that does not "
+            "give them; leave one of them out"
+        )
+
+
 def _check_ranks(options: argparse.Namespace, trials: Sequence[Trial]) -> None:
     """Refuse numbers of ranks that cannot share a batch, or whole GPUs."""
     smallest = min(trial.spec.training.batch_size for trial in trials)
@@ -794,6 +811,11 @@ def parser(prog: str = "sweep.py") -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="what a trial trains on (default: cpu)"
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="take kernels that give the same bits again, which some of CUDA's do not; a CPU's always do",
     )
     return parser
 

@@ -23,6 +23,7 @@ from typing import Any, TextIO, cast
 import torch
 
 from helix.data.shards import open_prepared
+from helix.determinism import ask_for_the_same_bits
 from helix.models.scan import scan_backend
 from helix.spec import from_json, trial_id
 from helix.storage import Storage, json_bytes, open_storage
@@ -100,6 +101,7 @@ class Order:
     storage: str
     steps: int = 0
     device: str = "cpu"
+    deterministic: bool = False
     threads: int = 1
     save_every_s: float = 300.0
 
@@ -308,6 +310,8 @@ class Performance:
 
     def run(self) -> None:
         order = self.order
+        if order.deterministic:
+            ask_for_the_same_bits()
         torch.set_num_threads(order.threads)
         logging.basicConfig(handlers=[_Telling(self)], level=logging.WARNING, force=True)
         self.at(START)

@@ -24,6 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from helix.data.shards import Recordings, open_prepared
+from helix.determinism import ask_for_the_same_bits
 from helix.spec import TrialSpec, from_json, trial_id
 from helix.storage import Storage, open_storage
 from helix.training.checkpoint import committed
@@ -135,6 +136,8 @@ def run_pack(where: dict[str, Any]) -> None:
     worker.
     """
     storage, config = open_storage(where["storage"]), read_pack(where)
+    if config["deterministic"]:  # before anything starts CUDA
+        ask_for_the_same_bits()
     torch.set_num_threads(config["threads"])
 
     def report(number: int, row: dict[str, Any]) -> None:

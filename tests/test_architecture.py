@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.doctor": ("helix.registry",),
     "helix.checks": ("helix.doctor", "helix.models", "helix.registry", "helix.storage"),
     "helix.process": (),
+    "helix.determinism": (),
     "helix.bench": ("helix.registry",),
     "helix.loopback": (),
     "helix.peers": (),
@@ -65,6 +66,7 @@ ONLY_IN = {
     "mlflow": {f"orchestration.{name}" for name in ("tracking", "model_store", "pyfunc_model")},
     "numba": {"helix.models.scan_numba"},
     "mamba_ssm": {"helix.models.scan_mamba_ssm"},
+    "triton": {"helix.models.scan_triton"},
     "boto3": {"helix.storage_s3", "helix.benches.data", "cluster.fetch_secret"},
 }
 
@@ -72,6 +74,7 @@ ONLY_IN = {
 MAY_BE_MISSING = {
     "helix.models.scan_numba",
     "helix.models.scan_mamba_ssm",
+    "helix.models.scan_triton",
     "litdata",
     "litdata.streaming.writer",
     "mambapy.mamba",

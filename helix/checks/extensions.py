@@ -84,6 +84,8 @@ def judge(package: str, error: str | None, *, cuda: bool) -> Check:
         return Check(name=name, status="fail", found=error, advice=explain(package, error))
     if package in ("mamba_ssm", "selective_scan_cuda", "causal_conv1d") and cuda:
         return Check(name=name, status="absent", found="not installed", advice=f"{BUILD} {BUILD_WHY}")
+    if package == "triton" and cuda:
+        return Check(name=name, status="absent", found="not installed", advice=f"{EXTENSIONS[package]}: it is the scan")
     return Check(name=name, status="absent", found="not installed", advice="nothing: it would not be used here")
 
 

@@ -33,13 +33,16 @@ from helix.registry import CHECKS
 #: Each backend, and the type of device that it is for ("" any).
 SUITS = {"reference": "", **{name: backend.device for name, backend in BACKENDS.items()}}
 
-#: The relative error, in the Euclidean norm, that an output or a gradient may have. The CUDA kernels of mamba-ssm are
-#: compiled with fast approximations of exp and log.
+#: The relative error, in the Euclidean norm, that an output or a gradient may have. The kernels of CUDA take a GPU's
+#: fast approximation of exp.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 5e-7}
 CUDA_BOUND = 1e-5
 
 #: The same for the convolution, whose bias torch sums over all tokens in one go.
 CONV_BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6}
+
+#: What a backend for CUDA is made of.
+MISSING = {"triton": "triton", "mamba_ssm": "mamba-ssm or causal-conv1d"}
 
 #: Shapes that fill no chunk and no vector: batch, tokens, channels, state; and the taps of the convolution.
 RAGGED = (2, 517, 37, 32)
@@ -99,11 +102,15 @@ def self_tests(backend: str, device: str) -> Iterable[Check]:
         if not can_scan(backend, device, dtype):
             continue
         said = f"{backend} on {device}, {str(dtype).removeprefix('torch.')}"
-        fast = backend == "mamba_ssm"
+        fast = suits_cuda(backend)
         with forced(backend):
             for what, errors, bounds in (("scan", scan_errors, BOUNDS), ("conv", conv_errors, CONV_BOUNDS)):
                 bound = CUDA_BOUND if fast else bounds[dtype]
                 yield judge_errors(f"{what} {said}", functools.partial(errors, device, dtype), bound, device)
+
+
+def suits_cuda(backend: str) -> bool:
+    return SUITS[backend] == "cuda"
 
 
 def can_scan(backend: str, device: str, dtype: torch.dtype) -> bool:
@@ -118,8 +125,8 @@ def why_not(backend: str, device: str) -> Check | None:
     if can_scan(backend, device, torch.float32):
         return None
     name = f"scan {backend} on {device}"
-    if backend != "numba":
-        found = "mamba-ssm or causal-conv1d cannot be imported"
+    if suits_cuda(backend):
+        found = f"{MISSING[backend]} cannot be imported"
         return Check(name=name, status="absent", found=found, advice="see the rows `import ...` for why, and the cure")
     try:
         importlib.import_module("helix.models.scan_numba")
@@ -201,7 +208,8 @@ def judge_determinism(device: str) -> Check:
     advice = "a trial that is killed and resumed ends with the same bits only with the same number of --threads"
     if device == "cuda":
         advice = (
-            "a trial that is killed and resumed will not end with the same bits; `helix certify` measures the drift"
+            "a trial that is killed and resumed will not end with the same bits, unless it is asked for with "
+            "`--deterministic`; `helix certify --device cuda --scan mamba_ssm` measures the drift"
         )
     return Check(name=name, status="warn", found=f"different: {', '.join(different)}", advice=advice)
 

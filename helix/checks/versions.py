@@ -20,7 +20,7 @@ NEEDED = ("torch", "numpy", "ray", "mlflow", "soundfile", "soxr", "boto3")
 OPTIONAL = {
     "numba": "the CPU scan takes the reference, about ten times slower: pip install -c constraints.txt numba",
     "triton": "comes with torch for CUDA; not used on a CPU",
-    "mamba-ssm": "the scan on CUDA takes the slow reference; see the row `import mamba_ssm`; not used on a CPU",
+    "mamba-ssm": "the scan on CUDA is Triton's then; see the row `import mamba_ssm`; not used on a CPU",
     "causal-conv1d": "needed beside mamba-ssm on CUDA; not used on a CPU",
     "torchaudio": "not needed: helix computes mel spectrograms itself",
 }

@@ -7,8 +7,9 @@ For every batch entry and channel e a state h of N numbers runs along the tokens
 Semantics and argument names follow `selective_scan_fn` of mamba-ssm; here the tokens stand before the channels, and
 `reverse` runs the recurrence from the last token to the first in place, so that no caller flips anything.
 
-`selective_scan` and `conv_silu` choose between this reference and faster kernels, helix.models.scan_numba on a CPU and
-helix.models.scan_mamba_ssm on CUDA; HELIX_SCAN in the environment overrides the choice.
+`selective_scan` and `conv_silu` choose between this reference and faster kernels: helix.models.scan_numba on a CPU, on
+CUDA helix.models.scan_mamba_ssm where it is installed and the same bits again were not asked for
+(torch.use_deterministic_algorithms), else helix.models.scan_triton. HELIX_SCAN in the environment overrides the choice.
 
 Legend: B batch, L tokens, E inner channels, N state, K taps of the convolution; R batch entries and Q tokens of one
 chunk.
@@ -41,18 +42,27 @@ class Backend:
     """A module with the functions `selective_scan` and `conv_silu`, imported on first use: it may not be installed.
 
     `device` is the type that it runs on. `mixed`: it takes activations of another dtype than the parameters' float32.
+    `deterministic`: it gives the same bits again. `extras`: packages whose absence needs no word, since another backend
+    does the work.
     """
 
     device: str
     load: Callable[[], ModuleType]
     mixed: bool = False
+    deterministic: bool = True
+    extras: tuple[str, ...] = ()
 
 
 #: What may stand in for the reference; where several can, the last is taken.
 BACKENDS: dict[str, Backend] = {
     "numba": Backend(device="cpu", load=lambda: importlib.import_module("helix.models.scan_numba")),
+    "triton": Backend(device="cuda", load=lambda: importlib.import_module("helix.models.scan_triton"), mixed=True),
     "mamba_ssm": Backend(
-        device="cuda", load=lambda: importlib.import_module("helix.models.scan_mamba_ssm"), mixed=True
+        device="cuda",
+        load=lambda: importlib.import_module("helix.models.scan_mamba_ssm"),
+        mixed=True,
+        deterministic=False,
+        extras=("mamba_ssm", "causal_conv1d"),
     ),
 }
 
@@ -72,7 +82,8 @@ def selective_scan(
 ) -> Tensor:
     """y_BLE, differentiable in every tensor. Every model scans through this one function.
 
-    The same bits again: numba always, the reference with one number of threads, mamba_ssm not in its gradients.
+    The same bits again: numba always, triton on one kind of GPU, the reference with one number of threads, mamba_ssm
+    not in its gradients. Under torch.use_deterministic_algorithms that one is not taken, and refused where it is named.
 
     Computed in the dtype of `A_EN`, which under autocast is still the parameters'; returned in the dtype of `u_BLE`.
     Raises ValueError where the backend is unknown or cannot do this.
@@ -118,19 +129,36 @@ def depthwise_conv(u_BLE: Tensor, weight_E1K: Tensor, bias_E: Tensor, *, reverse
 def scan_backend(device: torch.device, dtype: torch.dtype, *, backend: str = "auto") -> str:
     """The backend that `selective_scan` takes: the fastest, unless the caller or else HELIX_SCAN names one.
 
-    Raises ValueError where that is unknown or cannot do this.
+    Under torch.use_deterministic_algorithms the fastest of those that give the same bits again. Raises ValueError where
+    the one that is named is unknown or cannot do this.
     """
     possible = ["reference"]
     if dtype == torch.float32:
         possible += [name for name, kernels in BACKENDS.items() if kernels.device == device.type and _is_there(name)]
-    wanted = (os.environ.get("HELIX_SCAN") or "auto") if backend == "auto" else backend
+    drifting = [name for name in possible if drifts(name)] if torch.are_deterministic_algorithms_enabled() else []
+    wanted = wanted_backend(backend)
     if wanted == "auto":
-        return possible[-1]
+        return [name for name in possible if name not in drifting][-1]
+    if wanted in drifting:
+        raise ValueError(
+            f"scan backend {wanted!r} does not give the same bits again, which was asked for (--deterministic, or "
+            f"torch.use_deterministic_algorithms); unset HELIX_SCAN, or do not ask"
+        )
     if wanted not in possible:
         raise ValueError(
             f"scan backend {wanted!r} cannot scan {dtype} on {device.type}; possible: auto, {', '.join(possible)}"
         )
     return wanted
+
+
+def wanted_backend(backend: str = "auto") -> str:
+    """The backend that the caller names, or else HELIX_SCAN; auto where neither does."""
+    return (os.environ.get("HELIX_SCAN") or "auto") if backend == "auto" else backend
+
+
+def drifts(backend: str) -> bool:
+    """Whether a backend, by its name, gives other bits when it runs again."""
+    return backend in BACKENDS and not BACKENDS[backend].deterministic
 
 
 @contextmanager
@@ -168,6 +196,8 @@ def _import(name: str) -> bool:
     try:
         _kernels[name] = BACKENDS[name].load()
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in BACKENDS[name].extras:
+            return False
         logger.warning("%s cannot be imported (%s): the scan is much slower without; see `helix doctor`", name, error)
     return name in _kernels
 

@@ -250,7 +250,8 @@ class _Trial:
         """The environments that took part, this one last where it is new: bits are promised within one only."""
         software = ", ".join(f"{name} {version}" for name, version in versions().items() if name != "python")
         several = f", {self.ranks.count} ranks" if self.ranks.count > 1 else ""
-        here = f"{torch.device(self.how.device).type}, scan {self._scan()}, {software}{several}"
+        same = ", deterministic" if torch.are_deterministic_algorithms_enabled() else ""
+        here = f"{torch.device(self.how.device).type}, scan {self._scan()}{same}, {software}{several}"
         if progress.environments and here not in progress.environments:
             logger.warning(
                 "trial %s goes on in another environment (%s) than it began in (%s): the same up to rounding",
@@ -574,7 +575,7 @@ class _Trial:
 def versions() -> dict[str, str]:
     """The software that a result depends on; libraries of kernels where they are installed."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    for name in ("numba", "llvmlite", "mamba-ssm", "causal-conv1d"):
+    for name in ("numba", "llvmlite", "triton", "mamba-ssm", "causal-conv1d"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load, save
 
 from helix.data.shards import Recordings
-from helix.spec import TrialSpec, trial_id
-from helix.storage import FolderStorage, Storage
+from helix.models import scan
+from helix.spec import TrialSpec, to_json, trial_id
+from helix.storage import FolderStorage, Storage, open_storage
 from helix.training.checkpoint import committed
-from helix.training.trainer import Fit, fit, row_key
+from helix.training.trainer import Fit, fit, row_key, trial_folder
 from orchestration import cli
 from orchestration.certify import (
     BIT_EXACT,
@@ -259,6 +261,71 @@ def test_what_cannot_be_certified_is_refused_before_anything_is_run(tmp_path, ca
     assert cli.main(["certify", "--grid", "demo", "--fold", "9", *at]) == 2
     assert cli.main(["certify", "--grid", "demo", "training.epocs=3", *at]) == 2
     assert not (tmp_path / "runs" / "certificates").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--kills", "100000"], "--kills is 100000; wanted 1 to 1000"),
+        (["--threads", "0"], "--threads is 0; wanted 1 or more"),
+        (["--scan", "abacus"], "scan backend 'abacus' cannot scan torch.float32 on cpu"),
+        pytest.param(
+            ["--device", "cuda"],
+            "torch finds no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+def test_what_no_machine_can_do_is_refused_before_any_data_is_prepared(asked, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "prepared_data", lambda *_, **__: pytest.fail("it was not refused"))
+    assert cli.main(["certify", "--grid", "demo", *asked, "--storage", str(tmp_path / "runs")]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+class Listening(Twins):
+    """Runs nothing and keeps what it was asked to run."""
+
+    def run(self, order: Order, **_) -> Attempt:
+        self.order = order
+        raise RuntimeError("only listening")
+
+
+@pytest.mark.parametrize(
+    ("named", "deterministic"), [("auto", True), ("triton", True), ("reference", True), ("mamba_ssm", False)]
+)
+def test_on_cuda_both_runs_give_the_same_bits_unless_a_scan_is_named_that_drifts(
+    named, deterministic, trial, place, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("HELIX_SCAN", named)
+    monkeypatch.setattr(scan, "_is_there", lambda _: True)
+    listening = object.__new__(Listening)
+    with pytest.raises(RuntimeError, match="only listening"):
+        certify(trial, *place, grid="demo", kills=1, seed=0, twins=listening, device="cuda")
+    assert listening.order.deterministic is deterministic
+
+
+def test_an_attempt_that_is_to_give_the_same_bits_says_so_in_its_environment(trial, place, twins):
+    recordings, storage = place
+    order = Order(
+        spec=to_json(trial.spec),
+        source=repr(storage),
+        data=recordings.prepared.prefix,
+        storage=f"{storage!r}/same",
+        deterministic=True,
+    )
+    assert twins.run(order).status == 0
+    name = trial_id(trial.spec, recordings.manifest_sha256)
+    result = open_storage(order.storage).get_json(f"{trial_folder(name)}/result.json")
+    assert [line.split(", ")[2] for line in result["environments"]] == ["deterministic"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_a_twin_that_is_killed_ends_bit_exact(trial, place, twins):
+    certificate = certify(trial, *place, grid="demo", kills=4, seed=0, twins=twins, device="cuda")
+    assert certificate["verdict"] == BIT_EXACT, verdict_line(certificate)
+    assert certificate["scan"] == "triton"
 
 
 def test_a_moment_that_does_not_come_any_more_is_replaced_by_the_last_one(trial, place, twins):

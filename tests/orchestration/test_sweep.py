@@ -104,6 +104,7 @@ def science(result: dict) -> tuple[str, str]:
         (["--grid", "demo", "--deadline", "2020-01-01T08:00"], "--deadline 2020-01-01T08:00 is over"),
         (["--grid", "demo", "--gpus-per-trial", "2"], "wanted a share of one GPU, above 0 and at most 1"),
         (["--grid", "demo", "--gpus-per-trial", "0.5"], "add --device cuda"),
+        (["--grid", "demo", "--deterministic"], "on a CPU the bits are always the same; add --device cuda"),
         (["--grid", "demo", "--ranks", "0"], "--ranks is 0; wanted 1 or more"),
         (["--grid", "demo", "--ranks", "9", "training.batch_size=8"], "a batch has 8 clips; each rank needs one"),
         (["--grid", "demo", "--ranks", "2", "--gpus-per-trial", "0.5", "--device", "cuda"], "leave one out"),
@@ -120,6 +121,14 @@ def test_bad_input_is_refused_with_what_was_wanted(arguments, said, tmp_path, mo
     assert said in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "runs" / "data").exists()
     assert not (tmp_path / "runs" / "trials").exists()
+
+
+def test_the_same_bits_and_a_scan_that_does_not_give_them_are_not_asked_for_together(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HELIX_SCAN", "mamba_ssm")
+    assert sweep.main(["--grid", "demo", "--device", "cuda", "--deterministic"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "HELIX_SCAN=mamba_ssm for a scan that does not give them; leave one of them out" in said
 
 
 def test_a_trial_that_cannot_fit_is_refused_before_ray_is_asked_for_anything(tmp_path, monkeypatch, capsys):

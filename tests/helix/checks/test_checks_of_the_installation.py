@@ -91,6 +91,11 @@ def test_a_package_that_was_built_for_another_torch_is_reported_with_its_error_a
         assert words in row.advice
 
 
+def test_triton_is_missed_where_torch_is_for_cuda_and_nowhere_else():
+    assert "pip install" in judge("triton", "", cuda=True).advice
+    assert "nothing" in judge("triton", "", cuda=False).advice
+
+
 def test_a_package_that_crashes_the_process_is_reported_and_this_process_lives(fake_package):
     fake_package("causal_conv1d", "import os; os.abort()")
     error = import_error("causal_conv1d")

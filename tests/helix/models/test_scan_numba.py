@@ -333,7 +333,7 @@ def test_the_backend_is_chosen_by_device_dtype_environment_and_caller(monkeypatc
     monkeypatch.delenv("HELIX_SCAN", raising=False)
     assert scan_backend(cpu, torch.float32) == "numba"
     assert scan_backend(cpu, torch.float64) == "reference"
-    assert scan_backend(cuda, torch.float32) == "reference"
+    assert scan_backend(cuda, torch.float64) == "reference"
     assert scan_backend(cpu, torch.float32, backend="reference") == "reference"
     monkeypatch.setenv("HELIX_SCAN", "reference")
     assert scan_backend(cpu, torch.float32) == "reference"
