@@ -19,7 +19,7 @@ from typing import Any, TypeVar, get_args
 from urllib.parse import unquote
 
 from mlflow import MlflowClient
-from mlflow.entities import Run, ViewType
+from mlflow.entities import Metric, Run, ViewType
 from mlflow.exceptions import MlflowException
 
 from dashboards.summary import SELECTIONS
@@ -208,9 +208,10 @@ class Reader:
         status: Status = next((one for one in get_args(Status) if one == said), "partial")
         rows, result = self._rows(run), None
         if status == "done":
-            values = {rule: _number(run.data.metrics.get(f"{rule}_accuracy")) for rule in SELECTIONS}
+            # Earlier versions called two things validation_accuracy; that of a result is at step 0.
+            points = {rule: self._history(run, f"{rule}_accuracy") for rule in SELECTIONS}
             result = {
-                "accuracy": {rule: value / 100 for rule, value in values.items() if value is not None},
+                "accuracy": {rule: found[0].value / 100 for rule, found in points.items() if 0 in found},
                 "weights_sha256": run.data.tags.get("helix.weights_sha256", ""),
                 "rows": list(rows),
             }
@@ -224,16 +225,20 @@ class Reader:
         )
 
     def _rows(self, run: Run) -> tuple[dict[str, Any], ...]:
-        """A row for each epoch that has all its points, from the metrics of a run."""
+        """A row for each epoch that was tested and timed, from the metrics of a run."""
         rows: dict[int, dict[str, Any]] = defaultdict(dict)
-        names = [name for name in (*ACCURACIES, *PLAIN) if name in run.data.metrics]
-        for name in names:
-            for point in self._asked(lambda name=name: self.client.get_metric_history(run.info.run_id, name)):
-                if math.isfinite(point.value):
-                    value = point.value / 100 if name in ACCURACIES else point.value
-                    rows[point.step] |= {name: value, "epoch": point.step, "time": point.timestamp / 1000}
-        whole = (row for _, row in sorted(rows.items()) if all(name in row for name in (*names, "seconds")))
-        return tuple(whole)
+        for name, told in {**ACCURACIES, **dict(zip(PLAIN, PLAIN, strict=True))}.items():
+            for epoch, point in self._history(run, told).items():
+                value = point.value / 100 if name in ACCURACIES else point.value
+                rows[epoch] |= {name: value, "epoch": epoch, "time": point.timestamp / 1000}
+        return tuple(row for _, row in sorted(rows.items()) if {"test_accuracy", "seconds"} <= row.keys())
+
+    def _history(self, run: Run, metric: str) -> dict[int, Metric]:
+        """The points of a metric that are finite, by step; asked for only where there are any."""
+        if metric not in run.data.metrics:
+            return {}
+        points = self._asked(lambda: self.client.get_metric_history(run.info.run_id, metric))
+        return {point.step: point for point in points if math.isfinite(point.value)}
 
 
 def _check_file(uri: str) -> None:

@@ -47,8 +47,13 @@ logger = logging.getLogger(__name__)
 #: MLflow refuses more than 1000 metrics in one call.
 BATCH = 1000
 
-#: Values of a row that become metrics, in percent where they are accuracies.
-ACCURACIES = ("train_accuracy", "test_accuracy", "validation_accuracy")
+#: Values of a row that become metrics: accuracies, in percent and by what they are called there, and others.
+ACCURACIES = {
+    "train_accuracy": "train_accuracy",
+    "test_accuracy": "test_accuracy",
+    # A result has a validation_accuracy, that of the epoch which validation chose, and MLflow shows one of a name.
+    "validation_accuracy": "held_out_accuracy",
+}
 PLAIN = ("train_loss", "test_loss", "validation_loss", "lr", "seconds")
 
 #: What the metrics of the interval of a cell's mean are called.
@@ -648,7 +653,7 @@ def _params(view: SweepView, cell: CellView, described: dict[str, Any]) -> list[
 
 def _metrics(row: dict[str, Any]) -> list[Metric]:
     when, epoch = int(row["time"] * 1000), row["epoch"]
-    accuracies = [Metric(name, 100 * row[name], when, epoch) for name in ACCURACIES if name in row]
+    accuracies = [Metric(told, 100 * row[name], when, epoch) for name, told in ACCURACIES.items() if name in row]
     plain = [Metric(name, row[name], when, epoch) for name in PLAIN if name in row]
     # MLflow's UI shows what begins with "system/" on a page of its own.
     return (
