@@ -33,6 +33,9 @@ class Figure:
 
 Cell = str | Figure
 
+#: A letter with an index, as statistics are named: d_z.
+INDEXED = re.compile(r"\b([a-z])(?:_|\\_)([a-z])\b")
+
 #: A table of more rows than this may not fit a printed page.
 PAGE_ROWS = 30
 
@@ -78,7 +81,7 @@ def shown(cell: Cell) -> str:
 def as_html(table: Table, classes: str = "") -> Markup:
     """A <table> with caption and scoped headings; everything in it is escaped."""
     head = "".join(
-        Markup('<th scope="col"{}>{}</th>').format(_class("number" if column.number else ""), column.heading)
+        Markup('<th scope="col"{}>{}</th>').format(_class("number" if column.number else ""), _indexed(column.heading))
         for column in table.columns
     )
     groups = ""
@@ -100,7 +103,7 @@ def as_html(table: Table, classes: str = "") -> Markup:
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     caption = Markup("<caption>{}</caption>").format(table.caption)
-    notes = "".join(Markup('<p class="note">{}</p>').format(note) for note in table.notes)
+    notes = "".join(Markup('<p class="note">{}</p>').format(_indexed(note)) for note in table.notes)
     body = "\n".join(rows)
     return Markup(
         f'<div class="scroll"><table{_class(classes)}>{caption}<thead>{groups}<tr>{head}</tr></thead>'
@@ -156,11 +159,11 @@ def as_latex(table: Table) -> str:
                 rules.append(f"\\cmidrule(lr){{{at}-{at + span - 1}}}")
             at += span
         lines += [" & ".join(cells) + r" \\", "".join(rules)]
-    lines.append(" & ".join(_latex(column.heading) for column in table.columns) + r" \\")
+    lines.append(" & ".join(_latex_indexed(column.heading) for column in table.columns) + r" \\")
     lines += ["\\midrule", "\\endhead"] if many else ["\\midrule"]
     # A row that begins with a bracket would be taken for the argument of the \\ before it.
     lines += ["{}" + " & ".join(_latex(shown(cell)) for cell in row) + r" \\" for row in table.rows]
-    notes = [f"\\par{{\\footnotesize {_latex(note)}\\par}}" for note in table.notes]
+    notes = [f"\\par{{\\footnotesize {_latex_indexed(note)}\\par}}" for note in table.notes]
     lines += ["\\bottomrule", *(["\\end{longtable}", *notes] if many else ["\\end{tabular}", *notes, "\\end{table}"])]
     return "\n".join(lines) + "\n"
 
@@ -185,6 +188,10 @@ def write_tables(tables: Sequence[Table], folder: Path) -> tuple[Path, ...]:
 
 def _class(names: str) -> Markup:
     return Markup(' class="{}"').format(names) if names else Markup("")
+
+
+def _indexed(text: str) -> Markup:
+    return Markup(INDEXED.sub(r"\1<sub>\2</sub>", str(escape(text))))
 
 
 def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:
@@ -238,3 +245,7 @@ _LATEX = {
 
 def _latex(text: str) -> str:
     return "".join(_LATEX.get(char, char) for char in " ".join(text.split()))
+
+
+def _latex_indexed(text: str) -> str:
+    return INDEXED.sub(r"$\1_\2$", _latex(text))
