@@ -2,7 +2,7 @@
 
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -350,7 +350,13 @@ def _versions(view: SweepView) -> list[tuple[str, str]]:
     seen: dict[str, Counter[str]] = {}
     for _, trial in view.trials():
         result: dict[str, Any] = trial.state.result or {}
-        for name, value in {**(result.get("versions") or {}), "device": result.get("device")}.items():
+        codes = dict.fromkeys(_code(attempt["code"]) for attempt in trial.state.attempts if attempt.get("code"))
+        facts = {
+            "code": ", then ".join(codes) or None,
+            **(result.get("versions") or {}),
+            "device": result.get("device"),
+        }
+        for name, value in facts.items():
             if value is not None:
                 seen.setdefault(name, Counter())[str(value)] += 1
     rows = []
@@ -359,3 +365,11 @@ def _versions(view: SweepView) -> list[tuple[str, str]]:
         said = [f"{value} ({text.plural(n, 'trial')})" if several else value for value, n in values.most_common()]
         rows.append((name, ", ".join(said)))
     return [*rows, ("jinja2 (this report)", metadata.version("jinja2"))]
+
+
+def _code(code: Mapping[str, Any]) -> str:
+    """The code that an attempt ran, by what it recorded of it (orchestration/lineage.py)."""
+    changed = " with changes" if str(code.get("dirty")).lower() == "true" else ""
+    if str(code.get("commit") or "unknown") != "unknown":
+        return f"commit {str(code['commit'])[:12]}{changed}"
+    return f"sources with sha256 {str(code.get('source_sha256', 'unknown'))[:12]}"
