@@ -6,9 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +308,35 @@ def test_a_server_that_does_not_answer_is_one_line_without_secrets(uri: str):
         view_from_mlflow(uri, "demo", now=NOW)
     assert "s3cret" not in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(401, "_PASSWORD say them"), (403, "_PASSWORD say them"), (404, "404"), (500, "experiments/search failed")],
+)
+def test_a_server_that_refuses_or_is_no_mlflow_is_one_line(code: int, said: str, monkeypatch: pytest.MonkeyPatch):
+    class Refuses(BaseHTTPRequestHandler):
+        def handle_one_request(self) -> None:
+            self.raw_requestline = self.rfile.readline()
+            self.close_connection = True
+            if not self.raw_requestline or not self.parse_request():
+                return
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(b"<html>no\nway</html>")
+
+        def log_request(self, *args: Any) -> None:
+            pass
+
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "bob")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "s3cret")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(MlflowReadError, match=said) as caught:
+            view_from_mlflow(f"http://127.0.0.1:{server.server_port}", "demo", now=NOW)
+        server.shutdown()
+    assert "s3cret" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_more_runs_than_a_page_holds_are_all_read(train: Train, sweep: Snapshot, monkeypatch: pytest.MonkeyPatch):
