@@ -63,7 +63,7 @@ ONLY_IN = {
         f"orchestration.{name}"
         for name in ("sweep", "worker", "preprocessing", "schedule", "connection", "bare", "scale", "metrics")
     },
-    "mlflow": {f"orchestration.{name}" for name in ("tracking", "model_store", "pyfunc_model")},
+    "mlflow": {f"orchestration.{name}" for name in ("tracking", "from_mlflow", "model_store", "pyfunc_model")},
     "numba": {"helix.models.scan_numba"},
     "mamba_ssm": {"helix.models.scan_mamba_ssm"},
     "triton": {"helix.models.scan_triton"},

@@ -50,7 +50,21 @@ def test_every_sweep_of_the_readme_can_be_planned(command: str, esc50: None, cap
     assert f"{name}: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("helix report --grid")])
+REPORTS = [command for command in COMMANDS if command.startswith("helix report --grid")]
+
+
+@pytest.mark.parametrize("command", [command for command in REPORTS if "--from-mlflow" in command])
+def test_the_report_from_mlflow_of_the_readme_asks_for_an_mlflow(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert cli.main(shlex.split(command)[1:]) == sweep.REFUSED
+    assert "runs/mlflow.db is no database" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [command for command in REPORTS if "--from-mlflow" not in command])
 def test_every_report_of_the_readme_is_written(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(shlex.split(command)[1:]) == sweep.SOME_FAILED  # nothing is trained here, and the report says so

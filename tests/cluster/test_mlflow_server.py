@@ -30,8 +30,12 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.server import get_app_client
 
+from dashboards.report import report_tables
+from dashboards.tables import as_csv
 from helix.data.shards import Recordings
 from helix.storage import Storage
+from orchestration.asked import put_asked
+from orchestration.from_mlflow import MlflowReadError, view_from_mlflow
 from orchestration.plan import Snapshot
 from orchestration.tracking import Tracker, attempt_replay
 from orchestration.worker import run_trial
@@ -371,6 +375,7 @@ def test_a_sweep_and_its_models_reach_a_server_on_postgresql_that_wants_a_passwo
     tiny_sweep.plan = tiny_sweep.plan[:2]
     for entry in tiny_sweep.plan:
         run_trial(entry.trial.spec, tiny_data, storage, sweep_id="s1")
+    put_asked(storage, tiny_sweep.asked)
     view = tiny_sweep()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
@@ -418,7 +423,15 @@ def test_a_sweep_and_its_models_reach_a_server_on_postgresql_that_wants_a_passwo
         ]
         assert {"confusion.csv", "spec.json"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
         assert [given.dataset.name for given in run.inputs.dataset_inputs] == ["tones"]
-    assert [file.path for file in client.list_artifacts(levels["report"][0].info.run_id)] == ["test.html"]
+    listed = client.list_artifacts(levels["report"][0].info.run_id)
+    assert [file.path for file in listed] == ["plan.json", "test.html"]
+    found = view_from_mlflow(url, "test", now=view.created)
+    assert [as_csv(table) for table in report_tables(found)] == [as_csv(table) for table in report_tables(view)]
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "not-the-password-of-this-test")
+    with pytest.raises(MlflowReadError, match="MLFLOW_TRACKING_PASSWORD say them") as refused:
+        view_from_mlflow(url, "test", now=view.created)
+    assert "not-the-password" not in str(refused.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "sweeper-password-of-a-test")
 
     soundfile.write(tmp_path / "a.wav", tiny_data.wave(0), 16_000, subtype="PCM_16")
     models = client.search_registered_models()
