@@ -1,5 +1,6 @@
 """What tests of several folders share: a storage, a few seconds of tones, and specs small enough to train in one."""
 
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -132,3 +133,11 @@ def _browser() -> Iterator[Any]:
         browser = running.chromium.launch(executable_path=chromium, args=list(CHROMIUM_FLAGS))
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Where screenshots are kept: HELIX_ARTIFACTS, or this test's own folder."""
+    folder = Path(os.environ.get("HELIX_ARTIFACTS") or tmp_path / "pictures")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,6 +1,5 @@
 """MLflow's own pages in headless Chromium, opened by the links that a sweep prints: what a researcher sees first."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from dashboards.report import write_report
 from helix.data.shards import Recordings
 from helix.storage import Storage
 from orchestration.grid import VARIANTS, Trial
@@ -18,14 +18,6 @@ from orchestration.worker import run_trial
 pytestmark = [pytest.mark.browser, pytest.mark.service]
 
 WAIT_MS = 60_000
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Where screenshots are kept: HELIX_ARTIFACTS, or this test's own folder."""
-    folder = Path(os.environ.get("HELIX_ARTIFACTS") or tmp_path / "pictures")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def view_of(tracker: Tracker, trial_id: str) -> tuple[str, str]:
@@ -67,7 +59,7 @@ def test_the_printed_links_open_the_comparison_and_the_list_of_runs(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     view, tracker = tiny_sweep(), Tracker(storage)
     tracker.replay(view)
-    (tmp_path / "test.html").write_text("<h1>What was found</h1>")
+    write_report(view, tmp_path / "test.html")
     tracker.publish(view, tmp_path / "test.html")
     links = tracker.compare_links(view)["tones"]
 
@@ -96,6 +88,15 @@ def test_the_printed_links_open_the_comparison_and_the_list_of_runs(
     page.get_by_text("process_memory_peak_megabytes").first.wait_for()
     page.wait_for_timeout(2000)
     page.screenshot(path=pictures / "mlflow-system-metrics.png")
+
+    # The report of the same sweep.
+    page.goto((tmp_path / "test.html").as_uri())
+    page.set_viewport_size({"width": 1180, "height": 900})
+    for variant in VARIANTS:
+        assert page.get_by_text(variant.name).count() > 0
+    page.screenshot(path=pictures / "report.png", full_page=True)
+    page.emulate_media(color_scheme="dark")
+    page.screenshot(path=pictures / "report-dark.png", full_page=True)
     page.close()
-    for name in ("mlflow-compare.png", "mlflow-runs.png", "mlflow-system-metrics.png"):
+    for name in ("mlflow-compare.png", "mlflow-runs.png", "mlflow-system-metrics.png", "report.png", "report-dark.png"):
         assert (pictures / name).stat().st_size > 20_000
