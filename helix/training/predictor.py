@@ -24,6 +24,7 @@ from helix.data.loader import FULL_SCALE
 from helix.models.classifier import build_classifier
 from helix.registry import DATASETS
 from helix.spec import from_json
+from helix.training.precision import precision_of
 from helix.training.step import logits_of
 
 
@@ -47,6 +48,9 @@ class Predictor:
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"the weights do not fit the model of their spec: {error}") from error
         self.model.to(device).eval()
+        # A model that was trained with TF32 is asked on any device; where there is none, float32 is the nearest.
+        on_cuda = torch.device(device).type == "cuda"
+        self.precision = self.spec.training.precision if on_cuda else "fp32"
 
     @classmethod
     def read(cls, weights: Path, described: Path, *, device: str = "cpu") -> "Predictor":
@@ -78,7 +82,8 @@ class Predictor:
         pcm_BT = np.stack([fit_length(wave, samples) for wave in waves]).astype(np.float32)
         wave_BT = torch.from_numpy(pcm_BT).mul_(FULL_SCALE).to(self.device)
         samples_B = torch.tensor(sounding_B, device=self.device)
-        logits_BC = logits_of(self.model, self.model.features(wave_BT), samples_B, self.spec)
+        with precision_of(self.precision, self.device):
+            logits_BC = logits_of(self.model, self.model.features(wave_BT), samples_B, self.spec)
         return logits_BC.softmax(dim=1).cpu().numpy()
 
 

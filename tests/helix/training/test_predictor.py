@@ -140,3 +140,12 @@ def test_predicting_draws_nothing_from_the_generator_of_others(finished, tiny_sp
     data = save(weights)
     Predictor(describe(to_json(spec), tiny_data.classes, weights_sha256=hashlib.sha256(data).hexdigest()), data)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_model_that_was_trained_with_tf32_is_asked_on_a_cpu_too(finished, tiny_data: Recordings, tmp_path: Path):
+    predictor, _ = finished
+    path = wav(tmp_path / "one.wav", tiny_data.wave(0))
+    spec = replace(predictor.spec, training=replace(predictor.spec.training, precision="tf32"))
+    weights = save({name: value.contiguous() for name, value in predictor.model.state_dict().items()})
+    said = describe(to_json(spec), predictor.classes, weights_sha256=hashlib.sha256(weights).hexdigest())
+    assert np.array_equal(Predictor(said, weights).probabilities([path]), predictor.probabilities([path]))
