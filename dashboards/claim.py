@@ -51,6 +51,19 @@ class Rule(ABC):
     def judge(self, case: Case) -> Judgement: ...
 
 
+class OfAuthors(Rule):
+    """A rule on what the authors set, built or ran. What a sweep was told to do is no evidence of it, run or not."""
+
+    def judge(self, case: Case) -> Judgement:
+        if not case.evidence.published:
+            return Judgement(verdict="no data", because="it tells of what the authors did, which no other run can show")
+        return self.published(case.evidence)
+
+    @abstractmethod
+    def published(self, evidence: Evidence) -> Judgement:
+        """What the published numbers, text and code say of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Claim:
     """`id` is short and stays. `where`: section, table or figure. `says`: the sentence in our words and its numbers."""

@@ -81,8 +81,8 @@ class Counts:
 class Evidence:
     """Everything that a claim may be judged by. `select` rules comparisons; reported values are always best test.
 
-    `tokens`: of a clip, by data set and frontend. `published`: these are the paper's own numbers. `switches`: what
-    trained them, by helix/protocol.py.
+    `tokens`: of a clip, by data set and frontend, as the authors' code counts them. `published`: these are the paper's
+    own numbers. `switches`: what trained them, by helix/protocol.py.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Evidence:
     ddof: Literal[0, 1]
     cells: Mapping[tuple[str, str, str], Runs]
     counts: Mapping[str, Counts]
-    tokens: Mapping[tuple[str, str], int]
+    tokens: Mapping[tuple[str, str], int] = field(default_factory=dict)
     switches: Mapping[str, str] = field(default_factory=dict)
 
     def runs(self, dataset: str, variant: Variant) -> Runs | None:
@@ -147,7 +147,6 @@ def sweep_evidence(view: SweepView) -> Evidence:
         ddof=0 if view.std == "population" else 1,
         cells=cells,
         counts=counts,
-        tokens={(runs.dataset, runs.frontend): runs.tokens for runs in cells.values() if runs.tokens},
         switches=dict(view.switches),
     )
 

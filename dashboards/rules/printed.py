@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dashboards.claim import Case, Judgement, Rule, no_data
-from dashboards.evidence import Variant
+from dashboards.claim import Case, Judgement, OfAuthors, Rule, no_data
+from dashboards.evidence import Evidence, Variant
 from dashboards.text import count, percent, plural, points
 from helix.statistics import deviation, mean, t_test, units
 
@@ -56,18 +56,16 @@ class Reported(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size(Rule):
+class Size(OfAuthors):
     """Every cell has about `parameters`, within the share `tolerance`."""
 
     parameters: int
     tolerance: float
 
-    def judge(self, case: Case) -> Judgement:
-        known = [runs for runs in case.evidence.cells.values() if runs.parameters]
-        sizes = sorted({runs.parameters or 0 for runs in known if not runs.other_size})
+    def published(self, evidence: Evidence) -> Judgement:
+        sizes = sorted({runs.parameters for runs in evidence.cells.values() if runs.parameters})
         if not sizes:
-            why = "these models are of another size by intent" if known else "the models were not counted yet"
-            return Judgement(verdict="no data", because=why)
+            return Judgement(verdict="no data", because="the models were not counted")
         told = (
             f"{count(sizes[0])} to {count(sizes[-1])} parameters" if len(sizes) > 1 else f"{count(sizes[0])} parameters"
         )
@@ -76,15 +74,15 @@ class Size(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Matched(Rule):
+class Matched(OfAuthors):
     """On each data set the largest model is at most the share `band` larger than the smallest of the same frontends."""
 
     band: float
     within_frontend: bool
 
-    def judge(self, case: Case) -> Judgement:
+    def published(self, evidence: Evidence) -> Judgement:
         groups: dict[tuple[str, str], list[int]] = {}
-        for runs in case.evidence.cells.values():
+        for runs in evidence.cells.values():
             if runs.parameters:
                 group = runs.dataset, runs.frontend if self.within_frontend else ""
                 groups.setdefault(group, []).append(runs.parameters)
@@ -99,7 +97,7 @@ class Matched(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens(Rule):
+class Tokens(OfAuthors):
     """A clip of `dataset` is so many tokens by that frontend, within the share `tolerance`."""
 
     dataset: str
@@ -107,8 +105,8 @@ class Tokens(Rule):
     tokens: int
     tolerance: float = 0.0
 
-    def judge(self, case: Case) -> Judgement:
-        seen = case.evidence.tokens.get((self.dataset, self.frontend))
+    def published(self, evidence: Evidence) -> Judgement:
+        seen = evidence.tokens.get((self.dataset, self.frontend))
         if seen is None:
             return Judgement(verdict="no data", because=f"no {self.frontend} clip of {self.dataset} was counted")
         off = abs(seen / self.tokens - 1)
@@ -117,14 +115,14 @@ class Tokens(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shortens(Rule):
+class Shortens(OfAuthors):
     """A mel clip of `dataset` has `times` fewer tokens than a raw one, or fewer still."""
 
     dataset: str
     times: float
 
-    def judge(self, case: Case) -> Judgement:
-        raw, mel = (case.evidence.tokens.get((self.dataset, frontend)) for frontend in ("raw", "mel"))
+    def published(self, evidence: Evidence) -> Judgement:
+        raw, mel = (evidence.tokens.get((self.dataset, frontend)) for frontend in ("raw", "mel"))
         if raw is None or mel is None:
             return Judgement(verdict="no data", because=f"no raw and mel clip of {self.dataset} were counted")
         told = f"{count(raw)} against {count(mel)} tokens, {raw / mel:.1f} times fewer"

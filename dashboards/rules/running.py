@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dashboards.claim import Case, Judgement, Rule
+from dashboards.claim import Case, Judgement, OfAuthors, Rule
 from dashboards.evidence import Evidence, Runs, Variant
 from dashboards.text import count, listing, plural
 from helix.protocol import SWITCHES
@@ -102,7 +102,7 @@ class Takes(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Epochs(Rule):
+class Epochs(OfAuthors):
     """Every one of the cells stopped before `before` epochs, or (`at`) trained exactly so many."""
 
     of: tuple[tuple[str, Variant], ...]
@@ -113,11 +113,9 @@ class Epochs(Rule):
     def cells(self) -> tuple[tuple[str, Variant], ...]:
         return self.of
 
-    def judge(self, case: Case) -> Judgement:
-        found = [case.evidence.runs(dataset, variant) for dataset, variant in self.of]
+    def published(self, evidence: Evidence) -> Judgement:
+        found = [evidence.runs(dataset, variant) for dataset, variant in self.of]
         known = {f"{runs.backbone} {runs.frontend}": runs.epochs for runs in found if runs is not None and runs.epochs}
-        if not case.evidence.published:
-            return Judgement(verdict="no data", because="it tells of the authors' runs, which no other run can show")
         if len(known) < len(self.of):
             return Judgement(verdict="no data", because="the epochs of these runs are not published")
         wrong = [
@@ -130,21 +128,16 @@ class Epochs(Rule):
 
 
 @dataclass(frozen=True)
-class SameAsPaper(Rule):
-    """The switches of helix/protocol.py are as the paper's text has them; its numbers are of the authors' code."""
+class SameAsPaper(OfAuthors):
+    """The authors' code sets these switches of helix/protocol.py as the paper's text has them."""
 
     switches: tuple[str, ...]
 
-    def judge(self, case: Case) -> Judgement:
-        known = [name for name in self.switches if name in case.evidence.switches]
-        if len(known) < len(self.switches):
-            return Judgement(verdict="no data", because="what was in force is not recorded")
-        other = [name for name in known if case.evidence.switches[name] != SWITCHES[name]["paper"]]
-        who = "the authors' code" if case.evidence.published else "this sweep"
-        if other and case.evidence.published:
+    def published(self, evidence: Evidence) -> Judgement:
+        other = [name for name in self.switches if evidence.switches[name] != SWITCHES[name]["paper"]]
+        if other:
             told = "; ".join(f"{name}: the code does: {SWITCHES[name]['does']}" for name in other)
             return Judgement(verdict="contradicted", because=told)
-        if other:
-            told = listing([f"{name} {case.evidence.switches[name]}" for name in other])
-            return Judgement(verdict="contradicted", because=f"{who} has {told}")
-        return Judgement(verdict="supported", because=f"{who} does as the text says in {listing(list(known))}")
+        return Judgement(
+            verdict="supported", because=f"the authors' code does as the text says in {listing(list(self.switches))}"
+        )

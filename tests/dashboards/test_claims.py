@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dashboards import claims
-from dashboards.claim import VERDICTS, Claim, Judgement, Rule, judge
+from dashboards.claim import VERDICTS, Claim, Judgement, OfAuthors, Rule, judge
 from dashboards.claims import results
 from dashboards.evidence import (
     ATTENTION_MEL,
@@ -255,8 +255,21 @@ def test_where_nothing_ran_every_claim_of_a_run_is_without_data(make_evidence: M
 def test_a_sweep_that_has_finished_nothing_shows_nothing_of_accuracy_time_or_memory(make_view: MakeView, status: str):
     evidence = sweep_evidence(make_view(epochs=100, facts=None, status=lambda *_: (status, 4)))
     for one in ledger(evidence):
-        if not isinstance(one.claim.rule, (Holds, Size, Matched, Tokens, Shortens, SameAsPaper)):
+        if not isinstance(one.claim.rule, Holds):
             assert one.judgement.verdict == "no data", one.claim.id
+
+
+@pytest.mark.parametrize("profile", ["authors", "paper", "fair"])
+def test_what_a_sweep_was_told_to_do_is_no_evidence_of_what_the_authors_did(make_view: MakeView, profile: str):
+    evidence = sweep_evidence(make_view(folds=(1, 2, 3, 4, 5), epochs=100, facts=None, profile_name=profile))
+    of_authors = [one for one in ledger(evidence) if isinstance(one.claim.rule, OfAuthors)]
+    assert {"augmentation", "optimiser", "size", "tokens-esc50-mel", "table-3-ended-early"} <= {
+        one.claim.id for one in of_authors
+    }
+    for one in of_authors:
+        assert one.judgement.verdict == "no data", one.claim.id
+        assert "the authors" in one.judgement.because
+    assert {one.claim.id: one.judgement.verdict for one in ledger(published_evidence())}["optimiser"] == "supported"
 
 
 def test_one_fold_settles_nothing_of_five(make_view: MakeView):
@@ -443,19 +456,24 @@ def test_a_rule_that_was_not_logged_is_no_data(make_evidence: MakeEvidence):
 )
 def test_sizes(make_evidence: MakeEvidence, sizes: Gaps, size: str, matched: str):
     cells = zip((MAMBA_RAW, HELIX_RAW), sizes, strict=True)
-    evidence = make_evidence(runs={("esc50", one): {"parameters": int(count)} for one, count in cells})
+    evidence = make_evidence(
+        runs={("esc50", one): {"parameters": int(count)} for one, count in cells}, published=True
+    )
     assert verdict(Size(parameters=8_300_000, tolerance=0.05), evidence) == size
     assert verdict(Matched(band=0.001, within_frontend=True), evidence) == matched
 
 
-def test_a_model_that_is_small_by_intent_is_no_witness_of_the_size(make_evidence: MakeEvidence):
-    evidence = make_evidence(runs={("esc50", MAMBA_RAW): {"parameters": 40_000, "other_size": True}})
-    assert verdict(Size(parameters=8_300_000, tolerance=0.05), evidence) == "no data"
-    assert verdict(Matched(band=0.001, within_frontend=True), evidence) == "no data"
+def test_models_that_nobody_counted_have_no_size(make_evidence: MakeEvidence):
+    for sizes in ({}, {"parameters": 6_400_000}):
+        evidence = make_evidence(runs={("esc50", MAMBA_RAW): sizes}, published=True)
+        assert verdict(Size(parameters=8_300_000, tolerance=0.05), evidence) == (
+            "contradicted" if sizes else "no data"
+        )
+        assert verdict(Matched(band=0.001, within_frontend=True), evidence) == "no data", "one model has no other"
 
 
 def test_tokens_and_counts(make_evidence: MakeEvidence):
-    evidence = make_evidence(tokens={("esc50", "raw"): 500, ("esc50", "mel"): 72})
+    evidence = make_evidence(tokens={("esc50", "raw"): 500, ("esc50", "mel"): 72}, published=True)
     assert verdict(Tokens(dataset="esc50", frontend="raw", tokens=500), evidence) == "supported"
     assert verdict(Tokens(dataset="esc50", frontend="mel", tokens=80, tolerance=0.05), evidence) == "contradicted"
     assert verdict(Tokens(dataset="voxpopuli", frontend="mel", tokens=80), evidence) == "no data"
@@ -537,8 +555,12 @@ def test_epochs_are_told_of_the_authors_runs_alone(make_evidence: MakeEvidence):
 
 def test_switches_are_held_against_the_text(make_evidence: MakeEvidence):
     rule = SameAsPaper(("mel_pad",))
-    said = [verdict(rule, make_evidence(switches=one)) for one in ({"mel_pad": "ceil"}, {"mel_pad": "floor"}, {})]
-    assert said == ["supported", "contradicted", "no data"]
+    said = [
+        verdict(rule, make_evidence(switches={"mel_pad": pad}, published=published))
+        for published in (True, False)
+        for pad in ("ceil", "floor")
+    ]
+    assert said == ["supported", "contradicted", "no data", "no data"]
 
 
 @pytest.mark.parametrize(
