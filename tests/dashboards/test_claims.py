@@ -27,7 +27,7 @@ from dashboards.evidence import (
     tokens_of,
 )
 from dashboards.rules.courses import SMOOTHING, Collapses, Converged, PullsAway, StillRising, slope, smooth
-from dashboards.rules.differences import All, Better, Depends, Grows, Level
+from dashboards.rules.differences import All, Better, Depends, Flips, Grows, Level
 from dashboards.rules.printed import Holds, Matched, Reported, Shortens, Size, Tokens
 from dashboards.rules.running import STEP_BYTES, Epochs, SameAsPaper, Takes, Trains
 from dashboards.verdicts import (
@@ -165,6 +165,8 @@ def test_what_is_not_tested_says_why(one: Any):
         ("attention-prefers-mel", "underpowered"),
         ("preference-flips", "underpowered"),
         ("input-depends", "underpowered"),
+        ("no-small-effect", "underpowered"),
+        ("axes-interact", "underpowered"),
         ("mamba-5-above-helix", "underpowered"),
         ("mamba-10-above-attention", "supported"),
         ("attention-hurts-short", "underpowered"),
@@ -222,8 +224,8 @@ def test_the_tally_counts_every_claim_once():
     entries = ledger(published_evidence())
     counted = tally(entries)
     assert tuple(counted) == VERDICTS
-    assert counted == {"supported": 38, "contradicted": 13, "underpowered": 25, "no data": 29}
-    assert tallied(entries) == "105 claims: 38 supported, 13 contradicted, 25 underpowered, 29 without data"
+    assert counted == {"supported": 38, "contradicted": 13, "underpowered": 26, "no data": 29}
+    assert tallied(entries) == "106 claims: 38 supported, 13 contradicted, 26 underpowered, 29 without data"
 
 
 @pytest.mark.parametrize(
@@ -324,6 +326,7 @@ AHEAD, BEHIND, OPEN = (
     (-0.06, -0.07, -0.05, -0.065, -0.055),
     (0.1, -0.1, 0.05, 0, -0.02),
 )
+NONE = (0.001, -0.001, 0.002, 0.0, -0.002)
 PAIR = {"dataset": "esc50", "first": MAMBA_RAW, "second": HELIX_RAW}
 
 
@@ -356,7 +359,7 @@ def test_better(make_evidence: MakeEvidence, fields: dict[str, Any], gaps: Any, 
 @pytest.mark.parametrize(
     ("gaps", "wanted"),
     [
-        ((0.001, -0.001, 0.002, 0.0, -0.002), "supported"),
+        (NONE, "supported"),
         (AHEAD, "contradicted"),
         (OPEN, "underpowered"),
         ((0.0,), "underpowered"),
@@ -368,15 +371,71 @@ def test_level(make_evidence: MakeEvidence, gaps: Any, wanted: Any):
 
 
 @pytest.mark.parametrize(
-    ("gaps", "wanted"), [(AHEAD, "supported"), (BEHIND, "contradicted"), (OPEN, "underpowered"), (None, "no data")]
+    ("fields", "gaps", "wanted"),
+    [
+        ({}, AHEAD, "supported"),
+        ({}, BEHIND, "supported"),
+        ({}, OPEN, "underpowered"),
+        ({}, NONE, "contradicted"),
+        ({}, (0.0,), "underpowered"),
+        ({}, None, "no data"),
+        ({"by": 0.06}, AHEAD, "supported"),
+        ({"by": 0.06}, BEHIND, "contradicted"),
+        ({"by": 0.12}, AHEAD, "contradicted"),
+        ({"by": 0.06}, NONE, "contradicted"),
+        ({"by": 0.06}, OPEN, "underpowered"),
+        ({"by": 0.05}, (0.08, 0.14, 0.06, 0.12, 0.10), "underpowered"),
+    ],
 )
-def test_depends(make_evidence: MakeEvidence, gaps: Any, wanted: Any):
-    flat = folds(*[0.5] * 5)
+def test_depends(make_evidence: MakeEvidence, fields: dict[str, Any], gaps: Any, wanted: Any):
+    flat = folds(*[0.5] * len(gaps or (0,)))
     cells = {("esc50", one): flat for one in (MAMBA_MEL, ATTENTION_RAW, ATTENTION_MEL)}
     if gaps is not None:
         cells["esc50", MAMBA_RAW] = folds(*(0.5 + gap for gap in gaps))
-    rule = Depends(dataset="esc50", frontends=("raw", "mel"), backbones=("mamba", "attention"))
+    rule = Depends(dataset="esc50", frontends=("raw", "mel"), backbones=("mamba", "attention"), **fields)
     assert verdict(rule, make_evidence(cells)) == wanted
+
+
+def inputs(make_evidence: MakeEvidence, **gains: Gaps) -> Evidence:
+    """What each backbone gains on raw over spectrograms."""
+    cells = {}
+    for backbone, gaps in gains.items():
+        cells["esc50", ("raw", backbone)] = folds(*(0.5 + gap for gap in gaps))
+        cells["esc50", ("mel", backbone)] = folds(*[0.5] * len(gaps))
+    return make_evidence(cells)
+
+
+@pytest.mark.parametrize(
+    ("mamba", "attention", "wanted"),
+    [
+        (AHEAD, BEHIND, "supported"),
+        (BEHIND, AHEAD, "supported"),
+        (AHEAD, AHEAD, "contradicted"),
+        (BEHIND, BEHIND, "contradicted"),
+        (AHEAD, OPEN, "underpowered"),
+        (OPEN, OPEN, "underpowered"),
+        (AHEAD, (), "no data"),
+    ],
+)
+def test_flips(make_evidence: MakeEvidence, mamba: Gaps, attention: Gaps, wanted: str):
+    rule = Flips(dataset="esc50", frontends=("raw", "mel"), backbones=("mamba", "attention"))
+    assert verdict(rule, inputs(make_evidence, mamba=mamba, attention=attention)) == wanted
+
+
+def test_a_preference_against_the_papers_is_still_one_that_depends_on_the_backbone(make_evidence: MakeEvidence):
+    evidence = inputs(make_evidence, mamba=BEHIND, helix=OPEN, attention=AHEAD)
+    assert of("input-depends", evidence).verdict == "supported"
+    assert of("preference-flips", evidence).verdict == "contradicted"
+    assert of("no-small-effect", evidence).verdict == "contradicted"
+
+
+def test_where_raw_is_better_with_every_backbone_the_better_input_does_not_depend_on_it(make_evidence: MakeEvidence):
+    much = tuple(gap + 0.05 for gap in AHEAD)
+    evidence = inputs(make_evidence, mamba=much, helix=AHEAD[::-1], attention=AHEAD[1:] + AHEAD[:1])
+    assert of("input-depends", evidence).verdict == "contradicted"
+    assert "raw is better with each backbone" in of("input-depends", evidence).because
+    said = of("axes-interact", evidence)
+    assert said.verdict == "no data" and "(supported)" in said.because, "how much raw helps does depend on it"
 
 
 @pytest.mark.parametrize(
@@ -635,13 +694,12 @@ def test_the_moving_average_is_centred_and_shortens_at_the_ends():
 
 def test_a_page_puts_what_is_contradicted_first_and_folds_what_has_no_data():
     evidence = published_evidence()
-    section = claims_section(ledger(evidence), evidence)
-    assert [table.caption for table in section.groups] == [
-        "13 claims contradicted",
-        "38 claims supported",
-        "25 claims underpowered",
-    ]
-    assert len(section.without_data.rows) == 29
+    entries = ledger(evidence)
+    section, counted = claims_section(entries, evidence), tally(entries)
+    order = ("contradicted", "supported", "underpowered")
+    assert [table.caption for table in section.groups] == [f"{counted[one]} claims {one}" for one in order]
+    assert [len(table.rows) for table in section.groups] == [counted[one] for one in order]
+    assert len(section.without_data.rows) == counted["no data"]
     assert len(section.untested.rows) == len(UNTESTED)
 
 
