@@ -11,7 +11,7 @@ from typing import Literal
 
 from dashboards.comparisons import Contrast, Measured, measure_family
 from dashboards.evidence import Evidence, Variant
-from dashboards.text import SELECTION_WORDS, listing
+from dashboards.text import SELECTION_WORDS, listing, plural
 
 Verdict = Literal["supported", "contradicted", "underpowered", "no data"]
 VERDICTS: tuple[Verdict, ...] = ("supported", "contradicted", "underpowered", "no data")
@@ -120,6 +120,15 @@ def lacking(case: Case, cells: Sequence[tuple[str, Variant]]) -> str:
     if not lacking:
         return f"no fold and seed that all have under {SELECTION_WORDS[case.evidence.select]}"
     return "; ".join(f"nothing of {listing(list(dict.fromkeys(names)))} on {name}" for name, names in lacking.items())
+
+
+def share_of_folds(evidence: Evidence, dataset: str, folds: int) -> str:
+    """ "2 of 5 folds" of runs on so many where the data set has more; empty where they are on all of them.
+
+    What the paper says of a data set with folds it says of all of them, so runs on some settle nothing of it.
+    """
+    counts = evidence.counts.get(dataset)
+    return f"{folds} of {plural(counts.folds, 'fold')}" if counts is not None and folds < counts.folds else ""
 
 
 def _unlike(evidence: Evidence, claim: Claim) -> tuple[str, ...]:

@@ -70,12 +70,16 @@ class Collapses(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class PullsAway(Rule):
-    """Smoothed over 7 epochs, `first` is ahead in every epoch after `after` (to `until`), and the lead `widens`."""
+    """Smoothed over 7 epochs, `first` is ahead in every epoch after `after` (to `until`), and the lead `widens`.
+
+    `fold`: the one whose curves the paper shows; else all. One pair of runs alone shows nothing.
+    """
 
     dataset: str
     first: Variant
     second: Variant
     after: int
+    fold: int | None = None
     until: int | None = None
     widens: bool = True
 
@@ -86,9 +90,11 @@ class PullsAway(Rule):
     def judge(self, case: Case) -> Judgement:
         sides = [case.evidence.runs(self.dataset, variant) for variant in (self.first, self.second)]
         curves = [runs.curves for runs in sides if runs is not None]
-        shared = sorted(set(curves[0]) & set(curves[1])) if len(curves) == 2 else []
+        both = sorted(set(curves[0]) & set(curves[1])) if len(curves) == 2 else []
+        shared = [(fold, seed) for fold, seed in both if self.fold in (None, fold)]
         if not shared:
-            return Judgement(verdict="no data", because="no accuracy by epoch of both is there")
+            where = f" on fold {self.fold}" if self.fold else ""
+            return Judgement(verdict="no data", because=f"no accuracy by epoch of both is there{where}")
         leads = [
             [one - other for one, other in zip(smooth(curves[0][key]), smooth(curves[1][key]), strict=False)][
                 self.after : self.until
@@ -103,9 +109,11 @@ class PullsAway(Rule):
             f"ahead in {sum(map(len, leads)) - behind} of {sum(map(len, leads))} epochs after {self.after}, the lead "
             f"changes by {points(math.fsum(slopes) / len(slopes))} points an epoch ({plural(len(leads), 'pair')})"
         )
+        if len(leads) == 1:
+            return Judgement(verdict="underpowered", because=told)
         if behind or (self.widens and max(slopes) <= 0):
             return Judgement(verdict="contradicted", because=told)
-        if len(leads) == 1 or (self.widens and min(slopes) <= 0):
+        if self.widens and min(slopes) <= 0:
             return Judgement(verdict="underpowered", because=told)
         return Judgement(verdict="supported", because=told)
 

@@ -2,9 +2,10 @@
 
 import itertools
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from dashboards.claim import Case, Judgement, Rule, Verdict, lacking, no_data
+from dashboards.claim import Case, Judgement, Rule, Verdict, lacking, no_data, share_of_folds
 from dashboards.comparisons import Contrast, Measured, difference, interaction, p_shown
 from dashboards.evidence import Variant
 from dashboards.text import points
@@ -32,7 +33,7 @@ class _Pair(Rule):
 
     def judge(self, case: Case) -> Judgement:
         found = case.numbers.get(self.contrasts[0])
-        return no_data(case, self.cells) if found is None else self.of(found)
+        return no_data(case, self.cells) if found is None else _of_all_folds(case, [found], self.of(found))
 
     @abstractmethod
     def of(self, found: Measured) -> Judgement:
@@ -106,8 +107,9 @@ class Depends(Rule):
 
     def judge(self, case: Case) -> Judgement:
         found = case.numbers.get(self.contrasts[0])
-        if found is None:
-            return no_data(case, self.cells)
+        return no_data(case, self.cells) if found is None else _of_all_folds(case, [found], self._of(found))
+
+    def _of(self, found: Measured) -> Judgement:
         direction = _direction(found)
         if self.by is not None and found.low is not None:
             return _sized(found, self.by, self.tolerance)
@@ -137,11 +139,15 @@ class Flips(Rule):
         return tuple((self.dataset, (frontend, backbone)) for backbone in self.backbones for frontend in self.frontends)
 
     def judge(self, case: Case) -> Judgement:
-        if any(one not in case.numbers for one in self.contrasts):
+        found = [case.numbers[one] for one in self.contrasts if one in case.numbers]
+        if len(found) < len(self.contrasts):
             return no_data(case, self.cells)
-        found = [_direction(case.numbers[one]) for one in self.contrasts]
-        told = "; ".join(one.because for one in found)
-        verdicts = {one.verdict for one in found}
+        return _of_all_folds(case, found, self._of(found))
+
+    def _of(self, found: Sequence[Measured]) -> Judgement:
+        directions = [_direction(one) for one in found]
+        told = "; ".join(one.because for one in directions)
+        verdicts = {one.verdict for one in directions}
         if {"supported", "contradicted"} <= verdicts:
             return Judgement(verdict="supported", because=told)
         if "underpowered" not in verdicts:
@@ -173,6 +179,9 @@ class Grows(Rule):
             return Judgement(
                 verdict="no data", because=lacking(case, self.cells) + (f"; so far {told}" if told else "")
             )
+        return _of_all_folds(case, found, self._of(found, told))
+
+    def _of(self, found: Sequence[Measured], told: str) -> Judgement:
         steps = list(itertools.pairwise(found))
         if any(_below(later, earlier) for earlier, later in steps):
             return Judgement(
@@ -205,6 +214,16 @@ class All(Rule):
         decisive = dict.fromkeys(part.because for part in parts if part.verdict == verdict)
         others = dict.fromkeys(f"{part.because} ({part.verdict})" for part in parts if part.verdict != verdict)
         return Judgement(verdict=verdict, because="; ".join([*decisive, *others]))
+
+
+def _of_all_folds(case: Case, found: Sequence[Measured], judged: Judgement) -> Judgement:
+    """The judgement, if what it rests on is on all folds; on a part of them it is open, whatever that part shows."""
+    shares = [
+        share_of_folds(case.evidence, one.contrast.dataset, one.paired.n if one.units.unit == "fold" else 1)
+        for one in found
+    ]
+    told = "; ".join(dict.fromkeys(one for one in shares if one))
+    return replace(judged, verdict="underpowered", because=f"{told}: {judged.because}") if told else judged
 
 
 def _below(one: Measured, other: Measured) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dashboards.claim import Case, Judgement, OfAuthors, Rule, no_data
+from dashboards.claim import Case, Judgement, OfAuthors, Rule, no_data, share_of_folds
 from dashboards.evidence import Evidence, Variant
 from dashboards.text import count, percent, plural, points
 from helix.statistics import deviation, mean, t_test, units
@@ -40,12 +40,13 @@ class Reported(Rule):
         if self.std is not None and spread is not None:
             other = deviation(sample.values, ddof=1)
             told += f", std {percent(spread)} (divided by n; {percent(other)} by n - 1)"
-        counts = case.evidence.counts.get(self.dataset)
-        if sample.unit == "seed" and counts is not None and counts.folds > 1:
-            return Judgement(verdict="underpowered", because=f"{told}, all of one fold of {counts.folds}")
+        share = share_of_folds(case.evidence, self.dataset, len({fold for fold, _ in given}))
+        if share:
+            return Judgement(verdict="underpowered", because=f"{told}, {share}")
         if abs(centre - self.accuracy) <= self.tolerance:
             return Judgement(verdict="supported", because=told)
         told += f": off by {points(centre - self.accuracy)}"
+        counts = case.evidence.counts.get(self.dataset)
         ratio = counts.ratio or 0.0 if counts is not None and sample.unit == "fold" else 0.0
         test = t_test(sample.values, ratio=ratio)
         if test.low is None or test.high is None:

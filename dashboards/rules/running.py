@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dashboards.claim import Case, Judgement, OfAuthors, Rule
+from dashboards.claim import Case, Judgement, OfAuthors, Rule, share_of_folds
 from dashboards.evidence import Evidence, Runs, Variant
 from dashboards.text import count, listing, plural
 from helix.protocol import SWITCHES
@@ -87,14 +87,20 @@ class Takes(Rule):
     def judge(self, case: Case) -> Judgement:
         counts = case.evidence.counts.get(self.dataset)
         folds = counts.folds if counts else 1
-        took = [
-            runs.hours * folds
+        known = [
+            (runs.hours * folds, runs)
             for runs in case.evidence.cells.values()
             if runs.dataset == self.dataset and runs.hours and not runs.other_course
         ]
-        if not took:
+        if not known:
             return Judgement(verdict="no data", because=f"no times of {self.dataset} are known")
-        told = f"{min(took):.2g} to {max(took):.2g} hours for {plural(folds, 'fold')}"
+        took = [hours for hours, _ in known]
+        told = f"{min(took):.3g} to {max(took):.3g} hours" if len(took) > 1 else f"{took[0]:.3g} hours"
+        told += f" for {plural(folds, 'fold')}"
+        fewest = min(len({fold for given in runs.accuracy.values() for fold, _ in given}) for _, runs in known)
+        share = share_of_folds(case.evidence, self.dataset, fewest)
+        if share:
+            return Judgement(verdict="underpowered", because=f"{told}, by the time of {share}")
         right = max(took) <= self.hours
         if self.tolerance is not None:
             right = all(abs(one / self.hours - 1) <= self.tolerance for one in took)
