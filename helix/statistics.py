@@ -337,6 +337,18 @@ def outlook(
     return Outlook(folds=folds, seeds=seeds, seeds_at_least=bound and seeds is not None, said="; ".join(said))
 
 
+def equal_spreads(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """The two-sided p of equal variances of paired values: sums and differences are then uncorrelated.
+
+    None below three pairs, and where sums or differences are all the same. Pitman 1939 and Morgan 1939, Biometrika 31.
+    """
+    sums = [one + other for one, other in zip(first, second, strict=True)]
+    differences = [one - other for one, other in zip(first, second, strict=True)]
+    if len(sums) < 3 or _flat(sums) or _flat(differences):
+        return None
+    return float(stats.pearsonr(sums, differences).pvalue)
+
+
 def two_shares(first: float, second: float, clips: int) -> float:
     """Two accuracies on as many clips each, in standard errors of their difference: noise of the test clips alone.
 

@@ -32,6 +32,7 @@ def _reported(cell: Published) -> list[Claim]:
                     accuracy=accuracy,
                     tolerance=TOLERANCE[cell.dataset],
                     std=cell.std,
+                    per_fold=cell.per_fold,
                     last=last,
                 ),
             )

@@ -518,9 +518,18 @@ def test_one_part_that_fails_decides_over_the_whole(make_evidence: MakeEvidence)
 @pytest.mark.parametrize(
     ("values", "fields", "wanted"),
     [
-        ((0.54, 0.56, 0.55, 0.56, 0.54), {}, "supported"),
-        ((0.64, 0.66, 0.65, 0.66, 0.64), {}, "contradicted"),
-        ((0.40, 0.75, 0.60, 0.70, 0.50), {}, "underpowered"),
+        ((0.52, 0.51, 0.57, 0.60, 0.55), {}, "supported"),
+        ((0.62, 0.61, 0.67, 0.70, 0.65), {}, "contradicted"),
+        ((0.48, 0.49, 0.63, 0.65, 0.64), {}, "underpowered"),
+        ((0.55, 0.55, 0.55, 0.55, 0.55), {}, "contradicted"),
+        # the spread: 17.03 where 3.33 is printed, 0.89, and 6.0 by fold 4 alone
+        ((0.30, 0.80, 0.551, 0.45, 0.65), {}, "contradicted"),
+        ((0.54, 0.56, 0.55, 0.56, 0.54), {}, "contradicted"),
+        ((0.53, 0.52, 0.58, 0.68, 0.50), {}, "underpowered"),
+        # a part of the folds: as theirs there, within and beyond chance
+        ((0.5225, 0.515, 0.565), {}, "underpowered"),
+        ((0.45, 0.52, 0.65), {}, "underpowered"),
+        ((0.4225, 0.416, 0.464), {}, "contradicted"),
         ((0.55,), {}, "underpowered"),
         ((0.95,), {}, "underpowered"),
         ((), {}, "no data"),
@@ -531,8 +540,35 @@ def test_one_part_that_fails_decides_over_the_whole(make_evidence: MakeEvidence)
 @pytest.mark.parametrize("last", [False, True])
 def test_reported(make_evidence: MakeEvidence, values: Gaps, fields: dict[str, Any], wanted: Any, last: bool):
     cell = "esc50", MAMBA_RAW
-    rule = Reported(dataset="esc50", variant=MAMBA_RAW, accuracy=0.551, tolerance=0.02, std=0.0333, last=last)
+    theirs = (0.5225, 0.515, 0.565, 0.6075, 0.545)
+    rule = Reported(
+        dataset="esc50", variant=MAMBA_RAW, accuracy=0.551, tolerance=0.02, std=0.0333, per_fold=theirs, last=last
+    )
     assert verdict(rule, make_evidence({cell: folds(*values)}, runs={cell: fields})) == wanted
+
+
+@pytest.mark.parametrize("some", [(1,), (3, 4), (4, 5), (1, 2, 3, 4), (1, 2, 3, 4, 5)])
+def test_runs_that_repeat_the_authors_on_some_folds_do_not_contradict_them(
+    make_evidence: MakeEvidence, some: tuple[int, ...]
+):
+    published = [cell for cell in PUBLISHED if cell.per_fold is not None]
+    cells = {
+        (cell.dataset, (cell.frontend, cell.backbone)): {(fold, 0): cell.per_fold[fold - 1] for fold in some}
+        for cell in published
+        if cell.per_fold is not None
+    }
+    evidence = make_evidence(cells)
+    for cell in published:
+        said = of(f"esc50-{cell.backbone}-{cell.frontend}", evidence)
+        assert said.verdict == ("supported" if len(some) == 5 else "underpowered")
+        assert f"{len(some)} of 5 folds" in said.because or len(some) == 5
+        assert "off by" not in said.because
+
+
+def test_the_spread_of_the_folds_is_part_of_what_is_printed(make_evidence: MakeEvidence):
+    said = of("esc50-mamba-raw", make_evidence({("esc50", MAMBA_RAW): folds(0.30, 0.80, 0.551, 0.45, 0.65)}))
+    assert said.verdict == "contradicted"
+    assert "std 17.03" in said.because and "off by +13.70" in said.because and "p 0.021" in said.because
 
 
 def test_one_run_on_a_single_split_supports_a_number_and_excludes_none(make_evidence: MakeEvidence):
