@@ -111,6 +111,13 @@ def no_data(case: Case, cells: Sequence[tuple[str, Variant]]) -> Judgement:
     return Judgement(verdict="no data", because=lacking(case, cells))
 
 
+def less_than_the_papers(case: Case, cells: Sequence[tuple[str, Variant]]) -> Judgement | None:
+    """No data, where runs of these cells are less than the paper's; None where all may speak of its sentences."""
+    found = [case.evidence.runs(dataset, variant) for dataset, variant in cells]
+    phrases = dict.fromkeys(phrase for runs in found if runs is not None for phrase in runs.less)
+    return Judgement(verdict="no data", because=f"no runs like the paper's: {'; '.join(phrases)}") if phrases else None
+
+
 def lacking(case: Case, cells: Sequence[tuple[str, Variant]]) -> str:
     lacking: dict[str, list[str]] = {}
     for dataset, (frontend, backbone) in cells:

@@ -6,10 +6,7 @@ from dashboards.rules.courses import Collapses, Converged, PullsAway, StillRisin
 from dashboards.rules.differences import All, Better, Depends, Grows, Level
 from dashboards.rules.printed import Reported, Tokens
 from dashboards.rules.running import Epochs
-from helix.published import PUBLISHED, Published
-
-#: How far another run of the same may lie from a printed accuracy: two standard errors of folds or clips, and a seed.
-TOLERANCE = {"esc50": 0.02, "speech_commands": 0.01, "concat_speech_commands": 0.015, "voxpopuli": 0.03}
+from helix.published import PUBLISHED, TOLERANCE, Published
 
 
 def _reported(cell: Published) -> list[Claim]:

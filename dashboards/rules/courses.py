@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dashboards.claim import Case, Judgement, Rule
+from dashboards.claim import Case, Judgement, Rule, less_than_the_papers
 from dashboards.evidence import Evidence, Variant
 from dashboards.text import plural, points
 
@@ -95,6 +95,9 @@ class PullsAway(Rule):
         if not shared:
             where = f" on fold {self.fold}" if self.fold else ""
             return Judgement(verdict="no data", because=f"no accuracy by epoch of both is there{where}")
+        less = less_than_the_papers(case, self.cells)
+        if less is not None:
+            return less
         leads = [
             [one - other for one, other in zip(smooth(curves[0][key]), smooth(curves[1][key]), strict=False)][
                 self.after : self.until

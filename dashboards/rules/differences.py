@@ -5,7 +5,16 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dashboards.claim import Case, Judgement, Rule, Verdict, lacking, no_data, share_of_folds
+from dashboards.claim import (
+    Case,
+    Judgement,
+    Rule,
+    Verdict,
+    lacking,
+    less_than_the_papers,
+    no_data,
+    share_of_folds,
+)
 from dashboards.comparisons import Contrast, Measured, difference, interaction, p_shown
 from dashboards.evidence import Variant
 from dashboards.text import points
@@ -33,7 +42,9 @@ class _Pair(Rule):
 
     def judge(self, case: Case) -> Judgement:
         found = case.numbers.get(self.contrasts[0])
-        return no_data(case, self.cells) if found is None else _of_all_folds(case, [found], self.of(found))
+        if found is None:
+            return no_data(case, self.cells)
+        return less_than_the_papers(case, self.cells) or _of_all_folds(case, [found], self.of(found))
 
     @abstractmethod
     def of(self, found: Measured) -> Judgement:
@@ -107,7 +118,9 @@ class Depends(Rule):
 
     def judge(self, case: Case) -> Judgement:
         found = case.numbers.get(self.contrasts[0])
-        return no_data(case, self.cells) if found is None else _of_all_folds(case, [found], self._of(found))
+        if found is None:
+            return no_data(case, self.cells)
+        return less_than_the_papers(case, self.cells) or _of_all_folds(case, [found], self._of(found))
 
     def _of(self, found: Measured) -> Judgement:
         direction = _direction(found)
@@ -142,7 +155,7 @@ class Flips(Rule):
         found = [case.numbers[one] for one in self.contrasts if one in case.numbers]
         if len(found) < len(self.contrasts):
             return no_data(case, self.cells)
-        return _of_all_folds(case, found, self._of(found))
+        return less_than_the_papers(case, self.cells) or _of_all_folds(case, found, self._of(found))
 
     def _of(self, found: Sequence[Measured]) -> Judgement:
         directions = [_direction(one) for one in found]
@@ -179,7 +192,7 @@ class Grows(Rule):
             return Judgement(
                 verdict="no data", because=lacking(case, self.cells) + (f"; so far {told}" if told else "")
             )
-        return _of_all_folds(case, found, self._of(found, told))
+        return less_than_the_papers(case, self.cells) or _of_all_folds(case, found, self._of(found, told))
 
     def _of(self, found: Sequence[Measured], told: str) -> Judgement:
         steps = list(itertools.pairwise(found))
