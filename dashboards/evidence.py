@@ -9,7 +9,7 @@ from dashboards.summary import PARAMETER_BAND, SELECTIONS, CellSummary, summaris
 from dashboards.text import plural
 from dashboards.view import SweepView
 from helix.protocol import SWITCHES
-from helix.published import PUBLISHED, Published, published
+from helix.published import GPU, PUBLISHED, Published, published
 from helix.registry import DATASETS
 from helix.statistics import Key, mean
 
@@ -85,7 +85,7 @@ class Evidence:
     """Everything that a claim may be judged by. `select` rules comparisons; reported values are always best test.
 
     `tokens`: of a clip, by data set and frontend, as the authors' code counts them. `published`: these are the paper's
-    own numbers. `switches`: what trained them, by helix/protocol.py.
+    own numbers. `switches`: what trained them, by helix/protocol.py. `gpu`: on what those ran, by the authors' README.
     """
 
     name: str
@@ -96,6 +96,7 @@ class Evidence:
     counts: Mapping[str, Counts]
     tokens: Mapping[tuple[str, str], int] = field(default_factory=dict)
     switches: Mapping[str, str] = field(default_factory=dict)
+    gpu: str = ""
 
     def runs(self, dataset: str, variant: Variant) -> Runs | None:
         """The cell, None where nothing is known of it."""
@@ -119,6 +120,7 @@ def published_evidence() -> Evidence:
             (name, frontend): tokens_of(name, frontend) for name in DATASETS_OF_THE_PAPER for frontend in ("raw", "mel")
         },
         switches={name: row["authors"] for name, row in SWITCHES.items()},
+        gpu=GPU,
     )
 
 

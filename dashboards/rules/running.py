@@ -97,6 +97,8 @@ class Takes(Rule):
         took = [hours for hours, _ in known]
         told = f"{min(took):.3g} to {max(took):.3g} hours" if len(took) > 1 else f"{took[0]:.3g} hours"
         told += f" for {plural(folds, 'fold')}"
+        epochs = {runs.epochs for _, runs in known}
+        told += f", {count(known[0][1].epochs)} epochs" if len(epochs) == 1 and None not in epochs else ""
         fewest = min(len({fold for given in runs.accuracy.values() for fold, _ in given}) for _, runs in known)
         share = share_of_folds(case.evidence, self.dataset, fewest)
         if share:
@@ -109,7 +111,10 @@ class Takes(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Epochs(OfAuthors):
-    """Every one of the cells stopped before `before` epochs, or (`at`) trained exactly so many."""
+    """Every one of the cells stopped before `before` epochs, or (`at`) trained exactly so many.
+
+    With neither, it is published how many each of them trained.
+    """
 
     of: tuple[tuple[str, Variant], ...]
     before: int | None = None
@@ -120,17 +125,53 @@ class Epochs(OfAuthors):
         return self.of
 
     def published(self, evidence: Evidence) -> Judgement:
-        found = [evidence.runs(dataset, variant) for dataset, variant in self.of]
-        known = {f"{runs.backbone} {runs.frontend}": runs.epochs for runs in found if runs is not None and runs.epochs}
-        if len(known) < len(self.of):
-            return Judgement(verdict="no data", because="the epochs of these runs are not published")
+        known = epochs_of(evidence, self.of)
+        absent = [name for name, epochs in known.items() if epochs is None]
+        told = "epochs: " + ", ".join(f"{name} {epochs}" for name, epochs in known.items() if epochs)
+        if absent:
+            why = f"the epochs of {listing(absent)} are not published"
+            return Judgement(verdict="no data", because=why + (f"; {told}" if len(absent) < len(known) else ""))
         wrong = [
             name
             for name, epochs in known.items()
-            if (self.before is not None and epochs >= self.before) or (self.at is not None and epochs != self.at)
+            if epochs is not None
+            and ((self.before is not None and epochs >= self.before) or (self.at is not None and epochs != self.at))
         ]
-        told = ", ".join(f"{name} {epochs}" for name, epochs in known.items())
-        return Judgement(verdict="contradicted" if wrong else "supported", because=f"epochs: {told}")
+        return Judgement(verdict="contradicted" if wrong else "supported", because=told)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewerEpochs(OfAuthors):
+    """`first` trained fewer epochs than each of the `others` of that data set."""
+
+    dataset: str
+    first: Variant
+    others: tuple[Variant, ...]
+
+    @property
+    def cells(self) -> tuple[tuple[str, Variant], ...]:
+        return tuple((self.dataset, variant) for variant in (self.first, *self.others))
+
+    def published(self, evidence: Evidence) -> Judgement:
+        known = {name: epochs for name, epochs in epochs_of(evidence, self.cells).items() if epochs is not None}
+        if len(known) < len(self.cells):
+            return Judgement(verdict="no data", because="the epochs of these runs are not published")
+        first, *others = known.values()
+        told = "epochs: " + ", ".join(f"{name} {epochs}" for name, epochs in known.items())
+        return Judgement(verdict="supported" if first < min(others) else "contradicted", because=told)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RanOn(OfAuthors):
+    """What was published ran on this kind of GPU."""
+
+    gpu: str
+
+    def published(self, evidence: Evidence) -> Judgement:
+        if not evidence.gpu:
+            return Judgement(verdict="no data", because="no other source names the GPU")
+        verdict = "supported" if evidence.gpu == self.gpu else "contradicted"
+        return Judgement(verdict=verdict, because=f"the authors' README has its runs on one {evidence.gpu}")
 
 
 @dataclass(frozen=True)
@@ -147,3 +188,13 @@ class SameAsPaper(OfAuthors):
         return Judgement(
             verdict="supported", because=f"the authors' code does as the text says in {listing(list(self.switches))}"
         )
+
+
+def epochs_of(evidence: Evidence, cells: Sequence[tuple[str, Variant]]) -> dict[str, int | None]:
+    """What each cell trained, None where that is not known; by its name, with the data set where there are several."""
+    several = len({dataset for dataset, _ in cells}) > 1
+    return {
+        f"{backbone} {frontend}{f' on {dataset}' if several else ''}": runs.epochs if runs is not None else None
+        for dataset, (frontend, backbone) in cells
+        for runs in (evidence.runs(dataset, (frontend, backbone)),)
+    }

@@ -27,10 +27,11 @@ from dashboards.evidence import (
     sweep_evidence,
     tokens_of,
 )
-from dashboards.rules.courses import SMOOTHING, Collapses, Converged, PullsAway, StillRising, slope, smooth
+from dashboards.rules.courses import Collapses, Converged, PullsAway, StillRising, slope, smooth
 from dashboards.rules.differences import All, Better, Depends, Flips, Grows, Level
-from dashboards.rules.printed import Holds, Matched, Reported, Shortens, Size, Tokens
-from dashboards.rules.running import STEP_BYTES, Epochs, SameAsPaper, Takes, Trains
+from dashboards.rules.printed import Matched, Prints, Reported, Shortens, Size, Tokens
+from dashboards.rules.recorded import AUDIO, Holds, Lasts, OfData, Parts, SimilarScale
+from dashboards.rules.running import STEP_BYTES, Epochs, FewerEpochs, RanOn, SameAsPaper, Takes, Trains
 from dashboards.verdicts import (
     CLAIMS,
     UNTESTED,
@@ -43,7 +44,8 @@ from dashboards.verdicts import (
     tally,
 )
 from dashboards.view import SweepView
-from helix.published import FEASIBILITY, PUBLISHED
+from helix.published import FEASIBILITY, PUBLISHED, SMOOTHING
+from helix.registry import DATASETS
 
 MakeView = Callable[..., SweepView]
 MakeEvidence = Callable[..., Evidence]
@@ -177,7 +179,8 @@ def test_what_is_not_tested_says_why(one: Any):
         # 1.5 and 1.6: hours, the last epochs, one run each
         ("esc50-hours", "supported"),
         ("converged", "contradicted"),
-        ("mamba-raw-destabilizes", "supported"),
+        ("mamba-raw-destabilizes", "no data"),
+        ("speech-commands-hours", "supported"),
         ("attention-raw-plateaus", "contradicted"),
         ("table-3-ended-early", "contradicted"),
         ("speech_commands-attention-raw", "supported"),
@@ -190,7 +193,21 @@ def test_what_is_not_tested_says_why(one: Any):
         ("mel-pad", "contradicted"),
         ("augmentation", "contradicted"),
         ("same-training", "contradicted"),
+        ("selection", "supported"),
+        ("folds-reported", "contradicted"),
+        ("single-splits-reported", "contradicted"),
+        ("six-data-sets", "contradicted"),
         ("librispeech-speakers", "contradicted"),
+        ("librispeech-hours", "supported"),
+        ("esc50-seconds", "supported"),
+        ("urbansound8k-seconds", "contradicted"),
+        ("urbansound8k-scale", "contradicted"),
+        ("speech-commands-seconds", "contradicted"),
+        ("speech-commands-split", "contradicted"),
+        ("gpu", "contradicted"),
+        ("helix-fewer-epochs", "contradicted"),
+        ("epochs-reported", "no data"),
+        ("epochs-concat", "supported"),
         ("epochs-voxpopuli", "no data"),
         ("net-cost-short", "no data"),
         ("short-favours-recurrence", "no data"),
@@ -212,6 +229,16 @@ def test_what_is_said_of_the_published_numbers_is_in_them():
     assert "251 classes" in of("librispeech-speakers").because
     assert "86 GB" in of("attention-out-of-memory").because
     assert "attention raw 100, attention mel 100" in of("table-3-ended-early").because
+    assert of("helix-fewer-epochs").because.startswith("epochs: helix raw 81, mamba raw 76")
+    assert "helix raw on voxpopuli and mamba raw on voxpopuli are not published" in of("epochs-reported").because
+    assert "mamba raw on concat_speech_commands 24" in of("epochs-reported").because
+    assert of("folds-reported").because == "no accuracy of urbansound8k; 6 of esc50"
+    assert "no accuracy of urbansound8k and librispeech" in of("six-data-sets").because
+    assert "L40S" in of("gpu").because
+    assert "train (84,843)" in of("speech-commands-split").because
+    assert "validation (9,981)" in of("speech-commands-split").because
+    assert "12.8 hours for 1 fold, 81 epochs" in of("speech-commands-hours").because
+    assert "35.73 points below" in of("mamba-raw-destabilizes").because
 
 
 def test_one_run_each_never_shows_a_difference():
@@ -225,8 +252,8 @@ def test_the_tally_counts_every_claim_once():
     entries = ledger(published_evidence())
     counted = tally(entries)
     assert tuple(counted) == VERDICTS
-    assert counted == {"supported": 38, "contradicted": 13, "underpowered": 26, "no data": 29}
-    assert tallied(entries) == "106 claims: 38 supported, 13 contradicted, 26 underpowered, 29 without data"
+    assert counted == {"supported": 40, "contradicted": 22, "underpowered": 26, "no data": 30}
+    assert tallied(entries) == "118 claims: 40 supported, 22 contradicted, 26 underpowered, 30 without data"
 
 
 @pytest.mark.parametrize(
@@ -249,7 +276,7 @@ def test_tokens_are_those_of_the_authors_code(dataset: str, raw: int, mel: int):
 
 def test_where_nothing_ran_every_claim_of_a_run_is_without_data(make_evidence: MakeEvidence):
     for one in ledger(make_evidence()):
-        if not isinstance(one.claim.rule, Holds):  # what a data set says of itself needs no run
+        if not isinstance(one.claim.rule, OfData):  # what a data set says of itself needs no run
             assert one.judgement.verdict == "no data", one.claim.id
             assert one.judgement.because
 
@@ -258,7 +285,7 @@ def test_where_nothing_ran_every_claim_of_a_run_is_without_data(make_evidence: M
 def test_a_sweep_that_has_finished_nothing_shows_nothing_of_accuracy_time_or_memory(make_view: MakeView, status: str):
     evidence = sweep_evidence(make_view(epochs=100, facts=None, status=lambda *_: (status, 4)))
     for one in ledger(evidence):
-        if not isinstance(one.claim.rule, Holds):
+        if not isinstance(one.claim.rule, OfData):
             assert one.judgement.verdict == "no data", one.claim.id
 
 
@@ -380,7 +407,7 @@ def test_a_small_model_or_a_short_run_without_a_published_number_is_still_none_o
     short = make_view(dataset="urbansound8k", facts=None, epochs=2)
     said = [of("urbansound8k-hours", sweep_evidence(view)) for view in (full, small, short)]
     assert [one.verdict for one in said] == ["contradicted", "no data", "no data"]
-    assert said[0].because == "8.47 to 8.47 hours for 10 folds"
+    assert said[0].because == "8.47 to 8.47 hours for 10 folds, 100 epochs"
 
 
 def test_a_whole_sweep_can_support_and_contradict_the_paper(make_view: MakeView):
@@ -642,9 +669,53 @@ def test_tokens_and_counts(make_evidence: MakeEvidence):
     assert verdict(Shortens(dataset="esc50", times=6), evidence) == "supported"
     assert verdict(Shortens(dataset="esc50", times=7), evidence) == "contradicted"
     assert verdict(Shortens(dataset="voxpopuli", times=6), evidence) == "no data"
-    assert verdict(Holds(dataset="esc50", what="classes", value=50), evidence) == "supported"
-    assert verdict(Holds(dataset="esc50", what="folds", value=10), evidence) == "contradicted"
-    assert verdict(Holds(dataset="esc50", what="folds", value=5), make_evidence(counts={})) == "no data"
+
+
+def test_what_data_sets_are_needs_no_run(make_evidence: MakeEvidence):
+    evidence, none = make_evidence(), make_evidence(counts={})
+    asked: list[tuple[OfData, str]] = [
+        (Holds(dataset="esc50", what="classes", value=50), "supported"),
+        (Holds(dataset="esc50", what="folds", value=10), "contradicted"),
+        (Holds(dataset="voxpopuli", what="recordings", value=10), "no data"),
+        (SimilarScale(dataset="urbansound8k", other="esc50", factor=5), "supported"),
+        (SimilarScale(dataset="urbansound8k", other="esc50", factor=4), "contradicted"),
+        (SimilarScale(dataset="voxpopuli", other="esc50", factor=4), "no data"),
+        (Lasts(dataset="esc50", seconds=5), "supported"),
+        (Lasts(dataset="esc50", seconds=4), "contradicted"),
+        (Lasts(dataset="urbansound8k", seconds=4), "contradicted"),
+        (Lasts(dataset="librispeech", hours=100), "supported"),
+        (Lasts(dataset="librispeech", hours=360), "contradicted"),
+        (Lasts(dataset="librispeech", seconds=30), "no data"),
+        (Parts(dataset="speech_commands", parts=("train", "validation", "test")), "supported"),
+        (Parts(dataset="speech_commands", parts=("train", "test")), "contradicted"),
+        (Parts(dataset="voxpopuli", parts=("train", "test")), "no data"),
+    ]
+    assert [verdict(rule, evidence) for rule, _ in asked] == [wanted for _, wanted in asked]
+    assert {verdict(rule, none) for rule, _ in asked} == {"no data"}
+
+
+def test_no_clip_is_shorter_than_the_recordings_that_it_holds():
+    """Of the data sets whose clip is one recording, a clip is as long as the longest."""
+    single = {name: audio.longest_s for name, audio in AUDIO.items() if audio.longest_s is not None}
+    assert single == {name: DATASETS.make(name).clip_samples / 16_000 for name in single}
+
+
+def test_what_is_not_printed_was_not_reported(make_evidence: MakeEvidence):
+    cells = {("esc50", MAMBA_RAW): folds(0.5, 0.6), ("voxpopuli", MAMBA_RAW): folds(0.7)}
+    evidence = make_evidence(cells, published=True)
+    assert verdict(Prints(datasets=("esc50", "voxpopuli")), evidence) == "supported"
+    assert verdict(Prints(datasets=("esc50",), folds=True), evidence) == "supported"
+    assert verdict(Prints(datasets=("esc50", "voxpopuli"), folds=True), evidence) == "contradicted"
+    assert verdict(Prints(datasets=("esc50", "librispeech")), evidence) == "contradicted"
+    assert verdict(Prints(datasets=("esc50",)), make_evidence(cells)) == "no data"
+
+
+def test_the_gpu_is_the_one_that_the_readme_names(make_evidence: MakeEvidence):
+    said = [
+        verdict(RanOn(gpu="NVIDIA RTX 6000 Pro"), make_evidence(gpu=gpu, published=True))
+        for gpu in ("NVIDIA RTX 6000 Pro", "NVIDIA L40S", "")
+    ]
+    assert said == ["supported", "contradicted", "no data"]
 
 
 LONG = "voxpopuli", ATTENTION_RAW
@@ -717,6 +788,22 @@ def test_epochs_are_told_of_the_authors_runs_alone(make_evidence: MakeEvidence):
     assert verdict(rules[0], make_evidence(runs={cell: {"epochs": 24}})) == "no data"
 
 
+@pytest.mark.parametrize(
+    ("first", "other", "fewer", "stated"),
+    [(81, 100, "supported", "supported"), (81, 76, "contradicted", "supported"), (81, None, "no data", "no data")],
+)
+def test_fewer_epochs_are_fewer_than_those_of_all_others(
+    make_evidence: MakeEvidence, first: int, other: int | None, fewer: str, stated: str
+):
+    cells = tuple(("speech_commands", one) for one in (HELIX_RAW, ATTENTION_MEL, MAMBA_RAW))
+    epochs = {cell: {"epochs": value} for cell, value in zip(cells, (first, 100, other), strict=True)}
+    evidence = make_evidence(runs=epochs, published=True)
+    rule = FewerEpochs(dataset="speech_commands", first=HELIX_RAW, others=(ATTENTION_MEL, MAMBA_RAW))
+    assert verdict(rule, evidence) == fewer
+    assert verdict(Epochs(of=cells), evidence) == stated
+    assert verdict(rule, make_evidence(runs=epochs)) == "no data"
+
+
 def test_switches_are_held_against_the_text(make_evidence: MakeEvidence):
     rule = SameAsPaper(("mel_pad",))
     said = [
@@ -737,15 +824,31 @@ def test_converged(make_evidence: MakeEvidence, drops: tuple[float | None, ...],
     assert verdict(Converged(of=cells, within=0.01), evidence) == wanted
 
 
+FALLS = tuple(0.9 - 0.005 * abs(epoch - 30) for epoch in range(1, 77))
+DIPS = (*[0.9] * 75, 0.6)
+FALLS_EARLY = (*[0.9] * 10, *[0.5] * 66)
+BEST_LATE = tuple(0.9 - 0.02 * abs(epoch - 60) for epoch in range(1, 77))
+
+
 @pytest.mark.parametrize(
-    ("drop", "best_epoch", "wanted"),
-    [(0.35, 30, "supported"), (0.05, 30, "contradicted"), (0.35, 60, "contradicted"), (None, 30, "no data")],
+    ("drop", "curve", "wanted", "why"),
+    [
+        (0.35, FALLS, "supported", "ends 35.00 points below"),
+        (0.35, None, "no data", "when it fell, and for how long, is not published"),
+        (0.05, None, "contradicted", "ends 5.00 points below"),
+        (0.05, FALLS, "contradicted", "ends 5.00 points below"),
+        (0.35, BEST_LATE, "contradicted", "best epoch came after epoch 30"),
+        (0.35, DIPS, "contradicted", "by its last epoch alone"),
+        (0.35, FALLS_EARLY, "contradicted", "fell by epoch"),
+        (None, FALLS, "no data", "not known"),
+    ],
 )
-def test_collapses(make_evidence: MakeEvidence, drop: float | None, best_epoch: int, wanted: Any):
-    curve = [0.9 - 0.005 * abs(epoch - best_epoch) for epoch in range(1, 77)]
-    evidence = make_evidence(runs={("speech_commands", MAMBA_RAW): {"drop": drop, "curves": {(1, 0): tuple(curve)}}})
+def test_collapses(make_evidence: MakeEvidence, drop: float | None, curve: Gaps | None, wanted: str, why: str):
+    runs = {"drop": drop, "curves": {(1, 0): curve} if curve else {}}
+    evidence = make_evidence(runs={("speech_commands", MAMBA_RAW): runs})
     rule = Collapses(dataset="speech_commands", variant=MAMBA_RAW, by=0.10, after=30)
     assert verdict(rule, evidence) == wanted
+    assert why in because(rule, evidence)
 
 
 @pytest.mark.parametrize(
