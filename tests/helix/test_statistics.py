@@ -277,7 +277,9 @@ def test_equal_spreads_of_pairs_is_the_t_test_of_pitman_and_morgan():
         second = 0.4 * first + draws.normal(0.3, 0.02, n)
         ratio, r = first.var() / second.var(), np.corrcoef(first, second)[0, 1]
         t = (ratio - 1) * math.sqrt(n - 2) / (2 * math.sqrt(ratio * (1 - r**2)))
-        assert equal_spreads(list(first), list(second)) == pytest.approx(2 * stats.t.sf(abs(t), n - 2))
+        p = equal_spreads(list(first), list(second))
+        assert p == pytest.approx(2 * stats.t.sf(abs(t), n - 2))
+        assert p == pytest.approx(stats.pearsonr(first + second, first - second)[1])
 
 
 def test_equal_spreads_are_found_unequal_as_rarely_as_they_should():
