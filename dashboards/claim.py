@@ -1,7 +1,8 @@
 """What a sentence of the paper claims, as data, and how it is judged. The sentences stand in dashboards/claims/.
 
 A claim is supported where the numbers show it, contradicted where they exclude it, underpowered where they could do
-neither, and without data where the runs that it speaks of are not there. Its rule (dashboards/rules/) tells which.
+neither, as runs on a part of the folds cannot, and without data where the runs that it speaks of are not there. Its
+rule (dashboards/rules/) tells which.
 """
 
 from abc import ABC, abstractmethod

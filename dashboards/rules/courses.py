@@ -63,14 +63,17 @@ class Collapses(Rule):
         if not runs.curves:
             return Judgement(verdict="no data", because=f"{told}; when it fell, and for how long, is not published")
         for curve in runs.curves.values():
-            if curve.index(max(curve)) + 1 > self.after + SMOOTHING:
+            best = curve.index(max(curve)) + 1
+            if best > self.after + SMOOTHING:
                 why = f"its best epoch came after epoch {self.after}"
                 return Judgement(verdict="contradicted", because=f"{told}, but {why}")
             near = [epoch for epoch, value in enumerate(smooth(curve), 1) if max(curve) - value < self.by]
-            if near[-1] == len(curve):
+            # a best epoch that stands alone is near none of the smoothed ones
+            left = max(near, default=best)
+            if left == len(curve):
                 return Judgement(verdict="contradicted", because=f"{told}, but by its last epoch alone")
-            if near[-1] < self.after - SMOOTHING:
-                return Judgement(verdict="contradicted", because=f"{told}, but fell by epoch {near[-1] + 1} already")
+            if left < self.after - SMOOTHING:
+                return Judgement(verdict="contradicted", because=f"{told}, but fell by epoch {left + 1} already")
         return Judgement(verdict="supported", because=told)
 
 

@@ -826,6 +826,7 @@ def test_converged(make_evidence: MakeEvidence, drops: tuple[float | None, ...],
 
 FALLS = tuple(0.9 - 0.005 * abs(epoch - 30) for epoch in range(1, 77))
 DIPS = (*[0.9] * 75, 0.6)
+SPIKE = (*[0.5] * 4, 0.9, *[0.5] * 71)
 FALLS_EARLY = (*[0.9] * 10, *[0.5] * 66)
 BEST_LATE = tuple(0.9 - 0.02 * abs(epoch - 60) for epoch in range(1, 77))
 
@@ -840,6 +841,7 @@ BEST_LATE = tuple(0.9 - 0.02 * abs(epoch - 60) for epoch in range(1, 77))
         (0.35, BEST_LATE, "contradicted", "best epoch came after epoch 30"),
         (0.35, DIPS, "contradicted", "by its last epoch alone"),
         (0.35, FALLS_EARLY, "contradicted", "fell by epoch"),
+        (0.35, SPIKE, "contradicted", "fell by epoch 6"),
         (None, FALLS, "no data", "not known"),
     ],
 )
