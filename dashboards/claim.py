@@ -1,7 +1,8 @@
 """What a sentence of the paper claims, as data, and how it is judged. The sentences stand in dashboards/claims/.
 
 A claim is supported where the numbers show it, contradicted where they exclude it, underpowered where they could do
-neither, and without data where the runs that it speaks of are not there. Its rule (dashboards/rules/) tells which.
+neither, as runs on a part of the folds cannot, and without data where the runs that it speaks of are not there. Its
+rule (dashboards/rules/) tells which.
 """
 
 from abc import ABC, abstractmethod
@@ -11,7 +12,7 @@ from typing import Literal
 
 from dashboards.comparisons import Contrast, Measured, measure_family
 from dashboards.evidence import Evidence, Variant
-from dashboards.text import SELECTION_WORDS, listing
+from dashboards.text import SELECTION_WORDS, listing, plural
 
 Verdict = Literal["supported", "contradicted", "underpowered", "no data"]
 VERDICTS: tuple[Verdict, ...] = ("supported", "contradicted", "underpowered", "no data")
@@ -49,6 +50,19 @@ class Rule(ABC):
 
     @abstractmethod
     def judge(self, case: Case) -> Judgement: ...
+
+
+class OfAuthors(Rule):
+    """A rule on what the authors set, built or ran. What a sweep was told to do is no evidence of it, run or not."""
+
+    def judge(self, case: Case) -> Judgement:
+        if not case.evidence.published:
+            return Judgement(verdict="no data", because="it tells of what the authors did, which no other run can show")
+        return self.published(case.evidence)
+
+    @abstractmethod
+    def published(self, evidence: Evidence) -> Judgement:
+        """What the published numbers, text and code say of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +112,13 @@ def no_data(case: Case, cells: Sequence[tuple[str, Variant]]) -> Judgement:
     return Judgement(verdict="no data", because=lacking(case, cells))
 
 
+def less_than_the_papers(case: Case, cells: Sequence[tuple[str, Variant]]) -> Judgement | None:
+    """No data, where runs of these cells are less than the paper's; None where all may speak of its sentences."""
+    found = [case.evidence.runs(dataset, variant) for dataset, variant in cells]
+    phrases = dict.fromkeys(phrase for runs in found if runs is not None for phrase in runs.less)
+    return Judgement(verdict="no data", because=f"no runs like the paper's: {'; '.join(phrases)}") if phrases else None
+
+
 def lacking(case: Case, cells: Sequence[tuple[str, Variant]]) -> str:
     lacking: dict[str, list[str]] = {}
     for dataset, (frontend, backbone) in cells:
@@ -107,6 +128,15 @@ def lacking(case: Case, cells: Sequence[tuple[str, Variant]]) -> str:
     if not lacking:
         return f"no fold and seed that all have under {SELECTION_WORDS[case.evidence.select]}"
     return "; ".join(f"nothing of {listing(list(dict.fromkeys(names)))} on {name}" for name, names in lacking.items())
+
+
+def share_of_folds(evidence: Evidence, dataset: str, folds: int) -> str:
+    """ "2 of 5 folds" of runs on so many where the data set has more; empty where they are on all of them.
+
+    What the paper says of a data set with folds it says of all of them, so runs on some settle nothing of it.
+    """
+    counts = evidence.counts.get(dataset)
+    return f"{folds} of {plural(counts.folds, 'fold')}" if counts is not None and folds < counts.folds else ""
 
 
 def _unlike(evidence: Evidence, claim: Claim) -> tuple[str, ...]:

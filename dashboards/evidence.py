@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dashboards.summary import PARAMETER_BAND, SELECTIONS, CellSummary, summarise
+from dashboards.text import plural
 from dashboards.view import SweepView
 from helix.protocol import SWITCHES
-from helix.published import PUBLISHED, Published, published
+from helix.published import GPU, PUBLISHED, Published, published
 from helix.registry import DATASETS
 from helix.statistics import Key, mean
 
@@ -34,8 +35,8 @@ DATASETS_OF_THE_PAPER = (
 )
 
 
-#: Of a data set for which the paper prints nothing: section 3.4 trains 100 epochs, and the model is that of ESC-50
-#: but for the classes, which change its size by at most 6 %.
+#: Where the paper states no epochs, section 3.4 trains 100. Of a data set for which it prints nothing the model is that
+#: of ESC-50 but for the classes, which change its size by at most 6 %.
 EPOCHS, SIZED, CLASSES_BAND = 100, "esc50", 0.06
 
 
@@ -46,7 +47,8 @@ class Runs:
     `epochs` is what each run trained, None where that is not stated. `drop` is how far the last epoch ended below
     the best and `hours` the time of a run, both means. `only_claim`: nothing is known but the number that is claimed.
     `out_of_memory`: it could not run. `unlike`: in what the runs differ from the paper's; `other_size`: of the model,
-    `other_course`: of the model, the epochs or the recordings, so that printed numbers say nothing of them.
+    `other_course`: of the model, the epochs or the recordings, so that printed numbers say nothing of them. `less`: in
+    what they are less than the paper's, so that they speak of no sentence of it: runs that trained longer still do.
     """
 
     dataset: str
@@ -65,6 +67,7 @@ class Runs:
     unlike: tuple[str, ...] = ()
     other_size: bool = False
     other_course: bool = False
+    less: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +84,8 @@ class Counts:
 class Evidence:
     """Everything that a claim may be judged by. `select` rules comparisons; reported values are always best test.
 
-    `tokens`: of a clip, by data set and frontend. `published`: these are the paper's own numbers. `switches`: what
-    trained them, by helix/protocol.py.
+    `tokens`: of a clip, by data set and frontend, as the authors' code counts them. `published`: these are the paper's
+    own numbers. `switches`: what trained them, by helix/protocol.py. `gpu`: on what those ran, by the authors' README.
     """
 
     name: str
@@ -91,8 +94,9 @@ class Evidence:
     ddof: Literal[0, 1]
     cells: Mapping[tuple[str, str, str], Runs]
     counts: Mapping[str, Counts]
-    tokens: Mapping[tuple[str, str], int]
+    tokens: Mapping[tuple[str, str], int] = field(default_factory=dict)
     switches: Mapping[str, str] = field(default_factory=dict)
+    gpu: str = ""
 
     def runs(self, dataset: str, variant: Variant) -> Runs | None:
         """The cell, None where nothing is known of it."""
@@ -116,6 +120,7 @@ def published_evidence() -> Evidence:
             (name, frontend): tokens_of(name, frontend) for name in DATASETS_OF_THE_PAPER for frontend in ("raw", "mel")
         },
         switches={name: row["authors"] for name, row in SWITCHES.items()},
+        gpu=GPU,
     )
 
 
@@ -147,7 +152,6 @@ def sweep_evidence(view: SweepView) -> Evidence:
         ddof=0 if view.std == "population" else 1,
         cells=cells,
         counts=counts,
-        tokens={(runs.dataset, runs.frontend): runs.tokens for runs in cells.values() if runs.tokens},
         switches=dict(view.switches),
     )
 
@@ -207,7 +211,10 @@ def _swept(summary: CellSummary, partial: bool) -> Runs:
     ours, theirs = summary.parameters, like.parameters if like is not None else None
     band = PARAMETER_BAND if target is not None else CLASSES_BAND
     other_size = bool(ours and theirs and abs(ours / theirs - 1) > band)
-    epochs = target.epochs if target is not None else EPOCHS
+    stated = target.epochs if target is not None else None
+    less = [f"{plural(cell.epochs, 'epoch')} instead of {stated or EPOCHS}"] if cell.epochs < (stated or EPOCHS) else []
+    less += ["a model of another size"] if other_size else []
+    less += ["part of the recordings"] if partial else []
     best, last = (summary.accuracy[rule].mean for rule in ("best_test", "last"))
     errors = [(trial.state.error or "").lower() for trial in cell.trials if trial.state.status == "failed"]
     return Runs(
@@ -232,5 +239,6 @@ def _swept(summary: CellSummary, partial: bool) -> Runs:
         out_of_memory=not summary.samples and any("outofmemory" in e.replace(" ", "") for e in errors),
         unlike=comparison.unlike if comparison is not None else (),
         other_size=other_size,
-        other_course=other_size or partial or epochs not in (None, cell.epochs),
+        other_course=bool(less) or stated not in (None, cell.epochs),
+        less=tuple(less),
     )

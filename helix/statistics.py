@@ -337,6 +337,20 @@ def outlook(
     return Outlook(folds=folds, seeds=seeds, seeds_at_least=bound and seeds is not None, said="; ".join(said))
 
 
+def equal_spreads(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """The two-sided p of equal variances of paired values: sums and differences are then uncorrelated.
+
+    None below three pairs, and where sums or differences are all the same. Pitman 1939 and Morgan 1939, Biometrika 31.
+    """
+    sums = [one + other for one, other in zip(first, second, strict=True)]
+    differences = [one - other for one, other in zip(first, second, strict=True)]
+    if len(sums) < 3 or _flat(sums) or _flat(differences):
+        return None
+    r = float(np.corrcoef(sums, differences)[0, 1])
+    away = abs(r) * math.sqrt((len(sums) - 2) / (1 - r * r)) if abs(r) < 1 else math.inf
+    return 2 * float(stats.t.sf(away, len(sums) - 2))
+
+
 def two_shares(first: float, second: float, clips: int) -> float:
     """Two accuracies on as many clips each, in standard errors of their difference: noise of the test clips alone.
 

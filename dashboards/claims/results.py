@@ -3,13 +3,10 @@
 from dashboards.claim import Claim, Untested
 from dashboards.evidence import ATTENTION_MEL, ATTENTION_RAW, HELIX_MEL, HELIX_RAW, MAMBA_MEL, MAMBA_RAW, SIX
 from dashboards.rules.courses import Collapses, Converged, PullsAway, StillRising
-from dashboards.rules.differences import All, Better, Grows, Level
+from dashboards.rules.differences import All, Better, Depends, Grows, Level
 from dashboards.rules.printed import Reported, Tokens
-from dashboards.rules.running import Epochs
-from helix.published import PUBLISHED, Published
-
-#: How far another run of the same may lie from a printed accuracy: two standard errors of folds or clips, and a seed.
-TOLERANCE = {"esc50": 0.02, "speech_commands": 0.01, "concat_speech_commands": 0.015, "voxpopuli": 0.03}
+from dashboards.rules.running import Epochs, FewerEpochs
+from helix.published import PUBLISHED, TOLERANCE, Published
 
 
 def _reported(cell: Published) -> list[Claim]:
@@ -32,6 +29,7 @@ def _reported(cell: Published) -> list[Claim]:
                     accuracy=accuracy,
                     tolerance=TOLERANCE[cell.dataset],
                     std=cell.std,
+                    per_fold=cell.per_fold,
                     last=last,
                 ),
             )
@@ -68,6 +66,14 @@ CLAIMS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        id="helix-fewer-epochs",
+        where="Figure 3",
+        says="HELIX raw leads on Speech Commands despite fewer epochs than those that it leads.",
+        rule=FewerEpochs(
+            dataset="speech_commands", first=HELIX_RAW, others=tuple(one for one in SIX if one != HELIX_RAW)
+        ),
+    ),
+    Claim(
         id="mamba-prefers-raw",
         where="section 5.1",
         says="On ESC-50 pure Mamba prefers raw waveforms, 55.10 against 53.75.",
@@ -89,6 +95,13 @@ CLAIMS: tuple[Claim, ...] = (
                 Better(dataset="esc50", first=ATTENTION_MEL, second=ATTENTION_RAW),
             )
         ),
+    ),
+    Claim(
+        id="no-small-effect",
+        where="section 5.1",
+        says="That the preferred input depends on the backbone is no small effect: by raw over spectrogram pure Mamba "
+        "gains 2.85 points more than pure attention, +1.35 against -1.50.",
+        rule=Depends(dataset="esc50", frontends=("raw", "mel"), backbones=("mamba", "attention"), by=0.0285),
     ),
     Claim(
         id="best-raw-beats-best-mel",
@@ -116,10 +129,10 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         id="mamba-surpasses-mel",
         where="Figure 4",
-        says="Raw models learn slower, but pure Mamba raw ends above all spectrogram variants (7-epoch average).",
+        says="On fold 1 of ESC-50 pure Mamba raw ends above all spectrogram variants (7-epoch average).",
         rule=All(
             tuple(
-                PullsAway(dataset="esc50", first=MAMBA_RAW, second=other, after=90, widens=False)
+                PullsAway(dataset="esc50", first=MAMBA_RAW, second=other, after=90, fold=1, widens=False)
                 for other in (MAMBA_MEL, HELIX_MEL, ATTENTION_MEL)
             )
         ),
@@ -127,10 +140,10 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         id="raw-learns-slower",
         where="Figure 4",
-        says="Raw models learn slower than spectrogram models: behind in the first 20 epochs.",
+        says="On fold 1 of ESC-50 raw models learn slower than spectrogram models: behind in the first 20 epochs.",
         rule=All(
             tuple(
-                PullsAway(dataset="esc50", first=mel, second=raw, after=0, until=20, widens=False)
+                PullsAway(dataset="esc50", first=mel, second=raw, after=0, until=20, fold=1, widens=False)
                 for mel, raw in ((MAMBA_MEL, MAMBA_RAW), (HELIX_MEL, HELIX_RAW), (ATTENTION_MEL, ATTENTION_RAW))
             )
         ),

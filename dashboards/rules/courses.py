@@ -4,12 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dashboards.claim import Case, Judgement, Rule
+from dashboards.claim import Case, Judgement, Rule, less_than_the_papers
 from dashboards.evidence import Evidence, Variant
 from dashboards.text import plural, points
-
-#: The moving average of the paper's Figure 4, in epochs.
-SMOOTHING = 7
+from helix.published import SMOOTHING
 
 NO_LAST = "the accuracy after the last epoch is not known of all of these runs, as long as the paper's"
 
@@ -40,7 +38,10 @@ class Converged(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Collapses(Rule):
-    """The cell ends at least `by` below its own best epoch; curves also show that its best came by `after` epochs."""
+    """The cell leaves its best epoch after epoch `after` and ends, smoothed over 7 epochs, at least `by` below it.
+
+    Without its curve nobody can tell when, nor that it did not come back; one that ends near its best did not collapse.
+    """
 
     dataset: str
     variant: Variant
@@ -59,23 +60,35 @@ class Collapses(Rule):
         told = f"it ends {points(next(iter(drops.values()))).lstrip('+')} points below its best epoch"
         if next(iter(drops.values())) < self.by:
             return Judgement(verdict="contradicted", because=told)
-        late = [key for key, curve in runs.curves.items() if curve.index(max(curve)) + 1 > self.after + SMOOTHING]
-        if late:
-            return Judgement(
-                verdict="contradicted", because=f"{told}, but its best epoch came after epoch {self.after}"
-            )
-        when = "" if runs.curves else "; when it had its best is not known"
-        return Judgement(verdict="supported", because=told + when)
+        if not runs.curves:
+            return Judgement(verdict="no data", because=f"{told}; when it fell, and for how long, is not published")
+        for curve in runs.curves.values():
+            best = curve.index(max(curve)) + 1
+            if best > self.after + SMOOTHING:
+                why = f"its best epoch came after epoch {self.after}"
+                return Judgement(verdict="contradicted", because=f"{told}, but {why}")
+            near = [epoch for epoch, value in enumerate(smooth(curve), 1) if max(curve) - value < self.by]
+            # a best epoch that stands alone is near none of the smoothed ones
+            left = max(near, default=best)
+            if left == len(curve):
+                return Judgement(verdict="contradicted", because=f"{told}, but by its last epoch alone")
+            if left < self.after - SMOOTHING:
+                return Judgement(verdict="contradicted", because=f"{told}, but fell by epoch {left + 1} already")
+        return Judgement(verdict="supported", because=told)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PullsAway(Rule):
-    """Smoothed over 7 epochs, `first` is ahead in every epoch after `after` (to `until`), and the lead `widens`."""
+    """Smoothed over 7 epochs, `first` is ahead in every epoch after `after` (to `until`), and the lead `widens`.
+
+    `fold`: the one whose curves the paper shows; else all. One pair of runs alone shows nothing.
+    """
 
     dataset: str
     first: Variant
     second: Variant
     after: int
+    fold: int | None = None
     until: int | None = None
     widens: bool = True
 
@@ -86,9 +99,14 @@ class PullsAway(Rule):
     def judge(self, case: Case) -> Judgement:
         sides = [case.evidence.runs(self.dataset, variant) for variant in (self.first, self.second)]
         curves = [runs.curves for runs in sides if runs is not None]
-        shared = sorted(set(curves[0]) & set(curves[1])) if len(curves) == 2 else []
+        both = sorted(set(curves[0]) & set(curves[1])) if len(curves) == 2 else []
+        shared = [(fold, seed) for fold, seed in both if self.fold in (None, fold)]
         if not shared:
-            return Judgement(verdict="no data", because="no accuracy by epoch of both is there")
+            where = f" on fold {self.fold}" if self.fold else ""
+            return Judgement(verdict="no data", because=f"no accuracy by epoch of both is there{where}")
+        less = less_than_the_papers(case, self.cells)
+        if less is not None:
+            return less
         leads = [
             [one - other for one, other in zip(smooth(curves[0][key]), smooth(curves[1][key]), strict=False)][
                 self.after : self.until
@@ -103,9 +121,11 @@ class PullsAway(Rule):
             f"ahead in {sum(map(len, leads)) - behind} of {sum(map(len, leads))} epochs after {self.after}, the lead "
             f"changes by {points(math.fsum(slopes) / len(slopes))} points an epoch ({plural(len(leads), 'pair')})"
         )
+        if len(leads) == 1:
+            return Judgement(verdict="underpowered", because=told)
         if behind or (self.widens and max(slopes) <= 0):
             return Judgement(verdict="contradicted", because=told)
-        if len(leads) == 1 or (self.widens and min(slopes) <= 0):
+        if self.widens and min(slopes) <= 0:
             return Judgement(verdict="underpowered", because=told)
         return Judgement(verdict="supported", because=told)
 

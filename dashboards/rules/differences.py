@@ -2,9 +2,19 @@
 
 import itertools
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from dashboards.claim import Case, Judgement, Rule, Verdict, lacking, no_data
+from dashboards.claim import (
+    Case,
+    Judgement,
+    Rule,
+    Verdict,
+    lacking,
+    less_than_the_papers,
+    no_data,
+    share_of_folds,
+)
 from dashboards.comparisons import Contrast, Measured, difference, interaction, p_shown
 from dashboards.evidence import Variant
 from dashboards.text import points
@@ -32,7 +42,9 @@ class _Pair(Rule):
 
     def judge(self, case: Case) -> Judgement:
         found = case.numbers.get(self.contrasts[0])
-        return no_data(case, self.cells) if found is None else self.of(found)
+        if found is None:
+            return no_data(case, self.cells)
+        return less_than_the_papers(case, self.cells) or _of_all_folds(case, [found], self.of(found))
 
     @abstractmethod
     def of(self, found: Measured) -> Judgement:
@@ -54,17 +66,13 @@ class Better(_Pair):
         direction = _direction(found)
         if found.low is None or found.high is None:
             return direction
-        family = f"{points(found.low, 1)} to {points(found.high, 1)}, the interval of the family"
-        if self.by is not None and not (
-            found.low <= self.by + self.tolerance and self.by - self.tolerance <= found.high
-        ):
-            return _judged("contradicted", f"{family}, excludes {points(self.by, 1)}: {_told(found)}", found)
+        if self.by is not None:
+            return _sized(found, self.by, self.tolerance)
         if self.at_least is not None and found.high < self.at_least:
-            return _judged("contradicted", f"{family}, excludes {points(self.at_least, 1)}: {_told(found)}", found)
+            excludes = f"{_family(found)}, excludes {points(self.at_least, 1)}: {_told(found)}"
+            return _judged("contradicted", excludes, found)
         if direction.verdict == "supported" and self.at_least is not None and found.mean < self.at_least:
             return _judged("underpowered", f"ahead, by less than {points(self.at_least, 1)}: {_told(found)}", found)
-        if direction.verdict == "supported" and self.by is not None and abs(found.mean - self.by) > self.tolerance:
-            return _judged("underpowered", f"ahead, not by {points(self.by, 1)}: {_told(found)}", found)
         return direction
 
 
@@ -78,21 +86,27 @@ class Level(_Pair):
         if found.low is None or found.high is None:
             return _judged("underpowered", f"{_told(found)}; {found.corrected.why}", found)
         told = f"of at most {100 * self.within:g} points either way; {_told(found)}"
-        family = f"{points(found.low, 1)} to {points(found.high, 1)}, the interval of the family,"
-        if -self.within <= found.low and found.high <= self.within:
-            return _judged("supported", f"{family} lies inside that {told}", found)
+        if _inside(found, self.within):
+            return _judged("supported", f"{_family(found)}, lies inside that {told}", found)
         if found.high < -self.within or found.low > self.within:
-            return _judged("contradicted", f"{family} lies outside that {told}", found)
-        return _judged("underpowered", f"{family} is wider than that {told}", found)
+            return _judged("contradicted", f"{_family(found)}, lies outside that {told}", found)
+        return _judged("underpowered", f"{_family(found)}, is wider than that {told}", found)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Depends(Rule):
-    """The gain by `frontends[0]` over `frontends[1]` is larger with `backbones[0]`: one interaction."""
+    """The gain by `frontends[0]` over `frontends[1]` is not the same with both backbones: one interaction, two-sided.
+
+    An interaction that is shown to be of at most `within`, a bound of ours, is none. With `by` it is of that size
+    (within `tolerance`), larger with `backbones[0]`.
+    """
 
     dataset: str
     frontends: tuple[str, str]
     backbones: tuple[str, str]
+    within: float = 0.01
+    by: float | None = None
+    tolerance: float = 0.01
 
     @property
     def contrasts(self) -> tuple[Contrast, ...]:
@@ -104,7 +118,55 @@ class Depends(Rule):
 
     def judge(self, case: Case) -> Judgement:
         found = case.numbers.get(self.contrasts[0])
-        return no_data(case, self.cells) if found is None else _direction(found)
+        if found is None:
+            return no_data(case, self.cells)
+        return less_than_the_papers(case, self.cells) or _of_all_folds(case, [found], self._of(found))
+
+    def _of(self, found: Measured) -> Judgement:
+        direction = _direction(found)
+        if self.by is not None and found.low is not None:
+            return _sized(found, self.by, self.tolerance)
+        if self.by is None and direction.verdict == "contradicted":
+            return _judged("supported", direction.because, found)
+        if direction.verdict == "underpowered" and _inside(found, self.within):
+            told = f"{_family(found)}, shows at most {100 * self.within:g} points either way: {_told(found)}"
+            return _judged("contradicted", told, found)
+        return direction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flips(Rule):
+    """Which of two frontends is better depends on the backbone: one of them gains by the one, another by the other."""
+
+    dataset: str
+    frontends: tuple[str, str]
+    backbones: tuple[str, ...]
+
+    @property
+    def contrasts(self) -> tuple[Contrast, ...]:
+        first, second = self.frontends
+        return tuple(difference(self.dataset, (first, one), (second, one)) for one in self.backbones)
+
+    @property
+    def cells(self) -> tuple[tuple[str, Variant], ...]:
+        return tuple((self.dataset, (frontend, backbone)) for backbone in self.backbones for frontend in self.frontends)
+
+    def judge(self, case: Case) -> Judgement:
+        found = [case.numbers[one] for one in self.contrasts if one in case.numbers]
+        if len(found) < len(self.contrasts):
+            return no_data(case, self.cells)
+        return less_than_the_papers(case, self.cells) or _of_all_folds(case, found, self._of(found))
+
+    def _of(self, found: Sequence[Measured]) -> Judgement:
+        directions = [_direction(one) for one in found]
+        told = "; ".join(one.because for one in directions)
+        verdicts = {one.verdict for one in directions}
+        if {"supported", "contradicted"} <= verdicts:
+            return Judgement(verdict="supported", because=told)
+        if "underpowered" not in verdicts:
+            better = self.frontends[0 if verdicts == {"supported"} else 1]
+            return Judgement(verdict="contradicted", because=f"{better} is better with each backbone: {told}")
+        return Judgement(verdict="underpowered", because=told)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +192,9 @@ class Grows(Rule):
             return Judgement(
                 verdict="no data", because=lacking(case, self.cells) + (f"; so far {told}" if told else "")
             )
+        return less_than_the_papers(case, self.cells) or _of_all_folds(case, found, self._of(found, told))
+
+    def _of(self, found: Sequence[Measured], told: str) -> Judgement:
         steps = list(itertools.pairwise(found))
         if any(_below(later, earlier) for earlier, later in steps):
             return Judgement(
@@ -164,6 +229,16 @@ class All(Rule):
         return Judgement(verdict=verdict, because="; ".join([*decisive, *others]))
 
 
+def _of_all_folds(case: Case, found: Sequence[Measured], judged: Judgement) -> Judgement:
+    """The judgement, if what it rests on is on all folds; on a part of them it is open, whatever that part shows."""
+    shares = [
+        share_of_folds(case.evidence, one.contrast.dataset, one.paired.n if one.units.unit == "fold" else 1)
+        for one in found
+    ]
+    told = "; ".join(dict.fromkeys(one for one in shares if one))
+    return replace(judged, verdict="underpowered", because=f"{told}: {judged.because}") if told else judged
+
+
 def _below(one: Measured, other: Measured) -> bool:
     """Whether the whole interval of the one lies below that of the other."""
     return one.high is not None and other.low is not None and one.high < other.low
@@ -181,6 +256,26 @@ def _direction(found: Measured) -> Judgement:
     if found.p_holm < ALPHA:
         return _judged("supported" if found.mean > 0 else "contradicted", said, found)
     return _judged("underpowered", said, found)
+
+
+def _sized(found: Measured, by: float, tolerance: float) -> Judgement:
+    """Whether the contrast, which has an interval, is above 0 and `by` so much."""
+    assert found.low is not None and found.high is not None
+    direction = _direction(found)
+    if not (found.low <= by + tolerance and by - tolerance <= found.high):
+        return _judged("contradicted", f"{_family(found)}, excludes {points(by, 1)}: {_told(found)}", found)
+    if direction.verdict == "supported" and abs(found.mean - by) > tolerance:
+        return _judged("underpowered", f"above 0, not by {points(by, 1)}: {_told(found)}", found)
+    return direction
+
+
+def _inside(found: Measured, within: float) -> bool:
+    """Whether the interval of the family lies in that band around 0."""
+    return found.low is not None and found.high is not None and -within <= found.low and found.high <= within
+
+
+def _family(found: Measured) -> str:
+    return f"{points(found.low, 1)} to {points(found.high, 1)}, the interval of the family"
 
 
 def _told(found: Measured) -> str:

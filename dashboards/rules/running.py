@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dashboards.claim import Case, Judgement, Rule
+from dashboards.claim import Case, Judgement, OfAuthors, Rule, share_of_folds
 from dashboards.evidence import Evidence, Runs, Variant
 from dashboards.text import count, listing, plural
 from helix.protocol import SWITCHES
@@ -87,14 +87,22 @@ class Takes(Rule):
     def judge(self, case: Case) -> Judgement:
         counts = case.evidence.counts.get(self.dataset)
         folds = counts.folds if counts else 1
-        took = [
-            runs.hours * folds
+        known = [
+            (runs.hours * folds, runs)
             for runs in case.evidence.cells.values()
             if runs.dataset == self.dataset and runs.hours and not runs.other_course
         ]
-        if not took:
+        if not known:
             return Judgement(verdict="no data", because=f"no times of {self.dataset} are known")
-        told = f"{min(took):.2g} to {max(took):.2g} hours for {plural(folds, 'fold')}"
+        took = [hours for hours, _ in known]
+        told = f"{min(took):.3g} to {max(took):.3g} hours" if len(took) > 1 else f"{took[0]:.3g} hours"
+        told += f" for {plural(folds, 'fold')}"
+        epochs = {runs.epochs for _, runs in known}
+        told += f", {count(known[0][1].epochs)} epochs" if len(epochs) == 1 and None not in epochs else ""
+        fewest = min(len({fold for given in runs.accuracy.values() for fold, _ in given}) for _, runs in known)
+        share = share_of_folds(case.evidence, self.dataset, fewest)
+        if share:
+            return Judgement(verdict="underpowered", because=f"{told}, by the time of {share}")
         right = max(took) <= self.hours
         if self.tolerance is not None:
             right = all(abs(one / self.hours - 1) <= self.tolerance for one in took)
@@ -102,8 +110,11 @@ class Takes(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Epochs(Rule):
-    """Every one of the cells stopped before `before` epochs, or (`at`) trained exactly so many."""
+class Epochs(OfAuthors):
+    """Every one of the cells stopped before `before` epochs, or (`at`) trained exactly so many.
+
+    With neither, it is published how many each of them trained.
+    """
 
     of: tuple[tuple[str, Variant], ...]
     before: int | None = None
@@ -113,38 +124,77 @@ class Epochs(Rule):
     def cells(self) -> tuple[tuple[str, Variant], ...]:
         return self.of
 
-    def judge(self, case: Case) -> Judgement:
-        found = [case.evidence.runs(dataset, variant) for dataset, variant in self.of]
-        known = {f"{runs.backbone} {runs.frontend}": runs.epochs for runs in found if runs is not None and runs.epochs}
-        if not case.evidence.published:
-            return Judgement(verdict="no data", because="it tells of the authors' runs, which no other run can show")
-        if len(known) < len(self.of):
-            return Judgement(verdict="no data", because="the epochs of these runs are not published")
+    def published(self, evidence: Evidence) -> Judgement:
+        known = epochs_of(evidence, self.of)
+        absent = [name for name, epochs in known.items() if epochs is None]
+        told = "epochs: " + ", ".join(f"{name} {epochs}" for name, epochs in known.items() if epochs)
+        if absent:
+            why = f"the epochs of {listing(absent)} are not published"
+            return Judgement(verdict="no data", because=why + (f"; {told}" if len(absent) < len(known) else ""))
         wrong = [
             name
             for name, epochs in known.items()
-            if (self.before is not None and epochs >= self.before) or (self.at is not None and epochs != self.at)
+            if epochs is not None
+            and ((self.before is not None and epochs >= self.before) or (self.at is not None and epochs != self.at))
         ]
-        told = ", ".join(f"{name} {epochs}" for name, epochs in known.items())
-        return Judgement(verdict="contradicted" if wrong else "supported", because=f"epochs: {told}")
+        return Judgement(verdict="contradicted" if wrong else "supported", because=told)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewerEpochs(OfAuthors):
+    """`first` trained fewer epochs than each of the `others` of that data set."""
+
+    dataset: str
+    first: Variant
+    others: tuple[Variant, ...]
+
+    @property
+    def cells(self) -> tuple[tuple[str, Variant], ...]:
+        return tuple((self.dataset, variant) for variant in (self.first, *self.others))
+
+    def published(self, evidence: Evidence) -> Judgement:
+        known = {name: epochs for name, epochs in epochs_of(evidence, self.cells).items() if epochs is not None}
+        if len(known) < len(self.cells):
+            return Judgement(verdict="no data", because="the epochs of these runs are not published")
+        first, *others = known.values()
+        told = "epochs: " + ", ".join(f"{name} {epochs}" for name, epochs in known.items())
+        return Judgement(verdict="supported" if first < min(others) else "contradicted", because=told)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RanOn(OfAuthors):
+    """What was published ran on this kind of GPU."""
+
+    gpu: str
+
+    def published(self, evidence: Evidence) -> Judgement:
+        if not evidence.gpu:
+            return Judgement(verdict="no data", because="no other source names the GPU")
+        verdict = "supported" if evidence.gpu == self.gpu else "contradicted"
+        return Judgement(verdict=verdict, because=f"the authors' README has its runs on one {evidence.gpu}")
 
 
 @dataclass(frozen=True)
-class SameAsPaper(Rule):
-    """The switches of helix/protocol.py are as the paper's text has them; its numbers are of the authors' code."""
+class SameAsPaper(OfAuthors):
+    """The authors' code sets these switches of helix/protocol.py as the paper's text has them."""
 
     switches: tuple[str, ...]
 
-    def judge(self, case: Case) -> Judgement:
-        known = [name for name in self.switches if name in case.evidence.switches]
-        if len(known) < len(self.switches):
-            return Judgement(verdict="no data", because="what was in force is not recorded")
-        other = [name for name in known if case.evidence.switches[name] != SWITCHES[name]["paper"]]
-        who = "the authors' code" if case.evidence.published else "this sweep"
-        if other and case.evidence.published:
+    def published(self, evidence: Evidence) -> Judgement:
+        other = [name for name in self.switches if evidence.switches[name] != SWITCHES[name]["paper"]]
+        if other:
             told = "; ".join(f"{name}: the code does: {SWITCHES[name]['does']}" for name in other)
             return Judgement(verdict="contradicted", because=told)
-        if other:
-            told = listing([f"{name} {case.evidence.switches[name]}" for name in other])
-            return Judgement(verdict="contradicted", because=f"{who} has {told}")
-        return Judgement(verdict="supported", because=f"{who} does as the text says in {listing(list(known))}")
+        return Judgement(
+            verdict="supported", because=f"the authors' code does as the text says in {listing(list(self.switches))}"
+        )
+
+
+def epochs_of(evidence: Evidence, cells: Sequence[tuple[str, Variant]]) -> dict[str, int | None]:
+    """What each cell trained, None where that is not known; by its name, with the data set where there are several."""
+    several = len({dataset for dataset, _ in cells}) > 1
+    return {
+        f"{backbone} {frontend}{f' on {dataset}' if several else ''}": runs.epochs if runs is not None else None
+        for dataset, (frontend, backbone) in cells
+        for runs in (evidence.runs(dataset, (frontend, backbone)),)
+    }

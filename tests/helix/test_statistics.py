@@ -20,6 +20,7 @@ from helix.statistics import (
     contrast,
     deviation,
     effect,
+    equal_spreads,
     hedges,
     holm,
     mean,
@@ -266,6 +267,33 @@ def test_seeds_of_a_fold_are_one_unit_and_of_one_split_they_are_the_units():
     assert (several.unit, several.values) == ("fold", pytest.approx((0.2, 0.4)))
     lone = units({(1, 0): 0.1, (1, 1): 0.3})
     assert (lone.unit, lone.values) == ("seed", (0.1, 0.3))
+
+
+def test_equal_spreads_of_pairs_is_the_t_test_of_pitman_and_morgan():
+    """t = (F - 1) sqrt(n - 2) / (2 sqrt(F (1 - r^2))), with F the ratio of the variances and r the correlation."""
+    draws = np.random.default_rng(5)
+    for n in (3, 5, 40):
+        first = draws.normal(0.5, 0.06, n)
+        second = 0.4 * first + draws.normal(0.3, 0.02, n)
+        ratio, r = first.var() / second.var(), np.corrcoef(first, second)[0, 1]
+        t = (ratio - 1) * math.sqrt(n - 2) / (2 * math.sqrt(ratio * (1 - r**2)))
+        p = equal_spreads(list(first), list(second))
+        assert p == pytest.approx(2 * stats.t.sf(abs(t), n - 2))
+        assert p == pytest.approx(stats.pearsonr(first + second, first - second)[1])
+
+
+def test_equal_spreads_are_found_unequal_as_rarely_as_they_should():
+    draws = np.random.default_rng(6)
+    fold = draws.normal(0.5, 0.03, (2_000, 5))
+    pairs = zip(fold + draws.normal(0, 0.02, fold.shape), fold + draws.normal(0, 0.02, fold.shape), strict=True)
+    ps = [equal_spreads(list(one), list(other)) for one, other in pairs]
+    assert np.mean([p is not None and p < 0.05 for p in ps]) == pytest.approx(0.05, abs=0.015)
+
+
+def test_what_has_no_pairs_or_no_spread_has_no_p():
+    assert equal_spreads([0.5, 0.6], [0.5, 0.7]) is None
+    assert equal_spreads([0.5, 0.6, 0.7], [0.5, 0.6, 0.7]) is None
+    assert equal_spreads([0.5, 0.6, 0.7], [0.7, 0.6, 0.5]) is None
 
 
 def test_two_shares_are_as_far_apart_as_their_clips_allow():
