@@ -195,6 +195,7 @@ class Tracker:
         if parent is not None:
             self._parents[summary.cell.dataset, summary.cell.variant] = parent.info.run_id
             self._summary(client, experiment, view, summary, parent)
+            self._adopt(client, experiment, parent)
 
     def _report(self, client: MlflowClient, view: SweepView, dataset: str) -> Run:
         """The run of what a grid asked and found."""
@@ -350,6 +351,13 @@ class Tracker:
             if "helix.confusion" not in run.data.tags:  # it is told last of all
                 self._files(client, run, state.result, described)
             self._settled.add(trial.trial_id)
+
+    def _adopt(self, client: MlflowClient, experiment: str, parent: Run) -> None:
+        """Put the runs of all trials of a cell under its run: one that was deleted by hand and made anew has none."""
+        key = parent.data.tags["helix.key"]
+        for name in [name for name, cell in self._cells.items() if cell == key]:
+            if (run := self._runs[experiment].get(name)) is not None:
+                self._tag(client, run, "mlflow.parentRunId", parent.info.run_id)
 
     def _files(self, client: MlflowClient, run: Run, result: dict[str, Any], described: dict[str, Any]) -> None:
         """What a finished trial leaves in files: its resolved spec, and what it took for what."""
