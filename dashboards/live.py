@@ -144,7 +144,10 @@ def standing(view: SweepView) -> list[str]:
 
 
 def as_json(view: SweepView) -> dict[str, Any]:
-    """The same as plain JSON values; times are Unix seconds, and None is what is not known."""
+    """The same as plain JSON values; times are Unix seconds, and None is what is not known.
+
+    `usd` is of the hours that have a price: None where none has, and a part of the cost beside `unpriced_hours`.
+    """
     state, eta, spent = progress(view), sweep_eta(view), view.spent
     return {
         "grid": view.grid,
@@ -157,7 +160,8 @@ def as_json(view: SweepView) -> dict[str, Any]:
         "eta_seconds": eta.seconds,
         "unmeasured_trials": eta.unmeasured,
         "waiting": view.waiting,
-        "cost": asdict(spent) | {"unpriced": list(spent.unpriced)},
+        "cost": asdict(spent)
+        | {"unpriced": list(spent.unpriced), "usd": spent.known_usd, "lost_usd": spent.known_lost_usd},
         "trials": [
             {
                 "trial_id": trial.trial_id,
@@ -175,8 +179,9 @@ def as_json(view: SweepView) -> dict[str, Any]:
                 "host": (trial.state.attempts[-1] if trial.state.attempts else {}).get("host"),
                 "heard": trial.state.heard,
                 "error": trial.state.error,
-                "usd": trial.spent.usd,
+                "usd": trial.spent.known_usd,
                 "hours": trial.spent.hours,
+                "unpriced_hours": trial.spent.unpriced_hours,
             }
             for cell, trial in view.trials()
         ],

@@ -66,6 +66,16 @@ class Spent:
     unpriced_hours: float = 0.0
     unpriced: tuple[str, ...] = ()
 
+    @property
+    def known_usd(self) -> float | None:
+        """`usd`, and None where there were hours and none of them has a price: what they cost nobody knows."""
+        return None if self.hours and self.unpriced_hours >= self.hours else self.usd
+
+    @property
+    def known_lost_usd(self) -> float | None:
+        """`lost_usd`, by the same rule."""
+        return None if self.known_usd is None else self.lost_usd
+
     def __add__(self, other: "Spent") -> "Spent":
         names = ("hours", "gpu_hours", "usd", "lost_hours", "lost_usd", "unpriced_hours")
         sums = {name: getattr(self, name) + getattr(other, name) for name in names}

@@ -193,6 +193,25 @@ def test_json_says_the_same_of_every_grid(storage: Storage, capsys):
     assert values[1]["cost"]["usd"] == pytest.approx(0.4, rel=1e-3)
 
 
+def test_what_has_no_price_is_not_told_to_be_free(storage: Storage, capsys):
+    fill(storage, lambda number: "running" if number < 2 else "missing")
+    unknown, priced, not_begun = (one.trial_id for one in asked().trials[:3])
+    storage.put_json(f"trials/{unknown}/attempts/1.json", attempt(instance_type="a laptop", market=None))
+
+    def costs() -> tuple[dict[str, Any], dict[str, Any]]:
+        assert cli.main(["status", "--storage", repr(storage), "--json"]) == status.UNFINISHED
+        (value,) = json.loads(capsys.readouterr().out)
+        return value["cost"], {trial["trial_id"]: (trial["usd"], trial["unpriced_hours"]) for trial in value["trials"]}
+
+    cost, trials = costs()
+    assert trials[unknown] == (None, pytest.approx(1.0, rel=1e-3))
+    assert trials[priced] == (pytest.approx(0.4, rel=1e-3), 0.0)
+    assert trials[not_begun] == (0.0, 0.0), "what was never begun did cost nothing"
+    assert (cost["usd"], cost["unpriced_hours"]) == (trials[priced][0], trials[unknown][1])
+    storage.put_json(f"trials/{priced}/attempts/1.json", attempt(instance_type=None, market=None))
+    assert (costs()[0]["usd"], costs()[0]["lost_usd"]) == (None, None)
+
+
 def test_only_the_last_rows_are_read_and_show_what_all_would(storage: Storage):
     fill(storage, lambda number: "running" if number == 0 else "missing", epochs=7)
     few = Standing(storage, "demo")()
