@@ -203,7 +203,7 @@ class FolderStorage(Storage):
         path = self.path(key)
         try:
             return path.stat().st_size if path.is_file() else None
-        except (FileNotFoundError, NotADirectoryError):  # deleted since, or below a file, where no key can be
+        except FileNotFoundError:  # deleted since
             return None
 
     def keys(self, prefix: str) -> Iterator[str]:
