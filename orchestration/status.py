@@ -81,7 +81,9 @@ def why_waiting(
     asked: Asked, states: Mapping[str, TrialState], drivers: Sequence[Mapping[str, Any]], *, now: float
 ) -> str:
     """Why trials that are neither done nor running are not: what the drivers say, or that there is none."""
-    idle = [state for state in states.values() if state.status not in ("done", "running")]
+    # A trial whose result is damaged waits for nothing: no sweep goes on with it.
+    broken = {name for name, state in states.items() if state.error in state.damage}
+    idle = [one for name, one in states.items() if one.status not in ("done", "running") and name not in broken]
     if not idle:
         return ""
     active = [driver for driver in drivers if drives(driver, now=now)]
@@ -173,7 +175,9 @@ def _first_looks(
             standing = Standing(storage, grid, prices=prices)
             views.append(standing())
             standings.append(standing)
-        except (CorruptObjectError, ValueError) as error:
+        except CorruptObjectError as error:
+            damage.append(f"{error.key}: {error.reason}")
+        except ValueError as error:
             damage.append(str(error))
     return standings, views, damage
 

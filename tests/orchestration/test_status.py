@@ -425,6 +425,14 @@ def test_a_damaged_plan_hides_no_other_grid(storage: Storage, capsys, damage: st
     assert len(lines) == (1 if damage == "gone" else 2) and "another" in lines[0]
 
 
+def test_a_trial_whose_result_is_damaged_waits_for_no_sweep(storage: Storage, capsys):
+    fill(storage, lambda _: "done")
+    storage.put(f"trials/{asked().trials[0].trial_id}/result.json", b"{")
+    lines = said(capsys, storage)[1]
+    assert lines[0].endswith("12 trials; 11 done, 1 failed")
+    assert not any("The same command goes on" in line for line in lines)
+
+
 def test_files_that_others_leave_in_folders_change_nothing(storage: FolderStorage, capsys):
     fill(storage, lambda number: ("done", "running", "silent", "failed", "missing")[number % 5])
     DriverRecord(storage, "demo", "s1", clock=lambda: NOW - 3).say(waiting="waiting for a GPU")
