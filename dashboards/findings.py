@@ -111,6 +111,7 @@ def sweep_cautions(view: SweepView) -> tuple[str, ...]:
     if changed:
         names = listing(list(changed))
         said.append(f"The protocol differs from the profile {view.profile} in {names}.")
+    said += [f"Damaged where it is stored, and not counted: {line}." for line in view.damage]
     return (*said, *view.gaps)
 
 

@@ -112,7 +112,9 @@ def render(
     shown.sort(key=lambda one: ("running", "failed", "partial").index(one[1].state.status))
     failures = min(sum(trial.state.status == "failed" for _, trial in shown), FAILURES)
     waiting = -(-len(view.waiting) // width)
-    room = len(view.cells) + len(shown) if height is None else max(height - FRAME_LINES - failures - waiting, 4)
+    damage = min(len(view.damage), FAILURES + 1)
+    frame = FRAME_LINES + failures + waiting + damage
+    room = len(view.cells) + len(shown) if height is None else max(height - frame, 4)
     cells = view.cells[: max(room - min(len(shown), 3), 1)]
     listed = shown[: max(room - len(cells), 0)]
     parts: list[RenderableType] = [
@@ -129,6 +131,10 @@ def render(
     parts += [Text(), *(Text(line, style="red") for line in _failures(listed, width))]
     if view.waiting:
         parts.append(Text(printable(view.waiting), style="yellow"))
+    parts += [Text(f"damaged: {printable(line)}", style="bold red") for line in view.damage[:FAILURES]]
+    if len(view.damage) > FAILURES:
+        more = plural(len(view.damage) - FAILURES, "more record")
+        parts.append(Text(f"and {more} damaged: helix verify lists them", style="bold red"))
     parts.append(Text(counts(view), style="bold"))
     parts += [Text(line) for line in _footer(view, None if began is None else now - began)]
     return Group(*parts)
@@ -140,11 +146,15 @@ def standing(view: SweepView) -> list[str]:
     said = [f"{view.grid}, profile {view.profile}: {plural(progress(view).asked, 'trial')}; {counts(view)}", *footer]
     if view.waiting:
         said.append(printable(view.waiting))
-    return said + [f"{label(cell, trial)}: {_stands(view, cell, trial)}" for cell, trial in view.trials()]
+    said += [f"{label(cell, trial)}: {_stands(view, cell, trial)}" for cell, trial in view.trials()]
+    return said + [f"damaged: {printable(line)}" for line in view.damage]
 
 
 def as_json(view: SweepView) -> dict[str, Any]:
-    """The same as plain JSON values; times are Unix seconds, and None is what is not known."""
+    """The same as plain JSON values; times are Unix seconds, and None is what is not known.
+
+    `usd` is of the hours that have a price: None where none has, and a part of the cost beside `unpriced_hours`.
+    """
     state, eta, spent = progress(view), sweep_eta(view), view.spent
     return {
         "grid": view.grid,
@@ -157,7 +167,9 @@ def as_json(view: SweepView) -> dict[str, Any]:
         "eta_seconds": eta.seconds,
         "unmeasured_trials": eta.unmeasured,
         "waiting": view.waiting,
-        "cost": asdict(spent) | {"unpriced": list(spent.unpriced)},
+        "damaged": list(view.damage),
+        "cost": asdict(spent)
+        | {"unpriced": list(spent.unpriced), "usd": spent.known_usd, "lost_usd": spent.known_lost_usd},
         "trials": [
             {
                 "trial_id": trial.trial_id,
@@ -175,8 +187,9 @@ def as_json(view: SweepView) -> dict[str, Any]:
                 "host": (trial.state.attempts[-1] if trial.state.attempts else {}).get("host"),
                 "heard": trial.state.heard,
                 "error": trial.state.error,
-                "usd": trial.spent.usd,
+                "usd": trial.spent.known_usd,
                 "hours": trial.spent.hours,
+                "unpriced_hours": trial.spent.unpriced_hours,
             }
             for cell, trial in view.trials()
         ],

@@ -1,6 +1,8 @@
 """A table as a value, written as HTML, CSV, Markdown and LaTeX (booktabs), each with the escaping that it needs."""
 
+import contextlib
 import csv
+import hashlib
 import io
 import math
 import re
@@ -9,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup, escape
 
 from dashboards.text import GAP
+from helix.storage import CorruptObjectError, Storage, file_sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,9 @@ LATEX_LINES = (
     (140, True, r"\footnotesize\setlength{\tabcolsep}{3pt}"),
     (160, True, r"\scriptsize\setlength{\tabcolsep}{3pt}"),
 )
+
+#: The file beside the tables of a report that says which they are: name -> sha256.
+TABLES_KEPT = "tables.json"
 
 #: A letter with an index, as statistics are named: d_z.
 INDEXED = re.compile(r"\b([a-z])(?:_|\\_)([a-z])\b")
@@ -216,6 +223,25 @@ def write_tables(tables: Sequence[Table], folder: Path) -> tuple[Path, ...]:
             aside.replace(path)
             written.append(path)
     return tuple(written)
+
+
+def drop_stale(storage: Storage, folder: str, tables: Sequence[Path]) -> None:
+    """Remove the tables under `folder` that an earlier report put there and that are no part of this one.
+
+    Which they are is kept beside them, with their checksums: what somebody else put there, or changed, stays.
+    """
+    key, now = f"{folder}/{TABLES_KEPT}", {path.name: file_sha256(path) for path in tables}
+    before: Any = {}
+    with contextlib.suppress(CorruptObjectError):  # then nobody knows which were ours, and all of them stay
+        before = storage.get_json(key)
+    for name, sha256 in before.items() if isinstance(before, dict) else ():
+        place = f"{folder}/{name}"
+        if name in now or Path(name).suffix.removeprefix(".") not in FORMATS or "/" in name or "\\" in name:
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            if hashlib.sha256(storage.get(place)).hexdigest() == sha256:
+                storage.delete(place)
+    storage.put_json(key, now)
 
 
 def _class(names: str) -> Markup:

@@ -66,6 +66,16 @@ class Spent:
     unpriced_hours: float = 0.0
     unpriced: tuple[str, ...] = ()
 
+    @property
+    def known_usd(self) -> float | None:
+        """`usd`, and None where there were hours and none of them has a price: what they cost nobody knows."""
+        return None if self.hours and self.unpriced_hours >= self.hours else self.usd
+
+    @property
+    def known_lost_usd(self) -> float | None:
+        """`lost_usd`, by the same rule."""
+        return None if self.known_usd is None else self.lost_usd
+
     def __add__(self, other: "Spent") -> "Spent":
         names = ("hours", "gpu_hours", "usd", "lost_hours", "lost_usd", "unpriced_hours")
         sums = {name: getattr(self, name) + getattr(other, name) for name in names}
@@ -132,7 +142,8 @@ class SweepView:
     `switches` holds every protocol switch in force; `select` and `std` are the two that rule the summary.
     `certificates` are all in the storage, as orchestration/certify.py put them. `waiting` says what trials that could
     run are waiting for, empty where nothing is known to hold them up. `memory` is the paper's Table 1 as it is
-    predicted, where that was asked for. `gaps`: what could not be learnt of the sweep, a plain sentence each.
+    predicted, where that was asked for. `gaps`: what could not be learnt of the sweep, a plain sentence each. `damage`:
+    what is damaged where it is stored and was left out, key and reason, a line each.
     """
 
     grid: str
@@ -150,6 +161,7 @@ class SweepView:
     waiting: str = ""
     memory: tuple[StepMemory, ...] = ()
     gaps: tuple[str, ...] = ()
+    damage: tuple[str, ...] = ()
 
     @classmethod
     def build(

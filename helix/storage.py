@@ -5,6 +5,7 @@ put atomic; linking instead of renaming makes it put-if-absent.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -189,11 +190,12 @@ class FolderStorage(Storage):
         return True
 
     def get(self, key: str) -> bytes:
-        return self.path(key).read_bytes()
+        with _open_key(self.path(key)) as file:
+            return file.read()
 
     def get_range(self, key: str, first: int, count: int) -> bytes:
         check_range(first, count)
-        with self.path(key).open("rb") as file:
+        with _open_key(self.path(key)) as file:
             file.seek(first)
             return file.read(count)
 
@@ -223,7 +225,8 @@ class FolderStorage(Storage):
     def delete(self, key: str) -> None:
         """Remove `key`; a key that is gone already is fine. Folders that become empty go too."""
         path = self.path(key)
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):  # it would lie below a file
+            path.unlink(missing_ok=True)
         for folder in path.parents:
             if folder == self.root:
                 return
@@ -245,7 +248,7 @@ class FolderStorage(Storage):
         source = self.path(key)
         aside = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
         try:
-            with source.open("rb") as file:
+            with _open_key(source) as file:
                 wanted = os.fstat(file.fileno()).st_size
                 with _open_new(aside) as copy:
                     shutil.copyfileobj(file, copy, 2**20)
@@ -402,6 +405,14 @@ def _is_held(path: Path) -> bool:
         except OSError:  # a file system without locks
             return False
     return False
+
+
+def _open_key(path: Path) -> BinaryIO:
+    """The file of a key; FileNotFoundError also where it would lie below a file, or is a folder: that is no key."""
+    try:
+        return path.open("rb")
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
 
 
 def _open_new(path: Path) -> BinaryIO:

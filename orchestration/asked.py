@@ -8,6 +8,7 @@ Neither holds a secret: no environment, and addresses as `repr(storage)` writes 
 
 import contextlib
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,8 +18,9 @@ from typing import Any
 from dashboards.view import DataFacts, SweepView, TrialEntry
 from helix.spec import TrialSpec, from_json, to_json
 from helix.storage import CorruptObjectError, Storage, is_sealed, json_bytes, sealed
-from orchestration.ledger import SILENCE_S, TrialState, checked
+from orchestration.ledger import SILENCE_S, Records, TrialState, read_all, read_certificates
 from orchestration.money import Prices, spent_on_trial
+from orchestration.records import DRIVER, checked
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +69,14 @@ class Asked:
         certificates: Iterable[dict[str, Any]] = (),
         waiting: str = "",
         prices: Prices | None = None,
+        damage: Iterable[str] = (),
     ) -> SweepView:
-        """The view of these trials in these `states`, by their ids. `prices`: in place of those of the sweep."""
+        """The view of these trials in these `states`, by their ids. `prices`: in place of those of the sweep.
+
+        `damage`: what is damaged beside the trials, a line each.
+        """
         prices = prices or self.prices
-        return SweepView.build(
+        view = SweepView.build(
             grid=self.grid,
             question=self.question,
             protocol=self.trials[0].spec.protocol,
@@ -93,6 +99,8 @@ class Asked:
             certificates=certificates,
             waiting=waiting,
         )
+        of_trials = [line for one in self.trials for line in states[one.trial_id].damage]
+        return replace(view, damage=tuple(dict.fromkeys([*of_trials, *damage])))
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, sealed. What trials share stands once for each variant, so that thousands stay small."""
@@ -121,27 +129,53 @@ def put_asked(storage: Storage, asked: Asked) -> None:
     storage.put_json(plan_key(asked.grid), asked.as_json())
 
 
+def stored_view(storage: Storage, asked: Asked, *, now: float, prices: Prices | None = None) -> SweepView:
+    """The view of what was asked, from storage alone and whole: what a report is made of."""
+    states = read_all(storage, [one.trial_id for one in asked.trials], now=now, tolerant=True)
+    records = Records(storage, tolerant=True)
+    found = read_certificates(records)
+    return asked.view(states, storage=repr(storage), now=now, certificates=found, prices=prices, damage=records.damage)
+
+
 def asked_grids(storage: Storage) -> list[str]:
     """The names of the grids that anything was asked of."""
-    return storage.children(GRIDS)
+    return [key.split("/")[1] for key in storage.keys(GRIDS) if re.fullmatch(rf"{GRIDS}/[^/]+/plan\.json", key)]
+
+
+def lost_plans(storage: Storage) -> list[str]:
+    """The keys of plans that are not there, though drivers of their grids are; sorted."""
+    keys = set(storage.keys(GRIDS))
+    driven = {key.split("/")[1] for key in keys if re.fullmatch(rf"{GRIDS}/[^/]+/drivers/[^/.]+\.json", key)}
+    return sorted(plan_key(grid) for grid in driven if plan_key(grid) not in keys)
 
 
 def read_asked(storage: Storage, grid: str) -> Asked | None:
     """What was asked of a grid last; None where nothing was. ValueError where that cannot be read."""
     key = plan_key(grid)
     value = storage.get_json(key)
-    return None if value is None else asked_from_json(value, key)
+    asked = None if value is None else asked_from_json(value, key)
+    if asked is not None and asked.grid != grid:
+        raise ValueError(f"{key} is the plan of {asked.grid!r}; wanted that of {grid!r}")
+    return asked
 
 
 def asked_from_json(value: Any, place: str) -> Asked:
     """What `Asked.as_json` gave, as it was read at `place`. ValueError where it is not that any more."""
     if not is_sealed(value):
         raise ValueError(f"{place} does not match its own checksum; a sweep of the grid writes it again")
-    if value["format"] != FORMAT:
+    if value.get("format") != FORMAT:
         raise ValueError(
-            f"{place} is of format {value['format']}, and this version reads {FORMAT}; use the version of "
+            f"{place} is of format {value.get('format')}, and this version reads {FORMAT}; use the version of "
             "this project that ran the sweep, or run it with this one"
         )
+    try:
+        return _asked(value)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{place} is no plan ({type(error).__name__}: {error}); a sweep writes it again") from error
+
+
+def _asked(value: dict[str, Any]) -> Asked:
+    """What a plan says, whose seal is whole."""
     trials = []
     for cell in value["cells"]:
         shared = from_json(cell["spec"])
@@ -149,6 +183,8 @@ def asked_from_json(value: Any, place: str) -> Asked:
         for trial_id, fold, seed in cell["trials"]:
             spec = replace(shared, data=replace(shared.data, fold=fold), seed=seed)
             trials.append(AskedTrial(trial_id=trial_id, spec=spec, **said))
+    if not trials:
+        raise ValueError("it has no trials")
     return Asked(
         grid=value["grid"],
         question=value["question"],
@@ -190,10 +226,11 @@ class DriverRecord:
 def read_drivers(storage: Storage, grid: str) -> list[dict[str, Any]]:
     """What the last few drivers of a grid said, oldest first; what cannot be read was said by none."""
     folder, found = f"{GRIDS}/{grid}/drivers", []
-    for name in storage.children(folder)[-DRIVERS:]:
+    names = [name for name in storage.children(folder) if re.fullmatch(r"[^.]+\.json", name)]
+    for name in names[-DRIVERS:]:
         with contextlib.suppress(CorruptObjectError):
             key = f"{folder}/{name}"
-            value = checked(key, storage.get_json(key), {"time": (int, float), "waiting": str})
+            value = checked(key, storage.get_json(key), DRIVER)
             found += [] if value is None else [{"stopped": None} | value]
     return found
 

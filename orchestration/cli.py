@@ -33,13 +33,14 @@ from helix.training import feasibility as feasible
 from helix.training.feasibility import TOKENS, Cell, table
 from helix.training.memory import GIB, gib
 from orchestration import status, sweep
+from orchestration.asked import read_asked, stored_view
 from orchestration.certify import BIT_EXACT, certificate_table, certify, check_wanted
 from orchestration.connection import ClusterError, cpu_count, rehearse
 from orchestration.forecast import Forecast, calibrate, forecasts, measured, shape
 from orchestration.from_mlflow import view_from_mlflow
 from orchestration.grid import BACKBONES, GRIDS, PRESETS, expand, load_grid
 from orchestration.ledger import CERTIFICATES
-from orchestration.money import MARKETS, machine_facts
+from orchestration.money import MARKETS, machine_facts, read_prices
 from orchestration.plan import check_trials, make_plan, with_memory
 from orchestration.preprocessing import clip_facts, described, prepare_with_ray, prepared_data, refuse_needless, summary
 from orchestration.progress import ProgressDisplay
@@ -253,7 +254,7 @@ def report(arguments: Sequence[str]) -> int:
     if "--from-mlflow" in arguments:
         return report_from_mlflow(arguments)
     if "--published" not in arguments:
-        return sweep.main(arguments, train_missing=False)
+        return report_stored(arguments)
     parser = argparse.ArgumentParser(
         prog="helix report --published",
         description="The paper's claims and comparisons, judged by the numbers that are published: a page and tables.",
@@ -280,6 +281,29 @@ def report(arguments: Sequence[str]) -> int:
     console.print(f"page:    {page}", markup=False)
     console.print(f"tables:  {len(tables)} files in {page.with_suffix('')}", markup=False)
     return 0
+
+
+def report_stored(arguments: Sequence[str]) -> int:
+    """`helix report --grid esc50`: of what was asked last, or of what the options ask; nothing is trained."""
+    parser = sweep.parser("helix report")
+    parser.description = (
+        "The report of what was asked of a grid last, as it stands now. Options that say which trials (key=value, "
+        "--profile, --preset, --folds, --seeds, --variants) ask for those of the grid's file instead, and so does a "
+        "grid that no sweep was asked of yet."
+    )
+    parser.set_defaults(profile=None)  # to tell whether it was given
+    given = parser.parse_intermixed_args(arguments)
+    chosen = (given.overrides, given.profile, given.preset, given.folds, given.seeds, given.variants, given.dry_run)
+    try:
+        storage, _ = sweep.chosen_storage(given)
+        asked = None if any(chosen) else read_asked(storage, given.grid)
+        if asked is None:
+            return sweep.main(arguments, train_missing=False)
+        storage.check_writable()
+        prices = read_prices(given.prices) if given.prices else None
+    except (ValueError, OSError) as error:
+        return sweep.refuse(error)
+    return sweep.finish(storage, lambda: stored_view(storage, asked, now=time.time(), prices=prices), sweep.console())
 
 
 def report_from_mlflow(arguments: Sequence[str]) -> int:

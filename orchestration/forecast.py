@@ -24,7 +24,7 @@ from helix.storage import CorruptObjectError, FolderStorage, Storage
 from helix.training.memory import Placement
 from helix.training.trainer import Fit, StoppedError, fit
 from orchestration.grid import Trial
-from orchestration.ledger import TrialState, read_all
+from orchestration.ledger import TrialState, begun_trials, read_all
 from orchestration.money import MARKETS, Prices
 from orchestration.plan import Planned
 
@@ -86,14 +86,14 @@ def shape(value: Mapping[str, Any]) -> str:
 def measured(storage: Storage, wanted: Iterable[str], *, now: float) -> Measured:
     """The median seconds of a step of each of the `wanted` shapes, over all finished epochs in storage."""
     shapes, wanted = {}, set(wanted)
-    for name in storage.children("trials"):
+    for name in begun_trials(storage):
         # Of a trial whose spec cannot be read nothing is measured; helix verify tells of it.
         with contextlib.suppress(CorruptObjectError, KeyError, TypeError, AttributeError):
             described = storage.get_json(f"trials/{name}/spec.json")
             if described is not None and (of := shape(described["spec"])) in wanted:
                 shapes[name] = of
     seconds: dict[Machine, dict[str, list[float]]] = {}
-    for name, state in read_all(storage, shapes, now=now).items():
+    for name, state in read_all(storage, shapes, now=now, tolerant=True).items():
         for machine, per_step in _steps(state):
             seconds.setdefault(machine, {}).setdefault(shapes[name], []).append(per_step)
     return {

@@ -28,7 +28,8 @@ from dashboards.view import SweepView
 from helix.addresses import shown_uri, without_secrets
 from helix.storage import is_sealed
 from orchestration.asked import Asked, asked_from_json
-from orchestration.ledger import ATTEMPT, CERTIFICATES, ROW, Status, TrialState, checked
+from orchestration.ledger import CERTIFICATES, Status, TrialState
+from orchestration.records import ATTEMPT, LIST, ROW, TEXT, checked, checked_result
 from orchestration.tracking import ACCURACIES, PLAIN, PLAN_FILE, STATE_FILE, be_brief
 
 T = TypeVar("T")
@@ -45,9 +46,8 @@ MOST_BYTES = 256 * 2**20
 #: So many trials are named where some lack something.
 NAMED = 5
 
-#: What states and results are read for everywhere.
-STATE = {"trial_id": str, "status": str, "attempts": list}
-RESULT = {"accuracy": dict, "rows": list}
+#: What states are read for everywhere.
+STATE = {"trial_id": TEXT, "status": TEXT, "attempts": LIST}
 
 #: How MLflow refuses: the words of its answer, and what to do about it.
 SIGN_IN = "it wants another user or password: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say them"
@@ -162,12 +162,7 @@ class Reader:
             )
         newest = max(known, key=lambda run: _number(run.data.tags.get("helix.plan_time")) or 0.0)
         value, place = self._file(newest, PLAN_FILE), f"{PLAN_FILE} of run {newest.info.run_id}"
-        try:
-            asked = asked_from_json(value, place)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{place} is no plan ({type(error).__name__}: {error}); a sweep writes it again"
-            ) from error
+        asked = asked_from_json(value, place)
         if asked.grid != grid or not asked.trials:
             raise ValueError(f"{place} is the plan of {asked.grid!r} with {len(asked.trials)} trials; wanted {grid!r}")
         return asked
@@ -270,12 +265,13 @@ def _state(trial_id: str, value: Any) -> TrialState | None:
         if not is_sealed(value) or checked(STATE_FILE, value, STATE)["trial_id"] != trial_id:
             return None
         result, heard, error = value.get("result"), value.get("heard"), value.get("error")
-        checked(STATE_FILE, result, RESULT)
+        if result is not None:  # its own seal is of rows that had more in them
+            checked_result(STATE_FILE, {name: one for name, one in result.items() if name != "sha256"})
         rows = value.get("rows", []) if result is None else result["rows"]
-        for found, needed in ((rows, ROW), (value["attempts"], ATTEMPT)):
+        for found, fields in ((rows, ROW), (value["attempts"], ATTEMPT)):
             for one in found:
-                checked(STATE_FILE, {} if one is None else one, needed)
-    except (ValueError, TypeError):
+                checked(STATE_FILE, {} if one is None else one, fields)
+    except (ValueError, TypeError, AttributeError):
         return None
     known = value["status"] in get_args(Status) and (value["status"] == "done") == (result is not None)
     if not known or not isinstance(heard, int | float | None) or not isinstance(error, str | None):

@@ -20,7 +20,7 @@ from helix.training.memory import Device, Placement, choose
 from helix.training.precision import require
 from orchestration.asked import Asked, AskedTrial
 from orchestration.grid import BACKBONES, Grid, Trial
-from orchestration.ledger import TrialState, certificates, read_all
+from orchestration.ledger import Records, TrialState, read_all, read_certificates
 from orchestration.money import Prices
 
 #: Within one frontend, parameter counts may differ by this share of the larger one (the paper's section 3.2).
@@ -163,22 +163,28 @@ class Snapshot:
             prices=self.prices,
         )
 
-    def states(self) -> dict[str, TrialState]:
-        """What storage knows of each trial of the plan, by its id."""
-        names = [entry.trial_id for entry in self.plan]
-        unknown = [name for name in names if name not in self._known or self._known[name].status != "done"]
-        states = read_all(self.storage, unknown, now=time.time(), known=self._known) if unknown else {}
+    def states(self, *, tolerant: bool = False) -> dict[str, TrialState]:
+        """What storage knows of each trial of the plan, by its id.
+
+        `tolerant`: of a trial with a damaged record the rest; else CorruptRecordError, so that nobody trains on it.
+        """
+        names, known = [entry.trial_id for entry in self.plan], self._known
+        unknown = [name for name in names if name not in known or known[name].status != "done" or known[name].damage]
+        how = {"now": time.time(), "known": known, "tolerant": tolerant}
+        states = read_all(self.storage, unknown, **how) if unknown else {}
         # Several threads look at once: each takes what it read itself, and leaves the newest for the next look.
         self._known = known = self._known | states
         return {name: known[name] for name in names}
 
     def __call__(self) -> SweepView:
+        records = Records(self.storage, tolerant=True)
         return self.asked.view(
-            self.states(),
+            self.states(tolerant=True),
             storage=repr(self.storage),
             now=time.time(),
-            certificates=certificates(self.storage),
+            certificates=read_certificates(records),
             waiting=self.waiting(),
+            damage=records.damage,
         )
 
 

@@ -3,7 +3,8 @@
     helix status --storage s3://bucket/prefix --grid esc50 --watch
     python -m orchestration.status ...       the same, without importing Ray, torch or MLflow
 
-Exit code: 0 every trial is done, 1 some are not, 2 there is nothing to show.
+Exit code: 0 every trial is done, 1 some are not, 2 there is nothing to show, 3 something that is stored is damaged: it
+is named, and the rest is shown.
 """
 
 import argparse
@@ -21,9 +22,9 @@ from dashboards.live import LiveView, as_json, render, standing
 from dashboards.summary import progress
 from dashboards.text import duration, listing
 from dashboards.view import SweepView
-from helix.storage import Storage, open_storage
-from orchestration.asked import Asked, asked_grids, drives, read_asked, read_drivers
-from orchestration.ledger import TrialState, read_all
+from helix.storage import CorruptObjectError, Storage, open_storage
+from orchestration.asked import Asked, asked_grids, drives, lost_plans, read_asked, read_drivers
+from orchestration.ledger import TrialState, begun_trials, read_all
 from orchestration.money import Prices, read_prices
 
 #: The last rows of a trial that are read: what its pace is measured on.
@@ -31,6 +32,7 @@ RECENT_ROWS = 5
 
 UNFINISHED = 1
 REFUSED = 2
+DAMAGED = 3
 INTERRUPTED = 130
 
 #: Columns where the output is no terminal.
@@ -64,9 +66,10 @@ class Standing:
         if asked is None:
             raise ValueError(unknown(self.storage, self.grid, asked_grids(self.storage)))
         names = [one.trial_id for one in asked.trials]
-        left = [name for name in names if name not in self._known or self._known[name].status != "done"]
+        known = self._known
+        left = [name for name in names if name not in known or known[name].status != "done" or known[name].damage]
         if left:
-            self._known |= read_all(self.storage, left, now=now, known=self._known, recent=RECENT_ROWS)
+            self._known |= read_all(self.storage, left, now=now, known=known, recent=RECENT_ROWS, tolerant=True)
         states = {name: self._known[name] for name in names}
         drivers = read_drivers(self.storage, self.grid)
         self._driven = any(drives(driver, now=now) for driver in drivers)
@@ -78,7 +81,9 @@ def why_waiting(
     asked: Asked, states: Mapping[str, TrialState], drivers: Sequence[Mapping[str, Any]], *, now: float
 ) -> str:
     """Why trials that are neither done nor running are not: what the drivers say, or that there is none."""
-    idle = [state for state in states.values() if state.status not in ("done", "running")]
+    # A trial whose result is damaged waits for nothing: no sweep goes on with it.
+    broken = {name for name, state in states.items() if state.error in state.damage}
+    idle = [one for name, one in states.items() if one.status not in ("done", "running") and name not in broken]
     if not idle:
         return ""
     active = [driver for driver in drivers if drives(driver, now=now)]
@@ -101,7 +106,7 @@ def unknown(storage: Storage, grid: str, known: Sequence[str]) -> str:
     """What to say of a grid that nothing was asked of."""
     if known:
         return f"no sweep of {grid!r} is stored in {storage!r}; stored: {listing(list(known))}"
-    if storage.children("trials"):
+    if begun_trials(storage):
         return (
             f"{storage!r} holds trials, but not what was asked for, which earlier versions did not store; run the same "
             "sweep again with this one (what is done is not trained again)"
@@ -132,24 +137,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         storage = open_storage(given.storage or os.environ.get("HELIX_STORAGE") or "runs")
         prices = read_prices(given.prices) if given.prices else None
         known = asked_grids(storage)
-        for grid in given.grid or ([] if known else [""]):
+        lost = [] if given.grid else lost_plans(storage)
+        for grid in given.grid or ([] if known or lost else [""]):
             if grid not in known:
                 raise ValueError(unknown(storage, grid, known))
-        standings = [Standing(storage, grid, prices=prices) for grid in given.grid or known]
-        views = [standing() for standing in standings]
+        standings, views, damage = _first_looks(storage, given.grid or known, prices)
+        damage += [f"{key} is not there, though drivers of its grid are; a sweep writes it again" for key in lost]
         if given.json:
             print(json.dumps([as_json(view) for view in views], indent=2))  # noqa: T201
         elif given.watch:
             views = watch(standings, console, every_s=given.every)
+            damage += [line for view in views for line in view.damage]
         else:
             for number, view in enumerate(views):
                 show(view, console, first=number == 0)
+        errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        for line in damage:  # what is damaged of a grid that is shown is told with it
+            errors.print(f"damaged: {line}", markup=False)
+        if damage or any(view.damage for view in views):
+            errors.print("helix verify lists all that is damaged, and says what to do", markup=False)
+            return DAMAGED
     except (ValueError, OSError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"refused: {error}", markup=False)
         return REFUSED
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0 if all(progress(view).finished for view in views) else UNFINISHED
+
+
+def _first_looks(
+    storage: Storage, grids: Sequence[str], prices: Prices | None
+) -> tuple[list[Standing], list[SweepView], list[str]]:
+    """Of each grid whose plan can be read how it stands, and a view; of the others what is damaged, a line each."""
+    standings, views, damage = [], [], []
+    for grid in grids:
+        try:
+            standing = Standing(storage, grid, prices=prices)
+            views.append(standing())
+            standings.append(standing)
+        except CorruptObjectError as error:
+            damage.append(f"{error.key}: {error.reason}")
+        except ValueError as error:
+            damage.append(str(error))
+    return standings, views, damage
 
 
 def show(view: SweepView, console: Console, *, first: bool = True) -> None:

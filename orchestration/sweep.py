@@ -42,7 +42,7 @@ from rich.table import Table
 
 from dashboards.live import LiveView
 from dashboards.report import report_tables, write_report
-from dashboards.tables import write_tables
+from dashboards.tables import drop_stale, write_tables
 from dashboards.terminal import summary_table
 from dashboards.text import cost_line, printable
 from dashboards.view import Spent, SweepView
@@ -164,11 +164,7 @@ def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) 
     except KeyboardInterrupt:
         out.print("interrupted; the same command continues where this one stopped")
         return INTERRUPTED
-    try:
-        return finish(sweep, out, stopped=stopped)
-    except (OSError, ValueError) as error:  # ValueError: what is stored is not JSON
-        out.print(f"no report: {error}; what is stored is not lost, the same command goes on with it", markup=False)
-        return unfinished(stopped)
+    return finish(sweep.storage, sweep.snapshot, out, stopped=stopped)
 
 
 def console() -> Console:
@@ -595,25 +591,37 @@ class RayMessages(io.TextIOBase):
 def put_reports(storage: Storage, write: Callable[[Path], tuple[Path, ...]]) -> tuple[Path, ...]:
     """Write reports into the local folder and, where the storage is a bucket, put them there as well."""
     local = local_folder(storage)
-    written = write(local / "reports")
+    page, *tables = written = write(local / "reports")
     if not isinstance(storage, FolderStorage):
         for path in written:
             storage.upload(path.relative_to(local).as_posix(), path)
+        drop_stale(storage, page.with_suffix("").relative_to(local).as_posix(), tables)
     return written
 
 
 def write_page(view: SweepView, page: Path) -> tuple[Path, ...]:
     """Write the report of a view and its tables beside it; the page, then the tables."""
     write_report(view, page, files=page.stem)
-    return page, *write_tables(report_tables(view), page.with_suffix(""))
+    tables = write_tables(report_tables(view), page.with_suffix(""))
+    drop_stale(FolderStorage(page.parent), page.stem, tables)
+    return page, *tables
 
 
-def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int:
-    """Bring MLflow up to date, write the report, print the table and where to look. Returns the exit code."""
-    view = with_memory(sweep.snapshot())
-    tracker = Tracker(sweep.storage)
+def finish(storage: Storage, look: Callable[[], SweepView], console: Console, *, stopped: str | None = None) -> int:
+    """Bring MLflow up to date, write the report, print the table and where to look. Returns the exit code.
 
-    report = put_reports(sweep.storage, lambda folder: write_page(view, folder / f"{view.grid}.html"))[0]
+    `look` gives the view of what is stored. `stopped`: why the sweep stopped, if it had to.
+    """
+    try:
+        return _finish(storage, with_memory(look()), console, stopped=stopped)
+    except (OSError, ValueError) as error:  # ValueError: what is stored is not JSON
+        console.print(f"no report: {error}; what is stored is not lost, the same command goes on with it", markup=False)
+        return unfinished(stopped)
+
+
+def _finish(storage: Storage, view: SweepView, console: Console, *, stopped: str | None) -> int:
+    tracker = Tracker(storage)
+    report = put_reports(storage, lambda folder: write_page(view, folder / f"{view.grid}.html"))[0]
     problem = attempt_replay(tracker, view, report)
     console.print(summary_table(view))
     states = [(cell.variant, trial) for cell, trial in view.trials()]
@@ -628,6 +636,10 @@ def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int
         if stopped is not None:
             console.print(f"stopped: {stopped}; every trial under way was saved", markup=False)
         console.print(f"{len(undone)} of {len(states)} trials are not done; the same command goes on with them")
+    for line in view.damage:
+        console.print(f"damaged: {printable(line)}", markup=False)
+    if view.damage:
+        console.print("helix verify lists all that is damaged, and says what to do")
     if view.spent.hours:
         console.print(f"cost:    {cost_line(view.spent)}", markup=False)
     console.print(f"\nreport:  {shlex.join([sys.executable, '-m', 'webbrowser', report.as_uri()])}", markup=False)
@@ -646,7 +658,7 @@ def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int
         for links in tracker.compare_links(view).values():
             for what, link in links.items():
                 console.print(f"{what + ':':9}{at.rstrip('/')}/{link}", markup=False)
-    return unfinished(stopped) if undone else 0
+    return unfinished(stopped) if undone or view.damage else 0
 
 
 def _mlflow_trouble(uri: str, problem: str) -> str:

@@ -13,6 +13,7 @@ run is a trial's is agreed on in the storage (orchestration/once.py), so that tw
 plan.json and state.json hold what orchestration/from_mlflow.py makes the report of without the storage.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -36,12 +37,13 @@ from dashboards.view import CellView, SweepView, TrialView
 from helix.addresses import without_secrets
 from helix.data.shards import Prepared, find
 from helix.statistics import CONFIDENCE, t_test
-from helix.storage import FolderStorage, Storage, is_sealed, json_bytes, sealed
+from helix.storage import CorruptObjectError, FolderStorage, Storage, is_sealed, json_bytes, sealed
 from orchestration.asked import plan_key
-from orchestration.ledger import CERTIFICATES, TrialState
+from orchestration.ledger import CERTIFICATES, Records, TrialState, begun_trials
 from orchestration.lineage import UNKNOWN
 from orchestration.model_store import best_weights_sha256, register
 from orchestration.once import made_once
+from orchestration.records import checked_result
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +197,7 @@ class Tracker:
         if parent is not None:
             self._parents[summary.cell.dataset, summary.cell.variant] = parent.info.run_id
             self._summary(client, experiment, view, summary, parent)
+            self._adopt(client, experiment, parent)
 
     def _report(self, client: MlflowClient, view: SweepView, dataset: str) -> Run:
         """The run of what a grid asked and found."""
@@ -204,8 +207,10 @@ class Tracker:
 
     def _asked(self, client: MlflowClient, view: SweepView) -> None:
         """Put what was asked of the grid last, as storage keeps it, beside the cells that anything was done for."""
-        plan = self.storage.get_json(plan_key(view.grid)) if self._parents else None
-        if plan is None or not is_sealed(plan):  # a damaged one is mended by the next sweep
+        plan = None
+        with contextlib.suppress(CorruptObjectError):  # a damaged one is mended by the next sweep
+            plan = self.storage.get_json(plan_key(view.grid)) if self._parents else None
+        if plan is None or not is_sealed(plan):
             return
         for dataset in dict.fromkeys(dataset for dataset, _ in self._parents):
             run = self._report(client, view, dataset)
@@ -351,6 +356,13 @@ class Tracker:
                 self._files(client, run, state.result, described)
             self._settled.add(trial.trial_id)
 
+    def _adopt(self, client: MlflowClient, experiment: str, parent: Run) -> None:
+        """Put the runs of all trials of a cell under its run: one that was deleted by hand and made anew has none."""
+        key = parent.data.tags["helix.key"]
+        for name in [name for name, cell in self._cells.items() if cell == key]:
+            if (run := self._runs[experiment].get(name)) is not None:
+                self._tag(client, run, "mlflow.parentRunId", parent.info.run_id)
+
     def _files(self, client: MlflowClient, run: Run, result: dict[str, Any], described: dict[str, Any]) -> None:
         """What a finished trial leaves in files: its resolved spec, and what it took for what."""
         client.log_dict(run.info.run_id, described, "spec.json")
@@ -434,22 +446,28 @@ class Tracker:
 
     def _results(self, key: str) -> dict[str, dict[str, Any]]:
         """The results of every finished trial of the cell `key` in storage, by id; what is read once is remembered."""
-        for name in self.storage.children("trials"):
+        for name in begun_trials(self.storage):
             self._described(name)
         ours = {name for name, cell in self._cells.items() if cell == key}
         for name in ours - self._finished.keys():
-            result = self.storage.get_json(f"trials/{name}/result.json")
+            # One that is damaged counts no more than one that is not there; the state of its trial names it.
+            result = Records(self.storage, tolerant=True).get(f"trials/{name}/result.json", checked_result)
             if result is not None:
                 self._finished[name] = {item: result[item] for item in KEPT if item in result}
         return {name: self._finished[name] for name in sorted(ours & self._finished.keys())}
 
     def _described(self, name: str) -> dict[str, Any] | None:
-        """The spec.json of a trial, which never changes; None where it was not put yet."""
+        """The spec.json of a trial, which never changes; None where it was not put yet, or is damaged."""
         if name not in self._specs:
-            described = self.storage.get_json(f"trials/{name}/spec.json")
-            if described is None:
+            try:
+                described = self.storage.get_json(f"trials/{name}/spec.json")
+                if described is None:
+                    return None
+                cell = f"cell-{cell_id(described)}"
+            except (CorruptObjectError, KeyError, TypeError, AttributeError):
+                logger.debug("the spec of trial %s cannot be read", name, exc_info=True)
                 return None
-            self._specs[name], self._cells[name] = described, f"cell-{cell_id(described)}"
+            self._specs[name], self._cells[name] = described, cell
         return self._specs[name]
 
     def _data(self, described: dict[str, Any]) -> Prepared | None:

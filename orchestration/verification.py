@@ -10,7 +10,7 @@ from helix.data.shards import prepared_prefixes, verify
 from helix.storage import CorruptObjectError, Storage, is_sealed, json_bytes
 from helix.training.checkpoint import committed, damage, load_best
 from orchestration.asked import GRIDS
-from orchestration.ledger import CERTIFICATES
+from orchestration.ledger import CERTIFICATES, begun_trials
 from orchestration.preprocessing import FACTS, summary
 
 #: The files of a trial (orchestration/ledger.py) that are JSON by themselves, and those that a manifest vouches for;
@@ -52,7 +52,7 @@ def verify_storage(
     for key in storage.keys(CERTIFICATES) if dataset is None else []:
         if key.endswith(".json"):
             found.damaged.extend(_read_json(storage, key)[1])
-    for trial_id in storage.children("trials") if dataset is None else []:
+    for trial_id in begun_trials(storage) if dataset is None else []:
         say(f"trials/{trial_id}")
         problems = _trial_problems(storage, trial_id)
         found.damaged.extend(problems)

@@ -7,6 +7,7 @@ worker: leases, attempts and all that is stored are its own. The others follow i
 import json
 import logging
 import os
+import re
 import socket
 import time
 import traceback
@@ -33,11 +34,12 @@ from helix.training.ranks import BACKENDS, RankLostError, Ranks
 from helix.training.trainer import Fit, StoppedError, fit, trial_folder
 from orchestration.connection import POLL_S, this_machine
 from orchestration.lease import FIRST_STEP_S, LeaseLostError, Watch, acquire
-from orchestration.ledger import ATTEMPT, attempts_at, checked, heartbeat_of, is_done
+from orchestration.ledger import ATTEMPT_KEY, attempts_at, heartbeat_of, is_done
 from orchestration.lineage import code_like
 from orchestration.meter import Meter
 from orchestration.metrics import TrialMetrics
 from orchestration.notices import Notices, sigterm_notice
+from orchestration.records import ATTEMPT, checked
 from orchestration.recovery import UNWRITABLE, Budget, Ended, decide, is_loss, kind, mean_between_losses_s, smaller
 from orchestration.stop import asked
 
@@ -512,6 +514,8 @@ def _close_lost(storage: Storage, name: str, heartbeat: Mapping[str, Any]) -> No
     Only who holds the lease may: every other attempt is over then.
     """
     for key in storage.keys(f"{trial_folder(name)}/attempts"):
+        if not re.fullmatch(ATTEMPT_KEY, key):
+            continue
         record = checked(key, storage.get_json(key), ATTEMPT)
         if "ended" not in record:
             said = heartbeat if heartbeat.get("attempt_id") == record["attempt_id"] else {}

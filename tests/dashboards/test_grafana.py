@@ -233,6 +233,67 @@ def test_the_numbers_are_those_of_the_sweep(observed: Observed):
     assert {one["grid"] for one in grids} == {"demo"}, "the variable of the dashboard lists the grids"
 
 
+def shown(panel: str, ref: str = "A") -> str:
+    """The expression of a panel, for all grids: what Grafana asks when All is chosen."""
+    (one,) = [
+        one for one in PANELS if one["title"] == panel and {target["refId"] for target in one["targets"]} >= {ref}
+    ]
+    expression = next(target["expr"] for target in one["targets"] if target["refId"] == ref)
+    return expression.replace("$grid", ".*").replace("$__rate_interval", "5m")
+
+
+#: Two sweeps at once, as two drivers and their workers tell of them; a head may be scraped under two addresses.
+TWO_GRIDS = {
+    'ray_helix_trials{grid="a",status="done",instance="1"}': 8,
+    'ray_helix_trials{grid="a",status="done",instance="2"}': 8,
+    'ray_helix_trials{grid="b",status="done",instance="1"}': 3,
+    'ray_helix_trials{grid="a",status="missing",instance="1"}': 2,
+    'ray_helix_trials{grid="b",status="partial",instance="1"}': 5,
+    'ray_helix_attempts{grid="a",outcome="lost",instance="1"}': 4,
+    'ray_helix_attempts{grid="b",outcome="lost",instance="1"}': 1,
+    'ray_helix_attempts{grid="b",outcome="failed",instance="1"}': 6,
+    'ray_helix_epoch{grid="a",trial="mamba-raw fold 1 seed 0",instance="1"}': 7,
+    'ray_helix_epoch{grid="b",trial="mamba-raw fold 1 seed 0",instance="2"}': 2,
+    'ray_helix_cost_usd{grid="a",instance="1"}': 1.5,
+    'ray_helix_cost_usd{grid="b",instance="1"}': 2.5,
+}
+
+
+@pytest.mark.service
+@pytest.mark.parametrize(
+    ("expression", "wanted"),
+    [
+        (shown("Trials"), {'{status="done"}': 11, '{status="missing"}': 2, '{status="partial"}': 5}),
+        (shown("Attempts"), {'{outcome="lost"}': 5, '{outcome="failed"}': 6}),
+        (shown("Queue"), {'{grid="a"}': 2, '{grid="b"}': 5}),
+        (shown("Preemptions"), {'{grid="a"}': 4, '{grid="b"}': 1}),
+        (
+            shown("Epochs"),
+            {f'{{grid="{grid}", trial="mamba-raw fold 1 seed 0"}}': epoch for grid, epoch in (("a", 7), ("b", 2))},
+        ),
+        (shown("Cost so far"), {'{grid="a"}': 1.5, '{grid="b"}': 2.5}),
+    ],
+    ids=["Trials", "Attempts", "Queue", "Preemptions", "Epochs", "Cost so far"],
+)
+def test_two_grids_at_once_are_counted_together_or_apart(expression: str, wanted: dict[str, float], tmp_path: Path):
+    if shutil.which("promtool") is None:
+        pytest.skip("no promtool on this machine (Debian: apt-get install prometheus)")
+    for number, samples in enumerate((wanted, {name: value + 1 for name, value in wanted.items()})):
+        expected = [{"labels": labels, "value": value} for labels, value in samples.items()]
+        test = {
+            "interval": "1m",
+            "input_series": [{"series": name, "values": f"{value}x3"} for name, value in TWO_GRIDS.items()],
+            "promql_expr_test": [{"expr": expression, "eval_time": "1m", "exp_samples": expected}],
+        }
+        (tmp_path / f"{number}.yml").write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": [test]}))
+    right, wrong = (
+        subprocess.run(["promtool", "test", "rules", tmp_path / f"{number}.yml"], capture_output=True, text=True)
+        for number in (0, 1)
+    )
+    assert right.returncode == 0, right.stdout + right.stderr
+    assert wrong.returncode != 0, "promtool would tell other numbers"
+
+
 @pytest.mark.ray
 @pytest.mark.service
 def test_an_expression_that_is_wrong_would_be_noticed(observed: Observed):

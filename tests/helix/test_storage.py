@@ -102,6 +102,23 @@ def test_deleting_what_is_not_there_is_fine(storage: Storage):
     assert not storage.exists(KEY)
 
 
+@pytest.mark.parametrize("key", ["trials/.DS_Store/spec.json", "trials"])
+def test_a_key_below_a_file_and_a_folder_are_keys_that_are_not_there(storage: Storage, tmp_path: Path, key: str):
+    storage.put("trials/.DS_Store", b"Bud1")
+    for read in (
+        storage.get,
+        lambda key: storage.get_range(key, 0, 1),
+        lambda key: storage.download(key, tmp_path / "copy"),
+    ):
+        with pytest.raises(FileNotFoundError):
+            read(key)
+    assert storage.get_json(key) is None and storage.size(key) is None and not storage.exists(key)
+    if key.endswith(".json"):
+        storage.delete(key)
+        assert storage.children(key) == list(storage.keys(key)) == []
+    assert storage.get("trials/.DS_Store") == b"Bud1" and not (tmp_path / "copy").exists()
+
+
 def test_folders_go_with_their_last_key_and_not_before(storage: Storage):
     storage.put("a/b/one", b"1")
     storage.put("a/b/c/two", b"2")

@@ -27,7 +27,8 @@ def compared(tmp_path: Path, before: list[float], after: list[float], *, same: b
         name = f"{fold:016d}" if same else f"9{fold:015d}"
         entries.append(TrialEntry(variant="mamba-raw", backbone="mamba", spec=spec, state=state(name, accuracy)))
     for fold, accuracy in enumerate(before, 1):
-        result = {"accuracy": {"best_test": accuracy}, "rows": [{"epoch": 1, "step": 1}]}
+        row = {"epoch": 1, "step": 1, "test_accuracy": accuracy, "seconds": 1.0, "time": 1.0}
+        result = {"accuracy": {"best_test": accuracy}, "rows": [row], "finished": 1.0}
         storage.put_json(f"trials/{fold:016d}/result.json", result)
         trials.append({"variant": "mamba-raw", "fold": fold, "seed": 0, "trial_id": f"{fold:016d}"})
     view = SweepView.build(

@@ -34,7 +34,7 @@ def ran(storage: FolderStorage, trial: Trial, recordings: Any, *, epoch_s: float
     attempt = {"attempt_id": "a", "sweep_id": "s", "started": 0.0, "ended": 1e6, "outcome": "lost", **machine}
     storage.put_json(f"{folder}/attempts/a.json", attempt)
     for epoch in range(1, epochs + 1):
-        row = {"epoch": epoch, "step": 3 * epoch, "seconds": epoch_s, "time": 100.0 * epoch}
+        row = {"epoch": epoch, "step": 3 * epoch, "test_accuracy": 0.5, "seconds": epoch_s, "time": 100.0 * epoch}
         storage.put_json(f"{folder}/metrics/epoch-{epoch:04d}.json", row)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from helix.storage import CorruptRecordError, FolderStorage, Storage
-from orchestration.ledger import SILENCE_S, TrialState, is_done, read, read_all
+from helix.storage import CorruptRecordError, FolderStorage, Storage, sealed
+from orchestration.ledger import SILENCE_S, TrialState, attempts_at, begun_trials, is_done, read, read_all
 
 TRIAL = "0123456789abcdef"
 NOW = 1_000_000.0
@@ -22,12 +22,16 @@ def beat(name: str = "1", *, time: float, step: int = 5) -> dict[str, Any]:
     return {"heartbeat.json": {"attempt_id": name, "time": time, "step": step}}
 
 
+def row(epoch: int, step: int) -> dict[str, Any]:
+    return {"epoch": epoch, "step": step, "test_accuracy": 0.5, "seconds": 1.0, "time": LATELY}
+
+
 def rows(count: int) -> dict[str, Any]:
-    return {f"metrics/epoch-{epoch:04d}.json": {"epoch": epoch, "step": 10 * epoch} for epoch in range(1, count + 1)}
+    return {f"metrics/epoch-{epoch:04d}.json": row(epoch, 10 * epoch) for epoch in range(1, count + 1)}
 
 
 def result(epochs: int) -> dict[str, Any]:
-    return {"result.json": {"rows": list(rows(epochs).values())}}
+    return {"result.json": {"rows": list(rows(epochs).values()), "accuracy": {"last": 0.5}, "finished": LATELY}}
 
 
 FAILED = {"ended": LATELY, "outcome": "failed", "error": "OSError: no space"}
@@ -93,8 +97,7 @@ def test_a_failed_trial_says_why(tmp_path: Path):
 
 
 def test_an_attempt_that_was_killed_after_its_result_was_put_has_ended_then(tmp_path: Path):
-    done = {"result.json": {"rows": list(rows(1).values()), "finished": LATELY}}
-    storage = write(tmp_path, attempt("1") | attempt("2", started=LONG_AGO + 1) | done)
+    storage = write(tmp_path, attempt("1") | attempt("2", started=LONG_AGO + 1) | result(1))
     found = [(one["outcome"], one["ended"]) for one in read(storage, TRIAL, now=NOW).attempts]
     assert found == [("lost", LATELY), ("done", LATELY)]
 
@@ -211,8 +214,8 @@ def test_a_trial_that_was_begun_anew_is_read_as_a_whole(tmp_path: Path):
     first, _ = reads(storage, None)
     for epoch in (1, 2, 3):
         storage.delete(f"trials/{TRIAL}/metrics/epoch-{epoch:04d}.json")
-    write(tmp_path, {"metrics/epoch-0001.json": {"epoch": 1, "step": 99}})
-    assert reads(storage, first)[0].rows == ({"epoch": 1, "step": 99},)
+    write(tmp_path, {"metrics/epoch-0001.json": row(1, 99)})
+    assert reads(storage, first)[0].rows == (row(1, 99),)
 
 
 BEST = {"best/manifest.json": {"body": {"metric": "test_accuracy", "value": 0.75}}}
@@ -236,6 +239,62 @@ def test_all_rows_are_read_where_nothing_tells_the_best(tmp_path: Path, manifest
     storage = write(tmp_path, rows(9) | manifest)
     state = read(storage, TRIAL, now=NOW, recent=2)
     assert len(state.rows) == 9 and state.best is None
+
+
+def damaged(storage: Storage, **how: Any) -> tuple[TrialState, list[str]]:
+    """The state as far as it can be read, and the records that are named."""
+    state = read(storage, TRIAL, now=NOW, tolerant=True, **how)
+    return state, [line.partition(": ")[0].removeprefix(f"trials/{TRIAL}/") for line in state.damage]
+
+
+def test_of_a_trial_with_damaged_records_the_rest_is_told(tmp_path: Path):
+    storage = write(tmp_path, attempt("1", **FAILED) | attempt("2") | beat("2", time=LATELY, step=35) | rows(3))
+    whole = read(storage, TRIAL, now=NOW)
+    assert damaged(storage) == (whole, [])
+    storage.put(f"trials/{TRIAL}/metrics/epoch-0002.json", b"{")
+    storage.put(f"trials/{TRIAL}/attempts/1.json", b"[]")
+    state, named = damaged(storage)
+    assert named == ["attempts/1.json", "metrics/epoch-0002.json"]
+    assert (state.status, state.step, [row["epoch"] for row in state.rows]) == ("running", 35, [1, 3])
+    assert damaged(storage, known=state) == (state, named)
+    storage.put_json(f"trials/{TRIAL}/metrics/epoch-0002.json", row(2, 20))
+    storage.put_json(f"trials/{TRIAL}/attempts/1.json", attempt("1", **FAILED)["attempts/1.json"])
+    assert damaged(storage, known=state) == (whole, [])
+
+
+def test_a_trial_with_a_damaged_result_is_not_done_and_says_why(tmp_path: Path):
+    contents = attempt("1", **DONE) | rows(3) | result(3)
+    storage = write(tmp_path, contents)
+    storage.put_json(f"trials/{TRIAL}/result.json", sealed(contents["result.json"]))
+    assert read(storage, TRIAL, now=NOW).status == "done"
+    storage.put_json(f"trials/{TRIAL}/result.json", sealed(contents["result.json"]) | {"accuracy": {"last": 0.99}})
+    with pytest.raises(CorruptRecordError, match=f"trials/{TRIAL}/result.json: does not match its own checksum"):
+        read(storage, TRIAL, now=NOW)
+    state, named = damaged(storage)
+    assert (state.status, state.result, state.epochs_done, named) == ("failed", None, 3, ["result.json"])
+    assert state.error == state.damage[0] == f"trials/{TRIAL}/result.json: does not match its own checksum"
+
+
+def test_a_damaged_attempt_of_a_trial_that_is_done_is_looked_at_again(tmp_path: Path):
+    storage = write(tmp_path, attempt("1", **DONE) | result(2))
+    whole = read(storage, TRIAL, now=NOW)
+    storage.put(f"trials/{TRIAL}/attempts/1.json", b"{")
+    state, named = damaged(storage)
+    assert (state.status, state.attempts, named) == ("done", (), ["attempts/1.json"])
+    write(tmp_path, attempt("1", **DONE))
+    assert damaged(storage, known=state) == (whole, [])
+
+
+def test_files_that_are_not_ours_are_not_read(tmp_path: Path):
+    storage = write(tmp_path, attempt() | beat(time=LATELY) | rows(2))
+    whole = read(storage, TRIAL, now=NOW)
+    for folder in ("", f"{TRIAL}/", f"{TRIAL}/attempts/", f"{TRIAL}/metrics/"):
+        for name in (".DS_Store", "._1.json", "Thumbs.db", "desktop.ini"):
+            (storage.root / f"trials/{folder}{name}").write_bytes(b"\x00\x01Bud1")
+    assert read(storage, TRIAL, now=NOW) == whole
+    assert attempts_at(storage, TRIAL) == list(whole.attempts)
+    assert begun_trials(storage) == [TRIAL]
+    assert read_all(storage, [TRIAL], now=NOW) == {TRIAL: whole}
 
 
 @pytest.mark.parametrize("data", [b"{oh", b"\xff\xfe", b"[]", b"7", b'{"time": "noon", "step": null, "attempt_id": 3}'])

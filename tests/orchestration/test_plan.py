@@ -16,7 +16,7 @@ from helix.models.classifier import Cost
 from helix.protocol import PROFILES
 from helix.registry import GRIDS
 from helix.spec import trial_id
-from helix.storage import FolderStorage, Storage
+from helix.storage import CorruptRecordError, FolderStorage, Storage, sealed
 from orchestration import plan as plan_module
 from orchestration.grid import PRESETS, Grid, Trial, Variant, expand, load_grid
 from orchestration.plan import (
@@ -214,14 +214,45 @@ def snapshot(storage: Storage, trials: Sequence[Trial], recordings: Any) -> Snap
     )
 
 
+def finished(*epochs: int) -> dict[str, Any]:
+    """A result, as far as it is read."""
+    said = {"test_accuracy": 0.5, "seconds": 1.0, "time": 1.0}
+    rows = [{"epoch": epoch, "step": 13 * epoch, **said} for epoch in epochs]
+    return {"rows": rows, "accuracy": {"best_test": 0.5}, "finished": 1.0}
+
+
+def test_what_is_damaged_stops_a_training_and_no_report(tmp_path: Path):
+    storage = FolderStorage(tmp_path)
+    snap = snapshot(storage, expand(load_grid("demo"), variants=["mamba-raw"]), prepared())
+    whole, broken = [entry.trial_id for entry in snap.plan]
+    storage.put_json(f"trials/{whole}/result.json", finished(1))
+    changed = sealed(finished(1)) | {"accuracy": {"best_test": 0.99}}
+    storage.put_json(f"trials/{broken}/result.json", changed)
+    storage.put("certificates/0123.json", b"{")
+    with pytest.raises(CorruptRecordError, match=f"{broken}/result.json: does not match its own checksum"):
+        snap.states()
+    for _ in range(2):
+        view = snap()
+        states = {trial.trial_id: trial.state for _, trial in view.trials()}
+        assert {name: state.status for name, state in states.items()} == {whole: "done", broken: "failed"}
+        assert states[broken].result is None and "checksum" in str(states[broken].error)
+        assert [line.partition(": ")[0] for line in view.damage] == [
+            f"trials/{broken}/result.json",
+            "certificates/0123.json",
+        ]
+    with pytest.raises(CorruptRecordError, match=broken):
+        snap.states()
+    storage.put_json(f"trials/{broken}/result.json", sealed(finished(1)))
+    assert {state.status for state in snap.states().values()} == {"done"}
+
+
 def test_a_snapshot_shows_every_trial_as_storage_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     now = 1000.0
     monkeypatch.setattr(plan_module.time, "time", lambda: now)
     storage, recordings = FolderStorage(tmp_path), prepared()
     snap = snapshot(storage, expand(load_grid("demo"), variants=["mamba-raw", "helix-mel"]), recordings)
     done, running, failed, missing = [entry.trial_id for entry in snap.plan]
-    rows = [{"epoch": epoch, "step": 13 * epoch, "test_accuracy": 0.5} for epoch in (1, 2)]
-    storage.put_json(f"trials/{done}/result.json", {"rows": rows})
+    storage.put_json(f"trials/{done}/result.json", finished(1, 2))
     storage.put_json(f"trials/{running}/attempts/1.json", {"attempt_id": "1", "started": now - 1})
     storage.put_json(
         f"trials/{failed}/attempts/1.json",
@@ -272,7 +303,7 @@ def test_a_finished_trial_is_read_once(tmp_path: Path):
     storage.put_json(f"trials/{entry.trial_id}/spec.json", {})
     assert snap.states()[entry.trial_id].status == "missing"
     assert storage.results_read == 0  # a listing tells that there is none
-    storage.put_json(f"trials/{entry.trial_id}/result.json", {"rows": [{"epoch": 1, "step": 13}]})
+    storage.put_json(f"trials/{entry.trial_id}/result.json", finished(1))
     for _ in range(3):
         assert snap.states()[entry.trial_id].status == "done"
         assert storage.results_read == 1

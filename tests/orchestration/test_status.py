@@ -17,7 +17,7 @@ from rich.console import Console
 
 from dashboards.text import GAP
 from helix.loopback import FaultProxy
-from helix.storage import FolderStorage, Storage, open_storage
+from helix.storage import FolderStorage, Storage, open_storage, sealed
 from orchestration import cli, status
 from orchestration.asked import DriverRecord, put_asked
 from orchestration.ledger import SILENCE_S
@@ -193,6 +193,25 @@ def test_json_says_the_same_of_every_grid(storage: Storage, capsys):
     assert values[1]["cost"]["usd"] == pytest.approx(0.4, rel=1e-3)
 
 
+def test_what_has_no_price_is_not_told_to_be_free(storage: Storage, capsys):
+    fill(storage, lambda number: "running" if number < 2 else "missing")
+    unknown, priced, not_begun = (one.trial_id for one in asked().trials[:3])
+    storage.put_json(f"trials/{unknown}/attempts/1.json", attempt(instance_type="a laptop", market=None))
+
+    def costs() -> tuple[dict[str, Any], dict[str, Any]]:
+        assert cli.main(["status", "--storage", repr(storage), "--json"]) == status.UNFINISHED
+        (value,) = json.loads(capsys.readouterr().out)
+        return value["cost"], {trial["trial_id"]: (trial["usd"], trial["unpriced_hours"]) for trial in value["trials"]}
+
+    cost, trials = costs()
+    assert trials[unknown] == (None, pytest.approx(1.0, rel=1e-3))
+    assert trials[priced] == (pytest.approx(0.4, rel=1e-3), 0.0)
+    assert trials[not_begun] == (0.0, 0.0), "what was never begun did cost nothing"
+    assert (cost["usd"], cost["unpriced_hours"]) == (trials[priced][0], trials[unknown][1])
+    storage.put_json(f"trials/{priced}/attempts/1.json", attempt(instance_type=None, market=None))
+    assert (costs()[0]["usd"], costs()[0]["lost_usd"]) == (None, None)
+
+
 def test_only_the_last_rows_are_read_and_show_what_all_would(storage: Storage):
     fill(storage, lambda number: "running" if number == 0 else "missing", epochs=7)
     few = Standing(storage, "demo")()
@@ -310,13 +329,125 @@ def test_a_sweep_that_runs_is_seen_from_its_storage_alone(tmp_path: Path, capsys
     assert "ended" in storage.get_json(driver)
 
 
-def test_a_damaged_file_is_named_and_where_to_ask_for_all_of_them(storage: Storage, capsys):
-    fill(storage, lambda _number: "done")
-    key = next(key for key in storage.keys("trials") if key.endswith("result.json"))
-    storage.put(key, b"12345 oh")
-    assert status.main(["--storage", repr(storage)]) == 2
-    told = capsys.readouterr().err
-    assert key in told and "helix verify" in told
+def changed(**fields: Any) -> Callable[[bytes], bytes]:
+    """Damage that leaves JSON: these fields are other ones; None takes a field away."""
+
+    def change(data: bytes) -> bytes:
+        value = json.loads(data)
+        value |= fields
+        return json.dumps({name: one for name, one in value.items() if one is not None}).encode()
+
+    return change
+
+
+#: (which trial, which of its files, what becomes of it) -> what is said of it, and how the trial is shown then.
+DAMAGE: dict[str, tuple[str, str, Callable[[bytes], bytes], str, str]] = {
+    "cut result": ("done", "result.json", lambda data: data[:100], "is not JSON", "failed"),
+    "no bytes": ("done", "result.json", lambda _: b"", "is not JSON", "failed"),
+    "changed result": ("done", "result.json", changed(accuracy={"last": 0.99}), "its own checksum", "failed"),
+    "attempt that is a list": ("running", "attempts/1.json", lambda _: b"[]", "no JSON object but list", "paused"),
+    "no start": ("running", "attempts/1.json", changed(started=None), "has no started", "paused"),
+    "end that is a text": ("failed", "attempts/1.json", changed(ended="yes"), "has 'yes' for ended", "paused"),
+    "start that is no number": (
+        "running",
+        "attempts/1.json",
+        changed(started=float("nan")),
+        "has nan for started",
+        "paused",
+    ),
+    "row without seconds": ("running", "metrics/epoch-0003.json", changed(seconds=None), "has no seconds", "running"),
+    "seconds that are a text": (
+        "running",
+        "metrics/epoch-0003.json",
+        changed(seconds="x"),
+        "has 'x' for seconds, wanted a finite number",
+        "running",
+    ),
+    "accuracy that is a text": (
+        "silent",
+        "metrics/epoch-0001.json",
+        changed(test_accuracy="y"),
+        "has 'y' for test_accuracy, wanted a fraction",
+        "paused",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_record_is_named_and_all_the_rest_is_shown(storage: Storage, capsys, case: str):
+    stands, name, damage, reason, word = DAMAGE[case]
+    kinds = ("done", "running", "silent", "failed", "missing")
+    fill(storage, lambda number: kinds[number % 5])
+    whole = said(capsys, storage)[1]
+    one = asked().trials[kinds.index(stands)]
+    key = f"trials/{one.trial_id}/{name}"
+    if name == "result.json":
+        storage.put_json(key, sealed(storage.get_json(key)))
+        assert said(capsys, storage)[1] == whole, "a seal changes nothing"
+    storage.put(key, damage(storage.get(key)))
+    code, lines = said(capsys, storage)
+    assert code == status.DAMAGED
+    (named,) = [line for line in lines if line.startswith("damaged: ")]
+    assert named.startswith(f"damaged: {key}: ") and reason in named
+    assert "helix verify" in lines[-1]
+    label = f"{one.variant} fold {one.spec.data.fold} seed {one.spec.seed}: "
+    (shown,) = [line.removeprefix(label) for line in lines if line.startswith(label)]
+    assert shown.startswith(word)
+    others = [line for line in whole if " fold " in line and not line.startswith(label)]
+    assert [line for line in lines if line in others] == others and len(others) == 11
+    assert cli.main(["status", "--storage", repr(storage), "--json"]) == status.DAMAGED
+    (value,) = json.loads(capsys.readouterr().out)
+    assert value["damaged"] == [named.removeprefix("damaged: ")]
+    console = Console(file=StringIO(), force_terminal=True, color_system=None, width=200)
+    status.show(Standing(storage, "demo")(), console)
+    assert isinstance(console.file, StringIO) and named in console.file.getvalue()
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "another's"])
+def test_a_damaged_plan_hides_no_other_grid(storage: Storage, capsys, damage: str):
+    fill(storage, lambda _: "done")
+    whole = said(capsys, storage)[1]
+    DriverRecord(storage, "another", "s1", clock=lambda: NOW).say()
+    plan = replace(asked(), grid="demo" if damage == "another's" else "another").as_json()
+    if damage == "cut":
+        storage.put("grids/another/plan.json", json.dumps(plan).encode()[:-7])
+    elif damage == "changed":
+        storage.put_json("grids/another/plan.json", plan | {"question": "?"})
+    elif damage == "another's":
+        storage.put_json("grids/another/plan.json", plan)
+    code, lines = said(capsys, storage)
+    assert (code, lines[: len(whole)]) == (status.DAMAGED, whole)
+    (named,) = [line for line in lines if line.startswith("damaged: ")]
+    assert "grids/another/plan.json" in named
+    assert said(capsys, storage, "--grid", "demo") == (0, whole)
+    code, lines = said(capsys, storage, "--grid", "another")
+    assert code == (status.REFUSED if damage == "gone" else status.DAMAGED)
+    assert len(lines) == (1 if damage == "gone" else 2) and "another" in lines[0]
+
+
+def test_a_trial_whose_result_is_damaged_waits_for_no_sweep(storage: Storage, capsys):
+    fill(storage, lambda _: "done")
+    storage.put(f"trials/{asked().trials[0].trial_id}/result.json", b"{")
+    lines = said(capsys, storage)[1]
+    assert lines[0].endswith("12 trials; 11 done, 1 failed")
+    assert not any("The same command goes on" in line for line in lines)
+
+
+def test_files_that_others_leave_in_folders_change_nothing(storage: FolderStorage, capsys):
+    fill(storage, lambda number: ("done", "running", "silent", "failed", "missing")[number % 5])
+    DriverRecord(storage, "demo", "s1", clock=lambda: NOW - 3).say(waiting="waiting for a GPU")
+    whole = said(capsys, storage)
+    folders = {path.parent for path in storage.root.rglob("*.json")}
+    for folder in [storage.root / "grids", storage.root / "trials", *folders]:
+        for name in (".DS_Store", "._plan.json", "Thumbs.db"):
+            (folder / name).write_bytes(b"\x00\x01Bud1")
+    assert said(capsys, storage) == whole
+    (storage.root / "trials").rename(storage.root / "elsewhere")
+    (storage.root / "grids" / "demo").rename(storage.root / "another")
+    (storage.root / "trials").mkdir()
+    (storage.root / "trials" / ".DS_Store").touch()
+    code, lines = said(capsys, storage)
+    assert code == status.REFUSED and lines[0].startswith("refused: nothing of a sweep is stored in")
 
 
 @pytest.mark.parametrize("terminal", [True, False])

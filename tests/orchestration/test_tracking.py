@@ -176,6 +176,27 @@ def test_the_mean_of_a_cell_is_over_all_its_trials_whichever_sweep_trained_them(
         assert cell.data.metrics["last_accuracy_std"] == pytest.approx(abs(values[0] - values[1]) / 2)
 
 
+def test_trials_move_under_the_new_run_of_a_cell_whose_run_was_deleted(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    for entry in plan:
+        train(entry, tiny_data, storage)
+    Tracker(storage).replay(snapshot())
+    client = MlflowClient(tracking.tracking_uri(storage))
+    before = runs(storage)
+    gone = before["cell"][0].info.run_id
+    client.delete_run(gone)
+    # The next sweep asks for one fold only; the trials of the other one are of the cell too.
+    snapshot.plan = [entry for entry in plan if entry.trial.spec.data.fold == 1]
+    Tracker(storage).replay(snapshot())
+    after = runs(storage)
+    cells = {run.info.run_id: run.info.run_name for run in after["cell"]}
+    assert len(cells) == 2 and gone not in cells
+    assert {run.info.run_id for run in after["trial"]} == {run.info.run_id for run in before["trial"]}
+    for run in after["trial"]:
+        assert run.info.run_name.startswith(f"{cells[run.data.tags['mlflow.parentRunId']]} fold")
+    assert [cell.data.metrics["n"] for cell in after["cell"]] == [2, 2]
+
+
 def test_cells_that_differ_in_anything_differ_in_a_param(sweep, tiny_data, storage):
     snapshot, plan = sweep
     entry = plan[0]
