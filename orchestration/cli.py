@@ -41,6 +41,7 @@ from orchestration.from_mlflow import view_from_mlflow
 from orchestration.grid import BACKBONES, GRIDS, PRESETS, expand, load_grid
 from orchestration.ledger import CERTIFICATES
 from orchestration.money import MARKETS, machine_facts, read_prices
+from orchestration.options import add_data_arguments, chosen_storage, names, numbers, sweep_parser
 from orchestration.plan import check_trials, make_plan, with_memory
 from orchestration.preprocessing import clip_facts, described, prepare_with_ray, prepared_data, refuse_needless, summary
 from orchestration.progress import ProgressDisplay
@@ -73,7 +74,7 @@ def prepare(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "options", nargs="*", metavar="key=value", help="options of the data set, e.g. clips_per_class=20"
     )
-    sweep.add_data_arguments(parser)
+    add_data_arguments(parser)
     parser.add_argument("--shard-mib", type=float, default=64, metavar="MIB", help="size of a shard (default: 64)")
     parser.add_argument("--workers", type=int, metavar="N", help="tasks at once (default: what the machines hold)")
     parser.add_argument(
@@ -87,7 +88,7 @@ def prepare(arguments: Sequence[str]) -> int:
         base = apply_overrides(TrialSpec(), {"data.dataset": given.dataset})
         data = apply_overrides(base, [f"data.options.{option}" for option in given.options]).data
         dataset: Dataset = DATASETS.make(data.dataset, data.options)
-        storage, storage_named = sweep.chosen_storage(given)
+        storage, storage_named = chosen_storage(given)
         storage.check_writable()
         with ProgressDisplay(console) as progress:
             source = given.source
@@ -148,7 +149,7 @@ def verify(arguments: Sequence[str]) -> int:
     try:
         if given.dataset is not None and given.dataset not in DATASETS.names():
             raise ValueError(f"unknown data set {given.dataset!r}; known: {', '.join(DATASETS.names())}")
-        storage, _ = sweep.chosen_storage(given)
+        storage, _ = chosen_storage(given)
         found = verify_storage(storage, given.dataset)
     except (ValueError, OSError) as error:
         return sweep.refuse(error)
@@ -175,8 +176,8 @@ def feasibility(arguments: Sequence[str]) -> int:
         description="The paper's Table 1: the memory of one training step, predicted from shapes; ours (sdpa) and as "
         "the authors' code asks for attention (weights), keeping what every block computed and recomputing it.",
     )
-    parser.add_argument("--tokens", type=sweep.numbers, default=list(TOKENS), metavar="500,3000", help="these lengths")
-    parser.add_argument("--backbones", type=sweep.names, default=list(BACKBONES), metavar="NAME,...")
+    parser.add_argument("--tokens", type=numbers, default=list(TOKENS), metavar="500,3000", help="these lengths")
+    parser.add_argument("--backbones", type=names, default=list(BACKBONES), metavar="NAME,...")
     parser.add_argument("--batch", type=int, default=1, help="clips in a batch (default: 1)")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
     parser.add_argument(
@@ -266,7 +267,7 @@ def report(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else sweep.PLAIN_WIDTH)
     try:
-        storage, _ = sweep.chosen_storage(given)
+        storage, _ = chosen_storage(given)
         storage.check_writable()
         page, *tables = sweep.put_reports(storage, write_published)
         evidence = published_evidence()
@@ -285,7 +286,7 @@ def report(arguments: Sequence[str]) -> int:
 
 def report_stored(arguments: Sequence[str]) -> int:
     """`helix report --grid esc50`: of what was asked last, or of what the options ask; nothing is trained."""
-    parser = sweep.parser("helix report")
+    parser = sweep_parser("helix report")
     parser.description = (
         "The report of what was asked of a grid last, as it stands now. Options that say which trials (key=value, "
         "--profile, --preset, --folds, --seeds, --variants) ask for those of the grid's file instead, and so does a "
@@ -295,7 +296,7 @@ def report_stored(arguments: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(arguments)
     chosen = (given.overrides, given.profile, given.preset, given.folds, given.seeds, given.variants, given.dry_run)
     try:
-        storage, _ = sweep.chosen_storage(given)
+        storage, _ = chosen_storage(given)
         asked = None if any(chosen) else read_asked(storage, given.grid)
         if asked is None:
             return sweep.main(arguments, train_missing=False)
@@ -366,7 +367,7 @@ def certify_grid(arguments: Sequence[str]) -> int:
         help="the scan of both runs (default: HELIX_SCAN, else the fastest, on cuda of those that give the same bits "
         "again); mamba_ssm shows its drift",
     )
-    sweep.add_data_arguments(parser)
+    add_data_arguments(parser)
     given = parser.parse_intermixed_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     try:
@@ -381,7 +382,7 @@ def certify_grid(arguments: Sequence[str]) -> int:
             variants=None if given.variant is None else [given.variant],
         )[0]
         check_trials([trial])
-        storage, storage_named = sweep.chosen_storage(given)
+        storage, storage_named = chosen_storage(given)
         storage.check_writable()
         recordings = prepared_data(
             trial.spec.data,
@@ -429,7 +430,7 @@ def restart_trial(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     try:
-        storage, _ = sweep.chosen_storage(given)
+        storage, _ = chosen_storage(given)
         restart(storage, given.trial_id, say=lambda line: console.print(line, markup=False))
     except (ValueError, OSError) as error:
         return sweep.refuse(error)
@@ -438,7 +439,7 @@ def restart_trial(arguments: Sequence[str]) -> int:
 
 def plan_grid(arguments: Sequence[str]) -> int:
     """`helix plan --grid esc50 [the options of a sweep] [--calibrate]`."""
-    parser = sweep.parser("helix plan")
+    parser = sweep_parser("helix plan")
     parser.description = "How long a grid will take and what it will cost, from steps that were measured."
     parser.add_argument("--calibrate", action="store_true", help="time a few steps of each variant on this machine")
     given = parser.parse_intermixed_args(arguments)

@@ -25,6 +25,7 @@ from helix.data.shards import CorruptShardError
 from orchestration import sweep
 from orchestration.changes import as_json, as_markdown, compare, described, last_key, moved
 from orchestration.connection import ClusterError
+from orchestration.options import sweep_parser
 
 DONE = 0
 
@@ -32,7 +33,7 @@ DONE = 0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = sweep.parser("schedule.py").parse_intermixed_args(arguments)
+    options = sweep_parser("schedule.py").parse_intermixed_args(arguments)
     if options.dry_run:
         return sweep.main(arguments)
     console = sweep.console()

@@ -19,17 +19,13 @@ import contextlib
 import io
 import logging
 import math
-import os
 import shlex
 import shutil
-import signal
 import tempfile
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Any
 
 import ray
@@ -45,34 +41,31 @@ from dashboards.report import report_tables, write_report
 from dashboards.tables import drop_stale, write_tables
 from dashboards.terminal import summary_table
 from dashboards.text import cost_line, printable
-from dashboards.view import Spent, SweepView
+from dashboards.view import SweepView
 from helix.addresses import shown_uri
 from helix.data.shards import CorruptShardError, Recordings
 from helix.models.scan import drifts, wanted_backend
-from helix.protocol import PROFILES
 from helix.spec import to_json
-from helix.storage import FolderStorage, Storage, open_storage
+from helix.storage import FolderStorage, Storage
 from helix.training.memory import GIB, Placement, available_bytes, gib
-from orchestration.asked import DriverRecord, put_asked
+from orchestration.asked import put_asked
 from orchestration.connection import (
     ClusterError,
     connect,
     cpu_count,
     driver_resources,
-    free_what_the_dead_hold,
     joins_cluster,
     offer,
 )
-from orchestration.grid import GRIDS, PRESETS, Grid, Trial, expand, load_grid
-from orchestration.lease import EXPIRY_S, is_held
+from orchestration.grid import Grid, Trial, expand, load_grid
+from orchestration.guard import CALLS, Guard, calls_answered
 from orchestration.ledger import TrialState, read
 from orchestration.lineage import code_facts
-from orchestration.metrics import SweepMetrics
-from orchestration.money import Limits, machine_facts, read_prices, spent_on_trial, until
+from orchestration.money import Limits, machine_facts, read_prices, until
 from orchestration.needs import Need, Room, deal, need_of
+from orchestration.options import chosen_storage, sweep_parser
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, price, with_memory
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
-from orchestration.stop import ask
 from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, local_folder
 from orchestration.worker import drive, worker_resources
 
@@ -80,19 +73,6 @@ logger = logging.getLogger(__name__)
 
 #: Columns of tables that go to a file or a pipe.
 PLAIN_WIDTH = 120
-
-#: Seconds between two looks at what a sweep waits for and has spent; and how long workers that were asked to stop have.
-LOOK_S = 2.0
-GRACE_S = 600.0
-
-#: Looks in a row that may fail to read what was spent, before a sweep that has a budget stops.
-BLIND_LOOKS = 5
-
-#: The signals that end a sweep as a limit does, and why it stopped then.
-CALLS = {signal.SIGTERM: "interrupted (SIGTERM)", signal.SIGINT: "interrupted (SIGINT)"}
-
-#: Set to 1, it keeps Ray Tune from handling SIGINT.
-TUNE_LEAVES_SIGINT = "TUNE_DISABLE_SIGINT_HANDLER"
 
 SOME_FAILED = 1
 REFUSED = 2
@@ -141,7 +121,7 @@ class Sweep:
 def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) -> int:
     """Run the command line, or without `train_missing` report on what is stored. Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser().parse_intermixed_args(arguments)
+    options = sweep_parser().parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s")
     if not options.verbose:  # Tune logs a pack's traceback at every attempt; finish() says what matters of it
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -355,7 +335,7 @@ def train(
         sweep.storage.put_json(key, one)
         found.append({"storage": repr(sweep.storage), "key": key, "trainer": trainer})
     wanted = [(sweep.resources(gpus), dealt.waiting(gpus)) for gpus in sorted({pack.gpus for pack in dealt.packs})]
-    guard = Guard(sweep, sweep_id, wanted=wanted)
+    guard = Guard(sweep.snapshot, sweep.limits, sweep_id=sweep_id, wanted=wanted)
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(drive, driver_resources()),
         param_space={"pack": ray.tune.grid_search(found)},
@@ -383,168 +363,6 @@ def train(
         raise ClusterError(guard.impossible)
     errors = [result.error for result in results if result.error is not None]
     return sorted({(str(error).strip().splitlines() or [repr(error)])[-1] for error in errors}), guard.stopped
-
-
-class Guard(ray.tune.Stopper):
-    """Watches a sweep while Ray Tune runs it: what it waits for, whether that can ever come, and its limits. What a
-    killed process of it still holds, it gives back.
-
-    When a limit is reached, or `call` says so, the workers are asked through the storage to save and leave; once no
-    attempt is under way, or after GRACE_S, what has not started by then is cancelled. A budget that cannot be watched
-    for BLIND_LOOKS looks in a row is a limit as well.
-    """
-
-    def __init__(self, sweep: Sweep, sweep_id: str, *, wanted: Sequence[tuple[dict[str, float], int]]):
-        """`wanted`: what workers ask for, and how many that ask so may be waited for at once."""
-        self.sweep, self.sweep_id, self.wanted = sweep, sweep_id, wanted
-        self.stopped: str | None = None
-        self.impossible: str | None = None
-        self._waiting, self._cancel = "", False
-        self._called: str | None = None
-        self._blind, self._asked, self._stopped_at = 0, False, 0.0
-        self._record = DriverRecord(sweep.storage, sweep.snapshot.grid_name, sweep_id)
-        self._metrics = SweepMetrics(sweep.snapshot.grid_name)
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="helix-guard", daemon=True)
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002  (Tune's interface)
-        return False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
-        return self  # Tune copies what it is given; what it asks has to be what is told
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ray.tune.stopper.NoopStopper, ()  # Tune's snapshots of itself, which are never restored
-
-    def stop_all(self) -> bool:
-        return self._cancel
-
-    def __enter__(self) -> "Guard":
-        self.sweep.snapshot.waiting = lambda: self._waiting
-        self._record.say()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join(timeout=10.0)
-        self._waiting = ""
-        self._record.end()
-
-    def call(self, reason: str) -> bool:
-        """Have the sweep stop at the next look; False where that was called for before. Fit for a signal handler."""
-        first, self._called = self._called is None, self._called or reason
-        return first
-
-    def _watch(self) -> None:
-        while not self._over.wait(LOOK_S):
-            self._look()
-            with self._spared("the record of this driver"):
-                self._record.say(waiting=self._waiting, stopped=self.stopped)
-
-    @contextlib.contextmanager
-    def _spared(self, what: str) -> Iterator[None]:
-        """One part of a look: the storage or Ray may be away for a moment, and the other parts have to go on."""
-        try:
-            yield
-        except Exception as error:
-            logger.warning("%s failed just now (%s: %s)", what, type(error).__name__, error)
-
-    def _look(self) -> None:
-        # The time and calls come first, since they need neither the storage nor Ray.
-        reason = self._called or self.sweep.limits.reached(Spent(), now=time.time())
-        states: Mapping[str, TrialState] = {}
-        attempts = None
-        try:
-            states = self.sweep.snapshot.states()
-            every = [one for state in states.values() for one in state.attempts]
-            attempts = [one for one in every if one["sweep_id"] == self.sweep_id]
-            spent = self._spent(states, sweep_id=self.sweep_id)
-            reason, self._blind = reason or self.sweep.limits.reached(spent, now=time.time()), 0
-        except Exception as error:  # whatever it is, what was spent is not known
-            logger.warning("what was spent cannot be read just now (%s: %s)", type(error).__name__, error)
-            self._blind += 1
-            if self.sweep.limits.budget_usd is not None and self._blind >= BLIND_LOOKS:
-                reason = reason or f"what was spent cannot be read: {str(error) or repr(error)}"
-        self._stop(reason, attempts)
-        with self._spared("giving back what dead processes hold"):
-            free_what_the_dead_hold()
-        if attempts is None:
-            return
-        with self._spared("asking Ray what there is to wait for"):
-            self._wait(states, attempts)
-        with self._spared("telling the metrics"):
-            self._metrics.tell(states.values(), self._spent(states), waiting=bool(self._waiting))
-
-    def _spent(self, states: Mapping[str, TrialState], *, sweep_id: str | None = None) -> Spent:
-        """What all these trials took, or what one sweep spent on them."""
-        prices = self.sweep.snapshot.prices
-        return sum((spent_on_trial(state, prices, sweep_id=sweep_id) for state in states.values()), Spent())
-
-    def _stop(self, reason: str | None, attempts: Sequence[Mapping[str, Any]] | None) -> None:
-        """Begin to stop where there is a reason, and go on with it; `attempts`: of this sweep, None where unknown."""
-        begun = self.stopped is not None
-        if self.stopped is None and reason is not None:
-            self.stopped, self._stopped_at = reason, time.monotonic()
-        if self.stopped is not None and not self._asked:
-            with self._spared("asking the workers to save and leave"):
-                ask(self.sweep.storage, self.sweep_id, self.stopped)
-                self._asked = True
-        left = attempts is not None and all("ended" in one for one in attempts)
-        if begun and (left or time.monotonic() - self._stopped_at > GRACE_S):
-            self._cancel = True
-
-    def _wait(self, states: Mapping[str, TrialState], attempts: Sequence[Mapping[str, Any]]) -> None:
-        """Find out what the sweep waits for, and whether that can ever come."""
-        on_offer = offer(self.sweep.snapshot.prices)
-        under_way = any("ended" not in one for one in attempts)
-        waits = (on_offer.waiting(need, workers=workers) for need, workers in self.wanted)
-        waiting = next(filter(None, waits), "") or held_elsewhere(self.sweep.storage, states.values())
-        self._waiting = "" if under_way or self.stopped else waiting
-        if self.impossible is None and not attempts:
-            self.impossible = next(filter(None, (on_offer.impossible(need) for need, _ in self.wanted)), None)
-        if self.impossible:
-            self._cancel = True
-
-
-@contextlib.contextmanager
-def calls_answered(guard: Guard) -> Iterator[None]:
-    """While this lasts, the first of CALLS has the guard stop the sweep, and the second interrupts it at once.
-
-    Ray and Ray Tune have handlers of their own, which ask no worker to save. Outside the main thread nothing is done,
-    since signals are handled only there.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def answer(number: int, _: FrameType | None) -> None:
-        if not guard.call(CALLS[signal.Signals(number)]):
-            raise KeyboardInterrupt
-
-    tunes = os.environ.get(TUNE_LEAVES_SIGINT)
-    os.environ[TUNE_LEAVES_SIGINT] = "1"
-    before = {number: signal.signal(number, answer) for number in CALLS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if tunes is None:
-            del os.environ[TUNE_LEAVES_SIGINT]
-        else:
-            os.environ[TUNE_LEAVES_SIGINT] = tunes
-
-
-def held_elsewhere(storage: Storage, states: Iterable[TrialState]) -> str:
-    """What to say of trials that others work on, to a sweep that works on none: "" where there are none."""
-    others = sum(state.status == "running" and is_held(storage, state.trial_id) for state in states)
-    return (
-        f"{others} of the trials {'are' if others > 1 else 'is'} worked on by another sweep; where that was killed on "
-        f"another machine, this one takes over after {EXPIRY_S:.0f} s of silence"
-        if others
-        else ""
-    )
 
 
 def _cut(placement: Placement) -> dict[str, Any]:
@@ -768,113 +586,6 @@ def _positive(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} is {value}; wanted 1 or more")
     return value
-
-
-def parser(prog: str = "sweep.py") -> argparse.ArgumentParser:
-    """The options of a sweep."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Run a grid: train what is missing, track it, and compare. Running it again continues it.",
-    )
-    parser.add_argument("--grid", required=True, help=f"the question to ask; known: {', '.join(GRIDS.names())}")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. training.epochs=20 protocol.mel_pad=floor"
-    )
-    parser.add_argument(
-        "--profile", default="paper", help=f"the setting of all protocol switches: {', '.join(PROFILES)}"
-    )
-    parser.add_argument("--preset", help=f"model size, in place of the grid's: {', '.join(PRESETS)}")
-    parser.add_argument("--folds", type=numbers, metavar="1,2", help="these folds instead of the grid's")
-    parser.add_argument("--seeds", type=numbers, metavar="0,1", help="these seeds instead of the grid's")
-    parser.add_argument(
-        "--variants", type=names, metavar="NAME,...", help="these variants only, e.g. mamba-raw,helix-raw"
-    )
-    add_data_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    parser.add_argument("--verbose", action="store_true", help="show what Ray says as well")
-    parser.add_argument("--workers", type=int, help="how many trials train at once (default: what the machines hold)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each worker (default: 1)")
-    parser.add_argument(
-        "--memory-gib",
-        type=float,
-        metavar="GIB",
-        help="what one worker may hold; batches are cut to fit (default: this machine's share, or its GPU)",
-    )
-    parser.add_argument(
-        "--gpus-per-trial",
-        type=gpu_share,
-        default=None,
-        metavar="SHARE",
-        help="the share of a GPU that a worker has, so that several run side by side on one (default: auto, what each "
-        "trial needs of the smallest GPU on offer)",
-    )
-    parser.add_argument(
-        "--ranks",
-        type=int,
-        default=1,
-        metavar="N",
-        help="train each trial on N GPUs of one machine (on a CPU: in N processes of --threads each); every batch is "
-        "shared among them and stays what it is (default: 1)",
-    )
-    parser.add_argument("--budget-usd", type=float, metavar="USD", help="stop once this run has cost so much")
-    parser.add_argument("--deadline", metavar="TIME", help="stop at this time, UTC, e.g. 2026-12-01T08:00")
-    parser.add_argument("--hours", type=float, help="stop after so many hours")
-    parser.add_argument(
-        "--prices", type=Path, metavar="PATH", help="what machines cost an hour (default: cluster/prices.yaml)"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="what a trial trains on (default: cpu)"
-    )
-    parser.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="take kernels that give the same bits again, which some of CUDA's do not; a CPU's always do",
-    )
-    return parser
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command needs that touches a data set."""
-    parser.add_argument(
-        "--storage",
-        help="the folder or s3://bucket/prefix that holds data, trials and reports (default: HELIX_STORAGE or ./runs)",
-    )
-    parser.add_argument("--source", type=Path, help="the folder of the data set's own files, to prepare it from")
-    parser.add_argument("--allow-partial", action="store_true", help="accept a data set that is not complete")
-    parser.add_argument(
-        "--quarantine",
-        type=int,
-        default=0,
-        metavar="N",
-        help="leave out up to N files that cannot be used (default: 0)",
-    )
-
-
-def chosen_storage(options: argparse.Namespace) -> tuple[Storage, bool]:
-    """The storage, and whether the user named it: with --storage, with HELIX_STORAGE, or else ./runs."""
-    named = options.storage or os.environ.get("HELIX_STORAGE")
-    return open_storage(named or "runs"), bool(named)
-
-
-def numbers(text: str) -> list[int]:
-    """Whole numbers from a list such as 1,2; argparse tells the user where it is none."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,2") from error
-
-
-def gpu_share(text: str) -> float | None:
-    """A number, or None for auto; argparse tells the user where it is neither."""
-    try:
-        return None if text == "auto" else float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a share of a GPU such as 0.5 nor auto") from error
-
-
-def names(text: str) -> list[str]:
-    """Names from a list with commas."""
-    return text.split(",")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY_IN = {
     "ray": {
         f"orchestration.{name}"
-        for name in ("sweep", "worker", "preprocessing", "schedule", "connection", "bare", "scale", "metrics")
+        for name in ("sweep", "guard", "worker", "preprocessing", "schedule", "connection", "bare", "scale", "metrics")
     },
     "mlflow": {f"orchestration.{name}" for name in ("tracking", "from_mlflow", "model_store", "pyfunc_model")},
     "numba": {"helix.models.scan_numba"},

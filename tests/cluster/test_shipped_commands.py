@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestration import cli, sweep
+from orchestration import cli
+from orchestration.options import sweep_parser
 from tests.cluster.validators import CLUSTER, load_all
 
 README, KUBERAY = CLUSTER / "README.md", CLUSTER / "kuberay" / "README.md"
@@ -91,7 +92,7 @@ def test_whatever_runs_the_esc50_grid_on_a_cluster_trains_it_on_gpus(home: Path)
     }
     for name, runs in found.items():
         for arguments in runs:
-            options = sweep.parser("schedule.py").parse_intermixed_args(arguments)
+            options = sweep_parser("schedule.py").parse_intermixed_args(arguments)
             assert (options.grid, options.device) == ("esc50", "cuda"), name
 
 

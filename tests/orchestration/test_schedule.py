@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from helix import spec
-from helix.storage import FolderStorage
+from helix.storage import FolderStorage, Storage
 from orchestration import schedule, sweep
 from orchestration.worker import work_through
 
@@ -40,6 +40,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     return runs
 
 
+def differences(storage: Storage) -> list[str]:
+    """The difference reports of re-runs, oldest first."""
+    return sorted(key for key in storage.keys("reports") if "-changes-" in key and key.endswith(".json"))
+
+
 def test_an_unchanged_grid_runs_nothing_and_a_changed_one_exactly_what_changed(here: Here, tmp_path, capsys):
     storage = FolderStorage(tmp_path / "runs")
     assert schedule.main(SMALL) == 0
@@ -64,7 +69,7 @@ def test_an_unchanged_grid_runs_nothing_and_a_changed_one_exactly_what_changed(h
     assert "training.lr: 0.006 -> 0.002 (4 trials)" in out
     assert "2 trials no longer asked for" in out
     assert len(here.ran[-1]) == 4
-    report = sorted(key for key in storage.keys("reports") if key.endswith(".json"))[-1]
+    report = differences(storage)[-1]
     said = storage.get_json(report)
     assert [cell["variant"] for cell in said["cells"]] == ["mamba-mel", "attention-raw"]
     for cell in said["cells"]:
@@ -83,7 +88,7 @@ def test_what_is_no_longer_of_this_science_is_run_again(here: Here, tmp_path, ca
         f"the science changed: version {spec.SCIENCE_VERSION - 1} -> {spec.SCIENCE_VERSION}" in capsys.readouterr().out
     )
     assert here.ran == [["mamba-mel fold 1 seed 0"]] * 2
-    (report,) = [key for key in FolderStorage(tmp_path / "runs").keys("reports") if key.endswith(".json")]
+    (report,) = differences(FolderStorage(tmp_path / "runs"))
     (cell,) = FolderStorage(tmp_path / "runs").get_json(report)["cells"]
     assert cell["verdict"] == "same numbers"  # the version was raised, and nothing else
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,6 @@ import psutil
 import pytest
 import torch
 
-from dashboards.view import Spent
 from helix import storage_s3
 from helix.data.shards import open_prepared
 from helix.loopback import FaultProxy
@@ -31,12 +29,9 @@ from orchestration import scale, sweep
 from orchestration.certify import BIT_EXACT, compare
 from orchestration.connection import ClusterError, cpu_count
 from orchestration.grid import expand, load_grid
-from orchestration.lease import EXPIRY_S
-from orchestration.ledger import TrialState, attempts_at
-from orchestration.money import Limits
+from orchestration.ledger import attempts_at
 from orchestration.needs import Room, need_of
 from orchestration.pools import Offer, Pool
-from orchestration.stop import asked
 from orchestration.twin import Order, Twins
 
 ROOT = Path(__file__).parents[2]
@@ -367,97 +362,6 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def guarded(root: Path, monkeypatch: pytest.MonkeyPatch, limits: Limits) -> sweep.Guard:
-    """The guard of a sweep of one trial, which a worker of it has begun; there is no Ray, and asking it fails."""
-
-    def away(*_: object) -> None:
-        raise ConnectionError("Ray is away")
-
-    monkeypatch.setattr(sweep, "offer", away)
-    monkeypatch.setattr(sweep, "free_what_the_dead_hold", away)
-    planned = replace(scale.planned(FolderStorage(root), 1), limits=limits)
-    begun = {"attempt_id": "one", "sweep_id": "s", "started": time.time() - 3600, "lease": 1, "share": 1.0}
-    folder = f"trials/{planned.plan[0].trial_id}"
-    planned.storage.put_json(f"{folder}/attempts/one.json", begun)
-    planned.storage.put_json(f"{folder}/heartbeat.json", {"attempt_id": "one", "step": 1, "time": time.time()})
-    return sweep.Guard(planned, "s", wanted=[])
-
-
-def cut(guard: sweep.Guard) -> tuple[str, bytes]:
-    """Cut the file of the attempt short; gives its key and what it held."""
-    storage = guard.sweep.storage
-    key = f"trials/{guard.sweep.plan[0].trial_id}/attempts/one.json"
-    whole = storage.get(key)
-    storage.put(key, whole[: len(whole) // 2])
-    return key, whole
-
-
-def test_a_limit_holds_though_ray_is_away_and_a_file_cannot_be_read(tmp_path, monkeypatch):
-    guard = guarded(tmp_path, monkeypatch, Limits(budget_usd=5.0, ends=time.time() + 3600))
-    guard._look()
-    assert guard.stopped is not None and guard.stopped.startswith("the budget cannot be held: no price"), guard.stopped
-    late = sweep.Guard(replace(guard.sweep, limits=Limits(ends=time.time() - 1)), "late", wanted=[])
-    cut(late)
-    late._look()
-    assert late.stopped is not None and late.stopped.startswith("the time is over")
-    assert asked(late.sweep.storage, "late") == late.stopped
-    assert not late.stop_all()
-    monkeypatch.setattr(sweep, "GRACE_S", 0.0)  # whether a worker is left cannot be read either
-    late._look()
-    assert late.stop_all()
-
-
-def test_a_budget_that_cannot_be_watched_stops_the_sweep_and_one_bad_look_does_not(tmp_path, monkeypatch):
-    guard = guarded(tmp_path, monkeypatch, Limits(budget_usd=5.0))
-    monkeypatch.setattr(sweep, "spent_on_trial", lambda *_, **__: Spent())
-    key, whole = cut(guard)
-    for _ in range(sweep.BLIND_LOOKS - 1):
-        guard._look()
-    guard.sweep.storage.put(key, whole)
-    guard._look()
-    cut(guard)
-    for _ in range(sweep.BLIND_LOOKS - 1):
-        guard._look()
-    assert guard.stopped is None and asked(guard.sweep.storage, "s") is None
-    guard._look()
-    assert guard.stopped is not None and guard.stopped.startswith("what was spent cannot be read: ")
-    assert asked(guard.sweep.storage, "s") == guard.stopped
-    assert sweep.unfinished(guard.stopped) == sweep.STOPPED
-
-    free = sweep.Guard(replace(guard.sweep, limits=Limits()), "free", wanted=[])
-    for _ in range(2 * sweep.BLIND_LOOKS):
-        free._look()
-    assert free.stopped is None
-
-
-def test_workers_are_asked_again_where_the_storage_was_away_when_the_sweep_had_to_stop(tmp_path, monkeypatch):
-    guard = guarded(tmp_path, monkeypatch, Limits(ends=time.time() - 1))
-    with monkeypatch.context() as away:
-        away.setattr(guard.sweep.storage, "put_if_absent", _raises)
-        guard._look()
-    assert guard.stopped is not None and asked(guard.sweep.storage, "s") is None
-    guard._look()
-    assert asked(guard.sweep.storage, "s") == guard.stopped
-
-
-def _raises(*_: object) -> None:
-    raise OSError("the storage is away")
-
-
-def test_the_first_signal_stops_a_sweep_the_second_interrupts_it_and_the_handlers_are_as_before(tmp_path, monkeypatch):
-    guard = guarded(tmp_path, monkeypatch, Limits())
-    before = [signal.getsignal(number) for number in sweep.CALLS]
-    with pytest.raises(KeyboardInterrupt), sweep.calls_answered(guard):
-        os.kill(os.getpid(), signal.SIGINT)
-        guard._look()
-        assert guard.stopped == asked(guard.sweep.storage, "s") == "interrupted (SIGINT)"
-        assert sweep.unfinished(guard.stopped) == sweep.INTERRUPTED
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
-    assert [signal.getsignal(number) for number in sweep.CALLS] == before
-    assert sweep.TUNE_LEAVES_SIGINT not in os.environ
-
-
 @pytest.mark.ray
 def test_sigterm_to_the_driver_saves_what_is_under_way_and_leaves_nothing_behind(tmp_path):
     (tmp_path / "temporary").mkdir()
@@ -493,21 +397,6 @@ def test_sigterm_to_the_driver_saves_what_is_under_way_and_leaves_nothing_behind
     assert attempt["outcome"] == "stopped"
     assert attempt["kept_step"] == attempt["step"] > 0
     assert not list((tmp_path / "temporary").glob("helix-ray-*"))
-
-
-def test_a_sweep_whose_trials_are_all_in_other_hands_says_what_it_waits_for(storage):
-    """What a process of this machine held that is dead by now is in nobody's hands."""
-    running, partial = (TrialState(trial_id="a" * 16, status=status) for status in ("running", "partial"))
-    there = {"attempt_id": "a", "sweep_id": "other", "host": "elsewhere", "pid": 1, "born": 0.0}
-    assert sweep.held_elsewhere(storage, [running]) == ""
-    storage.put_json(f"trials/{running.trial_id}/leases/000001.json", there)
-    assert sweep.held_elsewhere(storage, [partial]) == ""
-    said = sweep.held_elsewhere(storage, [running, partial])
-    assert said.startswith("1 of the trials is worked on by another sweep") and f"after {EXPIRY_S:.0f} s" in said
-    storage.put_json(f"trials/{running.trial_id}/leases/000001.json", there | {"host": socket.gethostname()})
-    assert sweep.held_elsewhere(storage, [running]) == ""
-    storage.put_json(f"trials/{running.trial_id}/leases/000001.json", there | {"released": True})
-    assert sweep.held_elsewhere(storage, [running]) == ""
 
 
 @pytest.mark.ray
