@@ -1,6 +1,6 @@
 """Every comparison that the cells of one data set allow, measured in all ways at once; and the table of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -25,6 +25,17 @@ from helix.statistics import (
     two_shares,
     units,
 )
+
+#: (group, heading) of the columns of comparisons that the files have and a page has no room for.
+ONLY_IN_FILES = {
+    ("95 % interval, paired t", "low"),
+    ("95 % interval, paired t", "high"),
+    ("the same, bootstrap", "low"),
+    ("the same, bootstrap", "high"),
+    ("", "std"),
+    ("effect", "g"),
+    ("effect", "ahead in"),
+}
 
 
 @dataclass(frozen=True)
@@ -163,8 +174,8 @@ def every_contrast(dataset: str, variants: Sequence[Variant]) -> list[Contrast]:
     return [one for one in asked if {variant for variant, _ in one.terms} <= there]
 
 
-def statistics_table(evidence: Evidence, dataset: str) -> Table:
-    """All comparisons of one data set, with the columns that any of them fills."""
+def statistics_table(evidence: Evidence, dataset: str, *, short: bool = False) -> Table:
+    """All comparisons of one data set, with the columns that any of them fills; `short`: without ONLY_IN_FILES."""
     variants = [(runs.frontend, runs.backbone) for runs in evidence.of_dataset(dataset)]
     found = measure_family(every_contrast(dataset, variants), evidence)
     table = Table(
@@ -191,9 +202,26 @@ def statistics_table(evidence: Evidence, dataset: str) -> Table:
             Column(heading="what would settle it"),
         ),
         rows=tuple(_row(measured, evidence.ddof) for measured in found.values()),
-        notes=_notes(evidence, dataset, list(found.values())),
     )
-    return without_gaps(table)
+    if short:
+        table = _shortened(table)
+    table = without_gaps(table)
+    there = {column.heading for column in table.columns} | {column.group for column in table.columns}
+    return replace(table, notes=_notes(evidence, dataset, list(found.values()), there))
+
+
+def _shortened(table: Table) -> Table:
+    """The table without what few readers look for: a page has no room for all columns, which the files have."""
+    kept = [index for index, column in enumerate(table.columns) if (column.group, column.heading) not in ONLY_IN_FILES]
+    columns = (table.columns[index] for index in kept)
+    return replace(
+        table,
+        # the first interval that is left has none before it to be the same as
+        columns=tuple(
+            replace(one, group=one.group.replace("the same", "95 % interval")) if one.group else one for one in columns
+        ),
+        rows=tuple(tuple(row[index] for index in kept) for row in table.rows),
+    )
 
 
 def p_shown(p: float | None) -> str:
@@ -222,19 +250,23 @@ def _row(one: Measured, ddof: int) -> tuple[str | Figure, ...]:
     )
 
 
-def _notes(evidence: Evidence, dataset: str, found: Sequence[Measured]) -> tuple[str, ...]:
+def _notes(evidence: Evidence, dataset: str, found: Sequence[Measured], there: Set[str]) -> tuple[str, ...]:
+    """What has to be known of the columns and groups that are `there`, and of what was compared."""
     if not found:
         return ("No two cells share a finished fold and seed.",)
     counts = evidence.counts.get(dataset)
     family = max(one.family for one in found)
     said = []
     if family:
-        said.append(
-            f"Holm: adjusted over the {plural(family, 'comparison')} of this table that could be tested. d_z, g: mean "
-            "over standard deviation of the differences, g without its small-sample bias. Intervals of few units by "
-            "the bootstrap (BCa, 9,999 resamples, seed 0) are too narrow. std is divided by "
-            + ("n." if evidence.ddof == 0 else f"n {MINUS} 1.")
-        )
+        explained = {
+            "Holm": f"adjusted over the {plural(family, 'comparison')} of this table that could be tested.",
+            "d_z": "mean over standard deviation of the differences.",
+            "g": "d_z without its small-sample bias.",
+            "the same, bootstrap": "BCa, 9,999 resamples, seed 0; of few units it is too narrow.",
+            "std": "divided by n." if evidence.ddof == 0 else f"divided by n {MINUS} 1.",
+        }
+        named = {"the same, bootstrap": "Bootstrap"}
+        said.append(" ".join(f"{named.get(name, name)}: {words}" for name, words in explained.items() if name in there))
     if any(one.units.unit == "fold" for one in found) and counts and counts.ratio:
         said.append(
             f"Corrected: by Nadeau and Bengio, for folds share training clips (test to training {counts.ratio:.3g}); "

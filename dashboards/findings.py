@@ -111,7 +111,7 @@ def sweep_cautions(view: SweepView) -> tuple[str, ...]:
     if changed:
         names = listing(list(changed))
         said.append(f"The protocol differs from the profile {view.profile} in {names}.")
-    return tuple(said)
+    return (*said, *view.gaps)
 
 
 def comparison_note(view: SweepView, summaries: Sequence[CellSummary]) -> str:

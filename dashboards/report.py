@@ -2,8 +2,8 @@
 
 import uuid
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,17 +39,6 @@ from helix.protocol import SWITCHES
 from helix.published import BARS_IN, CURVES_IN, PAPER, README
 
 TEMPLATE = "report.html.j2"
-
-#: (group, heading) of the columns of comparisons that the files have and the page has not.
-ONLY_IN_FILES = {
-    ("95 % interval, paired t", "low"),
-    ("95 % interval, paired t", "high"),
-    ("the same, bootstrap", "low"),
-    ("the same, bootstrap", "high"),
-    ("", "std"),
-    ("effect", "g"),
-    ("effect", "ahead in"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +86,7 @@ class TrialRow:
     accuracy: dict[str, float]
     best_epoch: int | None
     attempts: int
+    ranks: int | None
     lost_seconds: float | None
     train_seconds: float | None
     weights_sha256: str
@@ -168,7 +158,7 @@ def render_report(view: SweepView, *, files: str | None = None) -> str:
             work=work_table(view),
             claims=claims_section(ledger(evidence), evidence) if concerns(evidence) else None,
             statistics={
-                dataset: _shortened(statistics_table(evidence, dataset))
+                dataset: statistics_table(evidence, dataset, short=True)
                 for dataset in {cell.dataset for cell in view.cells}
             },
             question=parse_question(view.question, view.grid),
@@ -234,20 +224,6 @@ def _beside(view: SweepView, evidence: Evidence, summaries: Sequence[CellSummary
         memory=feasibility_table(view),
         drawings=(interaction_gaps(evidence, view.cells, palette), scaling(evidence, view.cells)),
         undrawn=", ".join(f"{figure} ({dataset})" for figure, dataset in sorted(missing)),
-    )
-
-
-def _shortened(table: Table) -> Table:
-    """The comparisons without what few readers look for: a page has no room for all columns, which the files have."""
-    kept = [index for index, column in enumerate(table.columns) if (column.group, column.heading) not in ONLY_IN_FILES]
-    columns = (table.columns[index] for index in kept)
-    return replace(
-        table,
-        # the first interval that is left has none before it to be the same as
-        columns=tuple(
-            replace(one, group=one.group.replace("the same", "95 % interval")) if one.group else one for one in columns
-        ),
-        rows=tuple(tuple(row[index] for index in kept) for row in table.rows),
     )
 
 
@@ -325,7 +301,7 @@ def _trials_table(view: SweepView) -> Table:
             *(Column(heading=heading, number=True) for heading in ("fold", "seed")),
             Column(heading="status"),
             *(Column(heading=heading, number=True) for heading in ("epochs", "asked", *SELECTIONS)),
-            *(Column(heading=heading, number=True) for heading in ("trained, s", "attempts", "lost, s")),
+            *(Column(heading=heading, number=True) for heading in ("trained, s", "ranks", "attempts", "lost, s")),
             Column(heading="weights sha256"),
         ),
         rows=tuple(
@@ -343,6 +319,7 @@ def _trials_table(view: SweepView) -> Table:
                     for one in (row.accuracy.get(rule) for rule in SELECTIONS)
                 ),
                 Figure(row.train_seconds, text.GAP if row.train_seconds is None else f"{row.train_seconds:.1f}"),
+                Figure(row.ranks, text.count(row.ranks)),
                 Figure(row.attempts, str(row.attempts)),
                 Figure(row.lost_seconds, text.GAP if row.lost_seconds is None else f"{row.lost_seconds:.1f}"),
                 row.weights_sha256[:12],
@@ -361,6 +338,7 @@ def _trial_row(cell: CellView, trial: TrialView) -> TrialRow:
         accuracy={rule: given[rule] for rule in SELECTIONS if given.get(rule) is not None},
         best_epoch=(result.get("best_epoch") or {}).get("best_test"),
         attempts=attempts(trial),
+        ranks=result.get("ranks") or next((one["ranks"] for one in trial.state.attempts[::-1] if "ranks" in one), None),
         lost_seconds=lost_seconds(trial),
         train_seconds=result.get("train_seconds") or sum(row["seconds"] for row in trial.state.rows) or None,
         weights_sha256=result.get("weights_sha256") or "",
@@ -372,7 +350,13 @@ def _versions(view: SweepView) -> list[tuple[str, str]]:
     seen: dict[str, Counter[str]] = {}
     for _, trial in view.trials():
         result: dict[str, Any] = trial.state.result or {}
-        for name, value in {**(result.get("versions") or {}), "device": result.get("device")}.items():
+        codes = dict.fromkeys(_code(attempt["code"]) for attempt in trial.state.attempts if attempt.get("code"))
+        facts = {
+            "code": ", then ".join(codes) or None,
+            **(result.get("versions") or {}),
+            "device": result.get("device"),
+        }
+        for name, value in facts.items():
             if value is not None:
                 seen.setdefault(name, Counter())[str(value)] += 1
     rows = []
@@ -381,3 +365,11 @@ def _versions(view: SweepView) -> list[tuple[str, str]]:
         said = [f"{value} ({text.plural(n, 'trial')})" if several else value for value, n in values.most_common()]
         rows.append((name, ", ".join(said)))
     return [*rows, ("jinja2 (this report)", metadata.version("jinja2"))]
+
+
+def _code(code: Mapping[str, Any]) -> str:
+    """The code that an attempt ran, by what it recorded of it (orchestration/lineage.py)."""
+    changed = " with changes" if str(code.get("dirty")).lower() == "true" else ""
+    if str(code.get("commit") or "unknown") != "unknown":
+        return f"commit {str(code['commit'])[:12]}{changed}"
+    return f"sources with sha256 {str(code.get('source_sha256', 'unknown'))[:12]}"

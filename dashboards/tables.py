@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -32,6 +33,21 @@ class Figure:
 
 
 Cell = str | Figure
+
+#: Text of more letters than this wraps in LaTeX.
+LATEX_WRAPS = 24
+
+#: (letters in a line, on a landscape page, size of letters), the best first. A line is that of LaTeX's own article.
+LATEX_LINES = (
+    (68, False, ""),
+    (82, False, r"\footnotesize\setlength{\tabcolsep}{3pt}"),
+    (92, False, r"\scriptsize\setlength{\tabcolsep}{3pt}"),
+    (140, True, r"\footnotesize\setlength{\tabcolsep}{3pt}"),
+    (160, True, r"\scriptsize\setlength{\tabcolsep}{3pt}"),
+)
+
+#: A letter with an index, as statistics are named: d_z.
+INDEXED = re.compile(r"\b([a-z])(?:_|\\_)([a-z])\b")
 
 #: A table of more rows than this may not fit a printed page.
 PAGE_ROWS = 30
@@ -78,7 +94,7 @@ def shown(cell: Cell) -> str:
 def as_html(table: Table, classes: str = "") -> Markup:
     """A <table> with caption and scoped headings; everything in it is escaped."""
     head = "".join(
-        Markup('<th scope="col"{}>{}</th>').format(_class("number" if column.number else ""), column.heading)
+        Markup('<th scope="col"{}>{}</th>').format(_class("number" if column.number else ""), _indexed(column.heading))
         for column in table.columns
     )
     groups = ""
@@ -100,7 +116,7 @@ def as_html(table: Table, classes: str = "") -> Markup:
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     caption = Markup("<caption>{}</caption>").format(table.caption)
-    notes = "".join(Markup('<p class="note">{}</p>').format(note) for note in table.notes)
+    notes = "".join(Markup('<p class="note">{}</p>').format(_indexed(note)) for note in table.notes)
     body = "\n".join(rows)
     return Markup(
         f'<div class="scroll"><table{_class(classes)}>{caption}<thead>{groups}<tr>{head}</tr></thead>'
@@ -130,23 +146,20 @@ def as_markdown(table: Table) -> str:
 
 
 def as_latex(table: Table) -> str:
-    """A table in the style of booktabs, which may break over pages where one may be too short; long text wraps."""
-    long = [
-        not column.number and any(len(shown(row[index])) > 40 for row in table.rows)
-        for index, column in enumerate(table.columns)
-    ]
-    width = f"{0.8 / max(sum(long), 1):.2f}"
-    spec = "".join(
-        "r" if column.number else f"p{{{width}\\linewidth}}" if wide else "l"
-        for column, wide in zip(table.columns, long, strict=True)
-    )
+    """A table in the style of booktabs, which may break over pages where one may be too short; long text wraps.
+
+    It needs no encoding and no package but those it names, and a landscape page where its first line says so.
+    """
+    spec, size, landscape = _layout(table)
     titles = [f"\\caption{{{_latex(table.caption)}}}", f"\\label{{tab:{table.name}}}"]
     many = len(table.rows) > PAGE_ROWS
+    packages = ["booktabs", *(["array"] if "p{" in spec else []), *(["longtable"] if many else [])]
+    needs = f"% needs \\usepackage{{{', '.join(packages)}}}"
+    lines = [needs + (" and a landscape page" if landscape else "")]
     if many:
-        lines = ["% needs \\usepackage{booktabs, longtable}", f"\\begin{{longtable}}{{{spec}}}", *titles, r"\\"]
+        lines += [f"{{{size}", f"\\begin{{longtable}}{{{spec}}}", *titles, r"\\"]
     else:
-        lines = ["% needs \\usepackage{booktabs}", "\\begin{table}", "\\centering", *titles]
-        lines.append(f"\\begin{{tabular}}{{{spec}}}")
+        lines += ["\\begin{table}", "\\centering", *titles, *filter(None, [size]), f"\\begin{{tabular}}{{{spec}}}"]
     lines.append("\\toprule")
     if any(column.group for column in table.columns):
         cells, rules, at = [], [], 1
@@ -156,13 +169,35 @@ def as_latex(table: Table) -> str:
                 rules.append(f"\\cmidrule(lr){{{at}-{at + span - 1}}}")
             at += span
         lines += [" & ".join(cells) + r" \\", "".join(rules)]
-    lines.append(" & ".join(_latex(column.heading) for column in table.columns) + r" \\")
+    lines.append(" & ".join(_latex_indexed(column.heading) for column in table.columns) + r" \\")
     lines += ["\\midrule", "\\endhead"] if many else ["\\midrule"]
     # A row that begins with a bracket would be taken for the argument of the \\ before it.
     lines += ["{}" + " & ".join(_latex(shown(cell)) for cell in row) + r" \\" for row in table.rows]
-    notes = [f"\\par{{\\footnotesize {_latex(note)}\\par}}" for note in table.notes]
-    lines += ["\\bottomrule", *(["\\end{longtable}", *notes] if many else ["\\end{tabular}", *notes, "\\end{table}"])]
+    notes = [f"\\par{{\\footnotesize {_latex_indexed(note)}\\par}}" for note in table.notes]
+    lines += ["\\bottomrule", *(["\\end{longtable}}", *notes] if many else ["\\end{tabular}", *notes, "\\end{table}"])]
     return "\n".join(lines) + "\n"
+
+
+def _layout(table: Table) -> tuple[str, str, bool]:
+    """The columns of a tabular, the size of its letters, and whether only a landscape page is wide enough."""
+
+    def widest(index: int) -> int:
+        return max(map(len, [table.columns[index].heading, *(shown(row[index]) for row in table.rows)]))
+
+    wraps = {index for index, column in enumerate(table.columns) if not column.number and widest(index) > LATEX_WRAPS}
+    narrow = sum(widest(index) + 2 for index in range(len(table.columns)) if index not in wraps)
+    wanted = narrow + (LATEX_WRAPS + 2) * len(wraps)
+    letters, landscape, size = next((one for one in LATEX_LINES if wanted <= one[0]), LATEX_LINES[-1])
+    share = max((letters - narrow) / letters / max(len(wraps), 1) - 0.03, 0.1)
+    spec = "".join(
+        f">{{\\raggedright\\arraybackslash}}p{{{share:.2f}\\linewidth}}"
+        if index in wraps
+        else "r"
+        if column.number
+        else "l"
+        for index, column in enumerate(table.columns)
+    )
+    return spec, size, landscape
 
 
 #: Ending of a file -> how a table is written in it.
@@ -185,6 +220,10 @@ def write_tables(tables: Sequence[Table], folder: Path) -> tuple[Path, ...]:
 
 def _class(names: str) -> Markup:
     return Markup(' class="{}"').format(names) if names else Markup("")
+
+
+def _indexed(text: str) -> Markup:
+    return Markup(INDEXED.sub(r"\1<sub>\2</sub>", str(escape(text))))
 
 
 def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:
@@ -232,9 +271,54 @@ _LATEX = {
     "\N{TILDE OPERATOR}": r"$\sim$",
     "\N{GREATER-THAN OR EQUAL TO}": r"$\geq$",
     "\N{LESS-THAN OR EQUAL TO}": r"$\leq$",
-    "\N{EN DASH}": "--",
+    "\N{EN DASH}": r"\textendash{}",
+    "\N{EM DASH}": r"\textemdash{}",
+    "\N{RIGHT SINGLE QUOTATION MARK}": "'",
+    "\N{LEFT DOUBLE QUOTATION MARK}": "``",
+    "\N{RIGHT DOUBLE QUOTATION MARK}": "''",
+    "\N{HORIZONTAL ELLIPSIS}": r"\ldots{}",
+    "\N{MIDDLE DOT}": r"$\cdot$",
+    "\N{MICRO SIGN}": r"$\mu$",
+    "\N{GREEK SMALL LETTER MU}": r"$\mu$",
+    "\N{RIGHTWARDS ARROW}": r"$\rightarrow$",
+    "\N{NOT EQUAL TO}": r"$\neq$",
+    "\N{DEGREE SIGN}": r"$^{\circ}$",
+    "\N{LATIN SMALL LETTER SHARP S}": r"\ss{}",
+}
+
+
+#: Accents, by the mark that Unicode puts behind the letter.
+_ACCENTS = {
+    "\N{COMBINING GRAVE ACCENT}": "`",
+    "\N{COMBINING ACUTE ACCENT}": "'",
+    "\N{COMBINING CIRCUMFLEX ACCENT}": "^",
+    "\N{COMBINING TILDE}": "~",
+    "\N{COMBINING DIAERESIS}": '"',
+    "\N{COMBINING MACRON}": "=",
+    "\N{COMBINING DOT ABOVE}": ".",
+    "\N{COMBINING CARON}": "v",
+    "\N{COMBINING BREVE}": "u",
+    "\N{COMBINING DOUBLE ACUTE ACCENT}": "H",
+    "\N{COMBINING CEDILLA}": "c",
 }
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(char, char) for char in " ".join(text.split()))
+    flat = " ".join(text.split())
+    return re.sub("-(?=-)", "-{}", "".join(map(_latex_letter, flat)))
+
+
+def _latex_letter(letter: str) -> str:
+    """A letter so that every LaTeX sets it; one that no encoding of its fonts has is told by its number."""
+    if letter in _LATEX:
+        return _LATEX[letter]
+    if " " <= letter <= "\N{TILDE}":
+        return letter
+    base, mark = (*unicodedata.normalize("NFD", letter), "", "")[:2]
+    if base.isascii() and base.isalpha() and mark in _ACCENTS:
+        return f"\\{_ACCENTS[mark]}{{{base}}}"
+    return rf"\texttt{{U+{ord(letter):04X}}}"
+
+
+def _latex_indexed(text: str) -> str:
+    return INDEXED.sub(r"$\1_\2$", _latex(text))

@@ -132,7 +132,7 @@ class SweepView:
     `switches` holds every protocol switch in force; `select` and `std` are the two that rule the summary.
     `certificates` are all in the storage, as orchestration/certify.py put them. `waiting` says what trials that could
     run are waiting for, empty where nothing is known to hold them up. `memory` is the paper's Table 1 as it is
-    predicted, where that was asked for.
+    predicted, where that was asked for. `gaps`: what could not be learnt of the sweep, a plain sentence each.
     """
 
     grid: str
@@ -149,6 +149,7 @@ class SweepView:
     certificates: tuple[dict[str, Any], ...] = ()
     waiting: str = ""
     memory: tuple[StepMemory, ...] = ()
+    gaps: tuple[str, ...] = ()
 
     @classmethod
     def build(

@@ -118,7 +118,7 @@ class Asked:
 
 def put_asked(storage: Storage, asked: Asked) -> None:
     """Keep what is asked of a grid, in place of what was asked before."""
-    storage.put_json(_plan_key(asked.grid), asked.as_json())
+    storage.put_json(plan_key(asked.grid), asked.as_json())
 
 
 def asked_grids(storage: Storage) -> list[str]:
@@ -128,14 +128,18 @@ def asked_grids(storage: Storage) -> list[str]:
 
 def read_asked(storage: Storage, grid: str) -> Asked | None:
     """What was asked of a grid last; None where nothing was. ValueError where that cannot be read."""
-    value = storage.get_json(_plan_key(grid))
-    if value is None:
-        return None
+    key = plan_key(grid)
+    value = storage.get_json(key)
+    return None if value is None else asked_from_json(value, key)
+
+
+def asked_from_json(value: Any, place: str) -> Asked:
+    """What `Asked.as_json` gave, as it was read at `place`. ValueError where it is not that any more."""
     if not is_sealed(value):
-        raise ValueError(f"{_plan_key(grid)} does not match its own checksum; a sweep of {grid} writes it again")
+        raise ValueError(f"{place} does not match its own checksum; a sweep of the grid writes it again")
     if value["format"] != FORMAT:
         raise ValueError(
-            f"{_plan_key(grid)} is of format {value['format']}, and this version reads {FORMAT}; use the version of "
+            f"{place} is of format {value['format']}, and this version reads {FORMAT}; use the version of "
             "this project that ran the sweep, or run it with this one"
         )
     trials = []
@@ -199,5 +203,6 @@ def drives(driver: Mapping[str, Any], *, now: float) -> bool:
     return "ended" not in driver and now - driver["time"] < SILENCE_S
 
 
-def _plan_key(grid: str) -> str:
+def plan_key(grid: str) -> str:
+    """Where it is kept what was asked of a grid."""
     return f"{GRIDS}/{grid}/plan.json"

@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +17,7 @@ from rich.table import Table
 
 from dashboards.evidence import published_evidence
 from dashboards.paper import write_published
-from dashboards.terminal import claims_table, statistics_table
+from dashboards.terminal import claims_table, statistics_table, summary_table
 from dashboards.verdicts import evidence_tables, ledger, tallied
 from helix import bench, doctor
 from helix.data.dataset import Dataset, DatasetError
@@ -25,6 +27,7 @@ from helix.protocol import PROFILES
 from helix.published import GPU_BYTES
 from helix.registry import DATASETS
 from helix.spec import TrialSpec, apply_overrides, identity
+from helix.storage import open_storage
 from helix.training import feasibility as feasible
 from helix.training.feasibility import TOKENS, Cell, table
 from helix.training.memory import GIB, gib
@@ -32,13 +35,15 @@ from orchestration import status, sweep
 from orchestration.certify import BIT_EXACT, certificate_table, certify
 from orchestration.connection import ClusterError, cpu_count, rehearse
 from orchestration.forecast import Forecast, calibrate, forecasts, measured, shape
+from orchestration.from_mlflow import view_from_mlflow
 from orchestration.grid import BACKBONES, GRIDS, PRESETS, expand, load_grid
 from orchestration.ledger import CERTIFICATES
 from orchestration.money import MARKETS, machine_facts
-from orchestration.plan import check_trials, make_plan
+from orchestration.plan import check_trials, make_plan, with_memory
 from orchestration.preprocessing import clip_facts, described, prepare_with_ray, prepared_data, refuse_needless, summary
 from orchestration.progress import ProgressDisplay
 from orchestration.restart import restart
+from orchestration.tracking import tracking_uri
 from orchestration.twin import TwinError, Twins
 from orchestration.verification import verify_storage
 
@@ -243,7 +248,9 @@ def _feasibility_table(cells: Sequence[Cell], limit_bytes: int) -> Table:
 
 
 def report(arguments: Sequence[str]) -> int:
-    """`helix report --grid esc50`, or `helix report --published` of the paper's own numbers, which trained nothing."""
+    """`helix report --grid esc50`, the same `--from-mlflow`, or `--published` of the paper's own numbers."""
+    if "--from-mlflow" in arguments:
+        return report_from_mlflow(arguments)
     if "--published" not in arguments:
         return sweep.main(arguments, train_missing=False)
     parser = argparse.ArgumentParser(
@@ -272,6 +279,43 @@ def report(arguments: Sequence[str]) -> int:
     console.print(f"page:    {page}", markup=False)
     console.print(f"tables:  {len(tables)} files in {page.with_suffix('')}", markup=False)
     return 0
+
+
+def report_from_mlflow(arguments: Sequence[str]) -> int:
+    """`helix report --grid demo --from-mlflow`; 0 every trial is done, 1 some are not, 2 MLflow does not tell."""
+    parser = argparse.ArgumentParser(
+        prog="helix report --from-mlflow",
+        description="The report of what was asked of a grid last, from MLflow alone: the storage is not read.",
+    )
+    parser.add_argument("--from-mlflow", action="store_true", required=True, help="read MLflow and nothing else")
+    parser.add_argument("--grid", required=True, help="the grid whose report is wanted")
+    parser.add_argument(
+        "--tracking-uri",
+        metavar="URI",
+        help="where MLflow is (default: MLFLOW_TRACKING_URI, or the SQLite file in HELIX_STORAGE or ./runs); "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD sign in",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page (default: reports/GRID.html, in this folder)"
+    )
+    given = parser.parse_args(arguments)
+    out = sweep.console()
+    page = given.out or Path("reports", f"{given.grid}.html")
+    try:
+        if page.suffix != ".html":
+            raise ValueError(f"--out is {page}; wanted a name that ends in .html, for its tables go beside it")
+        uri = given.tracking_uri or tracking_uri(open_storage(os.environ.get("HELIX_STORAGE") or "runs"))
+        view = with_memory(view_from_mlflow(uri, given.grid, now=time.time()))
+        _, *tables = sweep.write_page(view, page)
+    except (ValueError, OSError) as error:
+        return sweep.refuse(error)
+    out.print(summary_table(view))
+    for gap in view.gaps:
+        out.print(gap, markup=False)
+    out.print(f"report:  {shlex.join([sys.executable, '-m', 'webbrowser', page.absolute().as_uri()])}", markup=False)
+    out.print(f"tables:  {len(tables)} files in {page.with_suffix('')}", markup=False)
+    done = all(trial.state.status == "done" for _, trial in view.trials())
+    return 0 if done else sweep.SOME_FAILED
 
 
 def certify_grid(arguments: Sequence[str]) -> int:
@@ -431,7 +475,8 @@ def diagnose(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "sweep": ("train what a grid lacks, track it, and compare (the same as orchestration/sweep.py)", sweep.main),
     "report": (
-        "write the report of a grid from what is stored now, without training; --published: of the paper's own numbers",
+        "write the report of a grid from what is stored now, without training; --from-mlflow: from MLflow alone; "
+        "--published: of the paper's own numbers",
         report,
     ),
     "status": ("how sweeps stand now, from anywhere, from what is stored alone", status.main),

@@ -45,7 +45,7 @@ from dashboards.report import report_tables, write_report
 from dashboards.tables import write_tables
 from dashboards.terminal import summary_table
 from dashboards.text import cost_line, printable
-from dashboards.view import Spent
+from dashboards.view import Spent, SweepView
 from helix.addresses import shown_uri
 from helix.data.shards import CorruptShardError, Recordings
 from helix.protocol import PROFILES
@@ -596,17 +596,18 @@ def put_reports(storage: Storage, write: Callable[[Path], tuple[Path, ...]]) -> 
     return written
 
 
+def write_page(view: SweepView, page: Path) -> tuple[Path, ...]:
+    """Write the report of a view and its tables beside it; the page, then the tables."""
+    write_report(view, page, files=page.stem)
+    return page, *write_tables(report_tables(view), page.with_suffix(""))
+
+
 def finish(sweep: Sweep, console: Console, *, stopped: str | None = None) -> int:
     """Bring MLflow up to date, write the report, print the table and where to look. Returns the exit code."""
     view = with_memory(sweep.snapshot())
     tracker = Tracker(sweep.storage)
 
-    def write(folder: Path) -> tuple[Path, ...]:
-        page = folder / f"{view.grid}.html"
-        write_report(view, page, files=page.stem)
-        return page, *write_tables(report_tables(view), page.with_suffix(""))
-
-    report = put_reports(sweep.storage, write)[0]
+    report = put_reports(sweep.storage, lambda folder: write_page(view, folder / f"{view.grid}.html"))[0]
     problem = attempt_replay(tracker, view, report)
     console.print(summary_table(view))
     states = [(cell.variant, trial) for cell, trial in view.trials()]

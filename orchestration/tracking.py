@@ -6,9 +6,11 @@ run is a trial's is agreed on in the storage (orchestration/once.py), so that tw
 
     experiment helix-<data set>
       <variant>                    a cell: mean, std, interval and n over its trials; confusion.csv
-        <variant> fold 1 seed 0    a trial: params, a point per epoch, system metrics, data set, spec.json,
+        <variant> fold 1 seed 0    a trial: params, a point per epoch, system metrics, data set, spec.json, state.json,
                                    confusion.csv; model/ where it is the best of its cell
-      report of <grid>             what a grid found: the report, certificates/
+      report of <grid>             what a grid found: the report, certificates/; and what it asked, plan.json
+
+plan.json and state.json hold what orchestration/from_mlflow.py makes the report of without the storage.
 """
 
 import hashlib
@@ -34,7 +36,9 @@ from dashboards.view import CellView, SweepView, TrialView
 from helix.addresses import without_secrets
 from helix.data.shards import Prepared, find
 from helix.statistics import CONFIDENCE, t_test
-from helix.storage import FolderStorage, Storage, json_bytes
+from helix.storage import FolderStorage, Storage, is_sealed, json_bytes, sealed
+from orchestration.asked import plan_key
+from orchestration.ledger import CERTIFICATES, TrialState
 from orchestration.lineage import UNKNOWN
 from orchestration.model_store import best_weights_sha256, register
 from orchestration.once import made_once
@@ -44,8 +48,13 @@ logger = logging.getLogger(__name__)
 #: MLflow refuses more than 1000 metrics in one call.
 BATCH = 1000
 
-#: Values of a row that become metrics, in percent where they are accuracies.
-ACCURACIES = ("train_accuracy", "test_accuracy", "validation_accuracy")
+#: Values of a row that become metrics: accuracies, in percent and by what they are called there, and others.
+ACCURACIES = {
+    "train_accuracy": "train_accuracy",
+    "test_accuracy": "test_accuracy",
+    # A result has a validation_accuracy, that of the epoch which validation chose, and MLflow shows one of a name.
+    "validation_accuracy": "held_out_accuracy",
+}
 PLAIN = ("train_loss", "test_loss", "validation_loss", "lr", "seconds")
 
 #: What the metrics of the interval of a cell's mean are called.
@@ -61,6 +70,12 @@ SHARED_VIEW = "mlflow.sharedViewState."
 VIEW_KEY = "helix"
 #: The menu of MLflow's UI for training; it opens with the one for language models.
 MENU = "workflowType=machine_learning"
+
+#: The files of runs that hold what was asked of a grid, and what storage knows of a trial.
+PLAN_FILE, STATE_FILE = "plan.json", "state.json"
+
+#: What of a row is in no file: a loss for each step is much, and no report shows it.
+LEFT_OUT = ("train_losses",)
 
 #: What is remembered of a result.
 KEPT = ("accuracy", "finished", "classes", "confusion", "selected_confusion", "selected_epoch")
@@ -83,19 +98,24 @@ def tracking_uri(storage: Storage) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"
 
 
+def be_brief() -> None:
+    """MLflow's waits and its words, as far as the environment does not say otherwise."""
+    # A server that is down must cost the sweep seconds and not the minutes of MLflow's default retries.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # The terminal belongs to the live view.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*An input example was not provided")
+
+
 class Tracker:
     """Brings MLflow up to date with a view of a sweep. One process at a time may create a new SQLite file."""
 
     def __init__(self, storage: Storage):
-        # A server that is down must cost the sweep seconds and not the minutes of MLflow's default retries.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        # The terminal belongs to the live view.
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        for name in ("alembic", "mlflow"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", message=".*An input example was not provided")
+        be_brief()
         self.storage, self.uri = storage, tracking_uri(storage)
         self._client: MlflowClient | None = None
         self._specs: dict[str, dict[str, Any]] = {}
@@ -120,6 +140,7 @@ class Tracker:
         try:
             for summary in summarise(view):
                 self._replay_cell(client, view, summary)
+            self._asked(client, view)
         except Exception:
             self._forget()  # a run may have been deleted by hand: the next replay looks again
             raise
@@ -128,16 +149,14 @@ class Tracker:
         """Put the report of a grid, its tables and the certificates of its trials into a run beside its cells."""
         client = self._client = self._client or MlflowClient(self.uri)
         for dataset in dict.fromkeys(cell.dataset for cell in view.cells):
-            experiment = self._experiment(client, dataset)
-            tags = {"helix.level": "report", "helix.grid": view.grid}
-            run = self._run(client, experiment, f"report-{view.grid}", f"report of {view.grid}", tags, view.created)
+            run = self._report(client, view, dataset)
             client.log_artifact(run.info.run_id, str(report))
             if (tables := report.with_suffix("")).is_dir():  # the report links to them
                 client.log_artifacts(run.info.run_id, str(tables), report.stem)
             ours = {trial.trial_id for cell, trial in view.trials() if cell.dataset == dataset}
             for certificate in view.certificates:
-                if certificate.get("trial_id") in ours:
-                    name = f"certificates/{certificate['certificate_id']}.json"
+                if certificate.get("trial_id") in ours or certificate.get("grid") == view.grid:
+                    name = f"{CERTIFICATES}/{certificate['certificate_id']}.json"
                     client.log_dict(run.info.run_id, certificate, name)
             links = self.compare_links(view).get(dataset, {})
             told = [f"{view.question.strip()}", f"`{view.command}`", "report.html is under Artifacts."]
@@ -176,6 +195,24 @@ class Tracker:
         if parent is not None:
             self._parents[summary.cell.dataset, summary.cell.variant] = parent.info.run_id
             self._summary(client, experiment, view, summary, parent)
+
+    def _report(self, client: MlflowClient, view: SweepView, dataset: str) -> Run:
+        """The run of what a grid asked and found."""
+        tags = {"helix.level": "report", "helix.grid": view.grid}
+        experiment = self._experiment(client, dataset)
+        return self._run(client, experiment, f"report-{view.grid}", f"report of {view.grid}", tags, view.created)
+
+    def _asked(self, client: MlflowClient, view: SweepView) -> None:
+        """Put what was asked of the grid last, as storage keeps it, beside the cells that anything was done for."""
+        plan = self.storage.get_json(plan_key(view.grid)) if self._parents else None
+        if plan is None or not is_sealed(plan):  # a damaged one is mended by the next sweep
+            return
+        for dataset in dict.fromkeys(dataset for dataset, _ in self._parents):
+            run = self._report(client, view, dataset)
+            if run.data.tags.get("helix.plan") != plan["sha256"]:
+                client.log_text(run.info.run_id, json_bytes(plan).decode(), PLAN_FILE)
+                self._tag(client, run, "helix.plan_time", f"{view.created:.3f}")
+                self._tag(client, run, "helix.plan", plan["sha256"])
 
     def _experiment(self, client: MlflowClient, dataset: str) -> str:
         name = f"helix-{dataset}"
@@ -305,6 +342,10 @@ class Tracker:
             else:
                 client.set_terminated(run_id, STATUS[state.status], end_time=end)
             self._tag(client, run, "helix.status", state.status)
+        told = state_as_json(state)
+        if run.data.tags.get("helix.state") != told["sha256"]:
+            client.log_text(run_id, json_bytes(told).decode(), STATE_FILE)
+            self._tag(client, run, "helix.state", told["sha256"])
         if state.result is not None:
             if "helix.confusion" not in run.data.tags:  # it is told last of all
                 self._files(client, run, state.result, described)
@@ -483,6 +524,31 @@ def attempt_replay(tracker: Tracker, view: SweepView, report: Path | None = None
     return None
 
 
+def state_as_json(state: TrialState) -> dict[str, Any]:
+    """What storage knows of a trial as plain JSON, sealed: `TrialState` by its names, rows without their LEFT_OUT.
+
+    Of a trial that is under way its rows, step and time of the last word are left to the points in MLflow, so that this
+    is the same from one epoch to the next. The rows of one that is done are in its result.
+    """
+
+    def short(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{name: value for name, value in row.items() if name not in LEFT_OUT} for row in rows]
+
+    value: dict[str, Any] = {
+        "trial_id": state.trial_id,
+        "status": state.status,
+        "attempts": list(state.attempts),
+        "error": state.error,
+    }
+    if state.result is not None:
+        value["result"] = state.result | {"rows": short(state.result["rows"])}
+    elif state.status != "running":
+        value["rows"] = short(state.rows)
+    if state.status != "running":
+        value |= {"step": state.step, "heard": state.heard}
+    return sealed(value)
+
+
 def cell_id(described: dict[str, Any]) -> str:
     """The identity that the trials of one cell share: everything but fold and seed. `described` is a spec.json."""
     spec = dict(described["spec"])
@@ -539,7 +605,7 @@ def _params(view: SweepView, cell: CellView, described: dict[str, Any]) -> list[
 
 def _metrics(row: dict[str, Any]) -> list[Metric]:
     when, epoch = int(row["time"] * 1000), row["epoch"]
-    accuracies = [Metric(name, 100 * row[name], when, epoch) for name in ACCURACIES if name in row]
+    accuracies = [Metric(told, 100 * row[name], when, epoch) for name, told in ACCURACIES.items() if name in row]
     plain = [Metric(name, row[name], when, epoch) for name in PLAIN if name in row]
     # MLflow's UI shows what begins with "system/" on a page of its own.
     return (

@@ -57,7 +57,7 @@ ONLY_IN = {
         f"orchestration.{name}"
         for name in ("sweep", "worker", "preprocessing", "schedule", "connection", "bare", "scale", "metrics")
     },
-    "mlflow": {f"orchestration.{name}" for name in ("tracking", "model_store", "pyfunc_model")},
+    "mlflow": {f"orchestration.{name}" for name in ("tracking", "from_mlflow", "model_store", "pyfunc_model")},
     "numba": {"helix.models.scan_numba"},
     "mamba_ssm": {"helix.models.scan_mamba_ssm"},
     "boto3": {"helix.storage_s3", "helix.benches.data", "cluster.fetch_secret"},

@@ -168,6 +168,15 @@ def test_the_table_has_what_was_measured(two: Evidence):
     assert "Nadeau and Bengio" in said and "its smallest p is 0.0625" in said
 
 
+def test_notes_explain_the_columns_that_are_there_and_no_others(two: Evidence):
+    whole, short = (statistics_table(two, "esc50", short=short) for short in (False, True))
+    explained = {"std": "std: ", "g": " g: ", "bootstrap": "Bootstrap: "}
+    assert all(words in whole.notes[0] for words in explained.values())
+    assert not any(words in short.notes[0] for words in explained.values())
+    assert "d_z: mean over" in short.notes[0] and "Holm: adjusted" in short.notes[0]
+    assert {column.group for column in short.columns} == {"", "95 % interval, corrected", "p", "effect"}
+
+
 def test_the_spread_is_divided_as_the_protocol_says(make_evidence: MakeEvidence):
     cells = {("esc50", MAMBA_RAW): folds(*GAPS), ("esc50", HELIX_RAW): folds(0, 0, 0, 0, 0)}
     for ddof, wanted, words in ((0, 1.41, "by n."), (1, 1.58, f"by n {MINUS} 1.")):

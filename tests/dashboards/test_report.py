@@ -13,7 +13,8 @@ from dashboards.charts import ticks
 from dashboards.confusion import SHADES
 from dashboards.curves import Curve, common_mean, thin
 from dashboards.report import render_report, report_tables, write_report
-from dashboards.tables import as_csv, as_latex, as_markdown, write_tables
+from dashboards.tables import Figure, as_csv, as_latex, as_markdown, write_tables
+from dashboards.text import GAP
 from dashboards.view import SweepView
 from helix.protocol import SWITCHES
 
@@ -213,6 +214,20 @@ def test_software_that_differs_between_trials_is_shown_with_counts(make_view: Ma
     cell = replace(view.cells[0], trials=(replace(trial, state=older),))
     text = page(replace(view, cells=(cell, view.cells[1]))).text
     assert "2.11.0 (1 trial), 2.13.0 (1 trial)" in text
+
+
+def test_a_trial_that_several_ranks_trained_says_so_and_names_its_code(make_view: MakeView):
+    view = make_view(folds=(1,))
+    first = view.cells[0].trials[0]
+    assert first.state.result is not None
+    code = {"commit": "c0ffee1" * 5, "dirty": True}
+    state = replace(first.state, result=first.state.result | {"ranks": 2}, attempts=({"started": 1.0, "code": code},))
+    cells = (replace(view.cells[0], trials=(replace(first, state=state),)), *view.cells[1:])
+    table = next(table for table in report_tables(replace(view, cells=cells)) if table.name == "trials")
+    at = [column.heading for column in table.columns].index("ranks")
+    assert [row[at].shown for row in table.rows if isinstance(row[at], Figure)][:2] == ["2", GAP]
+    said = page(replace(view, cells=cells)).text
+    assert f"commit {code['commit'][:12]} with changes" in " ".join(said.split())
 
 
 def test_every_chart_says_in_words_what_it_shows(make_view: MakeView):

@@ -94,6 +94,24 @@ def test_the_page_itself_never_scrolls_sideways(open_report: Callable[..., Any],
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_no_table_is_cut_off_on_a_screen_of_1180(open_report: Callable[..., Any], make_view: MakeView):
+    page = open_report(make_view(folds=(1, 2, 3, 4, 5)))
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    cut = "[...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth).length"
+    assert page.evaluate(cut) == 0
+    assert page.locator("svg.chart").first.bounding_box()["width"] > 1000
+
+
+def test_a_chart_on_a_telephone_keeps_letters_that_can_be_read(open_report: Callable[..., Any], make_view: MakeView):
+    page = open_report(make_view())
+    page.set_viewport_size({"width": 390, "height": 900})
+    heights = page.evaluate(
+        "[...document.querySelectorAll('svg.chart text')].map(t => t.getBoundingClientRect().height)"
+    )
+    assert min(height for height in heights if height) >= 9
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 def test_a_data_set_called_script_does_nothing_in_a_browser(open_report: Callable[..., Any], make_view: MakeView):
     page = open_report(make_view(dataset="<script>alert(1)</script><img src=x onerror=alert(2)>", facts=None))
     assert page.locator("script").count() == 1

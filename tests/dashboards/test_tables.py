@@ -3,11 +3,17 @@
 import csv
 import io
 import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from dashboards.evidence import published_evidence
+from dashboards.report import report_tables
 from dashboards.tables import (
     FORMATS,
     Column,
@@ -21,6 +27,10 @@ from dashboards.tables import (
     write_tables,
 )
 from dashboards.text import GAP, MINUS
+from dashboards.verdicts import evidence_tables, ledger
+from dashboards.view import SweepView
+
+MakeView = Callable[..., SweepView]
 
 EVIL = "<script>alert('x')</script> & \"50 %\" $x_1^2$ #1 ~ {a} \\end{table} | `b` *c* [d](e)"
 
@@ -123,15 +133,24 @@ def test_latex_escapes_all_that_it_would_run():
     assert depth == 0
 
 
+def test_a_letter_with_an_index_is_set_as_one():
+    table = replace(make_table("a_b"), columns=(*make_table().columns[:3], Column(heading="d_z")), notes=("d_z: x",))
+    assert '<th scope="col">d<sub>z</sub></th>' in as_html(table) and ">d<sub>z</sub>: x</p>" in as_html(table)
+    assert "$d_z$" in as_latex(table) and r"a\_b" in as_latex(table), "what stands in a cell is somebody's name"
+    assert "d_z" in as_csv(table)
+
+
 def test_latex_is_in_the_style_of_booktabs():
     source = as_latex(make_table())
     assert r"\begin{tabular}{lrrl}" in source
     assert r"\multicolumn{2}{c}{interval}" in source and r"\cmidrule(lr){2-3}" in source
     assert "$-$1.00" in source, "the minus sign is not in every font"
     assert [source.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
-    assert r"p{0.80\linewidth}" in as_latex(
-        Table(name="t", caption="", columns=(Column(heading="x"),), rows=(("long " * 20,),))
+    (spec,) = re.findall(
+        r"begin{tabular}{(.*)}",
+        as_latex(Table(name="t", caption="", columns=(Column(heading="x"),), rows=(("long " * 20,),))),
     )
+    assert re.fullmatch(r">{\\raggedright\\arraybackslash}p{0\.9\d\\linewidth}", spec)
 
 
 def test_a_table_longer_than_a_page_may_break():
@@ -167,7 +186,8 @@ def test_every_table_is_a_file_in_every_format_and_nothing_lies_beside_them(tmp_
     again = write_tables([make_table("new \udcff")], folder)
     assert first == again
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"made-up.{ending}" for ending in FORMATS)
-    assert all("new ?" in path.read_text(encoding="utf-8") for path in again)
+    written = {path.suffix: path.read_text(encoding="utf-8") for path in again}
+    assert "new ?" in written[".csv"] and "new ?" in written[".md"] and r"new \texttt{U+DCFF}" in written[".tex"]
 
 
 @pytest.mark.parametrize("name", ["../x", "A", "", ".x", "a b"])
@@ -184,4 +204,55 @@ def test_a_row_of_another_length_is_refused():
 def test_a_gap_is_a_dash_where_people_read():
     assert f'<td class="number">{GAP}</td>' in as_html(make_table())
     assert f"| {GAP} |" in as_markdown(make_table())
-    assert " & -- & " in as_latex(make_table())
+    assert r" & \textendash{} & " in as_latex(make_table())
+
+
+def compiled(sources: Iterable[str], folder: Path) -> str:
+    """What pdflatex said of a document of these tables, each on its own page; what is needed is what they name."""
+    if shutil.which("pdflatex") is None:
+        pytest.skip("no pdflatex here (Debian: apt-get install texlive-latex-base texlive-latex-recommended)")
+    tables = list(sources)
+    packages = sorted({name for one in tables for name in re.findall(r"usepackage{(.*)}", one)[0].split(", ")})
+    body = "\n\\clearpage\n".join(tables)
+    page = "\\documentclass[a4paper]{article}\n\\usepackage[margin=25mm,landscape]{geometry}\n"
+    page += f"\\usepackage{{{','.join(packages)}}}\n\\begin{{document}}\n{body}\n\\end{{document}}\n"
+    (folder / "page.tex").write_text(page, encoding="utf-8")
+    command = ["pdflatex", "-no-shell-escape", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
+    for _ in range(2):  # longtable learns its widths from the first
+        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=120, check=False)
+    said = done.stdout.decode(errors="replace")
+    assert done.returncode == 0, said[-2000:]
+    return said
+
+
+def too_wide(said: str) -> list[float]:
+    """By how many points lines stand out of the page."""
+    return [float(points) for points in re.findall(r"Overfull \\hbox \(([\d.]+)pt too wide\)", said)]
+
+
+WORDS = [
+    "50 % of a_b & c #1 $2 ~x ^y \\z {u} [v]",
+    f"naïve façade Łódź 中文 😀 µ → ± ≤ {GAP} —",
+    "--grid <script>",
+    "\x07\x00",
+    "?`!`",
+]
+
+
+def test_latex_compiles_whatever_stands_in_a_table(tmp_path: Path):
+    tables = [make_table(word, word) for word in [*WORDS, EVIL]]
+    tables += [replace(make_table(word), rows=make_table(word).rows * 40, notes=(word,)) for word in WORDS]
+    compiled(map(as_latex, tables), tmp_path)
+    assert "\\texttt{U+4E2D}" in as_latex(make_table("中"))
+    assert "-{}-grid" in as_latex(make_table("--grid")), "two hyphens are no dash"
+
+
+def test_every_table_of_a_report_and_of_the_published_numbers_compiles_and_fits_a_page(
+    make_view: MakeView, tmp_path: Path
+):
+    evidence = published_evidence()
+    tables = [*report_tables(make_view(folds=(1, 2, 3, 4, 5))), *evidence_tables(evidence, ledger(evidence))]
+    odd = make_view(folds=(1, 2), dataset="<script> 50% a_b & #1 ^~\\ {x} ±é中", facts=None)
+    said = compiled(map(as_latex, [*tables, *report_tables(odd)]), tmp_path)
+    assert max(too_wide(said), default=0.0) < 40, "points of a landscape page of 700"
+    assert (tmp_path / "page.pdf").stat().st_size > 50_000

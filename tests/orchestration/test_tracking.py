@@ -114,6 +114,19 @@ def test_what_mlflow_holds_of_a_trial_shows_gaps_and_duplicates(sweep, tiny_data
     assert [step for step, _ in logged(uri, name, "test_accuracy")] == [1, 2, 2]
 
 
+def test_what_validation_says_of_an_epoch_hides_not_what_it_chose(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    spec = plan[0].trial.spec
+    trial = replace(plan[0].trial, spec=replace(spec, protocol=replace(spec.protocol, validation="held_out")))
+    snapshot.plan = make_plan([trial], tiny_data)
+    train(snapshot.plan[0], tiny_data, storage)
+    Tracker(storage).replay(snapshot())
+    (run,), result = runs(storage)["trial"], storage.get_json(f"trials/{snapshot.plan[0].trial_id}/result.json")
+    assert run.data.metrics["validation_accuracy"] == 100 * result["accuracy"]["validation"]
+    told = [(row["epoch"], 100 * row["validation_accuracy"]) for row in result["rows"]]
+    assert history(storage, run, "held_out_accuracy") == told
+
+
 def test_a_trial_is_followed_while_it_runs_and_after_it_failed(sweep, tiny_data, storage, monkeypatch):
     snapshot, plan = sweep
     seen = []
