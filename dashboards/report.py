@@ -15,7 +15,6 @@ from dashboards import text
 from dashboards.beside import Sheet, feasibility_table, paper_tables, sheets
 from dashboards.certificates import certified
 from dashboards.charts import bars, colours, glyph
-from dashboards.comparisons import statistics_table
 from dashboards.confusion import PerClass, confusion_tables, per_class
 from dashboards.curves import Panel, panels
 from dashboards.evidence import Evidence, sweep_evidence
@@ -32,7 +31,7 @@ from dashboards.summary import (
     summarise,
 )
 from dashboards.tables import Column, Figure, Table, as_html
-from dashboards.verdicts import claims_section, concerns, evidence_tables, ledger
+from dashboards.verdicts import claims_section, comparisons_table, concerns, evidence_tables, ledger
 from dashboards.view import CellView, DataFacts, SweepView, TrialView
 from dashboards.work import work_table
 from helix.protocol import SWITCHES
@@ -158,7 +157,7 @@ def render_report(view: SweepView, *, files: str | None = None) -> str:
             work=work_table(view),
             claims=claims_section(ledger(evidence), evidence) if concerns(evidence) else None,
             statistics={
-                dataset: statistics_table(evidence, dataset, short=True)
+                dataset: comparisons_table(evidence, dataset, short=True)
                 for dataset in {cell.dataset for cell in view.cells}
             },
             question=parse_question(view.question, view.grid),
