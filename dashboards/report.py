@@ -24,8 +24,9 @@ from dashboards.summary import (
     SELECTIONS,
     CellSummary,
     attempts,
+    averaged_over,
     changed_switches,
-    lost_seconds,
+    overhead_seconds,
     progress,
     sampling_word,
     summarise,
@@ -86,7 +87,7 @@ class TrialRow:
     best_epoch: int | None
     attempts: int
     ranks: int | None
-    lost_seconds: float | None
+    overhead_seconds: float | None
     train_seconds: float | None
     weights_sha256: str
 
@@ -146,6 +147,7 @@ def render_report(view: SweepView, *, files: str | None = None) -> str:
     """The whole page as text. Everything that comes from the view is escaped. `files` as in `write_report`."""
     evidence = sweep_evidence(view)
     summaries = summarise(view)
+    unit, over = averaged_over(view)
     kinds = list(dict.fromkeys(block for cell in view.cells for block in cell.pattern))
     return (
         page_environment()
@@ -175,6 +177,8 @@ def render_report(view: SweepView, *, files: str | None = None) -> str:
             selection_words=text.SELECTION_WORDS,
             std_words=text.STD_WORDS,
             word=sampling_word(view),
+            unit=unit,
+            over=over,
             glyph=lambda pattern: glyph(pattern, kinds),
             kinds=kinds,
             gap=text.GAP,
@@ -250,7 +254,8 @@ def _accuracy_table(view: SweepView, dataset: str, summaries: Sequence[CellSumma
 
     return Table(
         name=_accuracy_name(dataset),
-        caption=f"Test accuracy on {dataset} in %, by the rule that chooses the epoch; {text.STD_WORDS[view.std]}",
+        caption=f"Test accuracy on {dataset} in %, by the rule that chooses the epoch; {text.STD_WORDS[view.std]} "
+        "over folds, the seeds of a fold averaged first",
         columns=(
             Column(heading="variant"),
             Column(heading="done", number=True),
@@ -300,7 +305,10 @@ def _trials_table(view: SweepView) -> Table:
             *(Column(heading=heading, number=True) for heading in ("fold", "seed")),
             Column(heading="status"),
             *(Column(heading=heading, number=True) for heading in ("epochs", "asked", *SELECTIONS)),
-            *(Column(heading=heading, number=True) for heading in ("trained, s", "ranks", "attempts", "lost, s")),
+            *(
+                Column(heading=heading, number=True)
+                for heading in ("trained, s", "ranks", "attempts", "beyond training, s")
+            ),
             Column(heading="weights sha256"),
         ),
         rows=tuple(
@@ -317,10 +325,12 @@ def _trials_table(view: SweepView) -> Table:
                     Figure(None if one is None else 100 * one, text.percent(one))
                     for one in (row.accuracy.get(rule) for rule in SELECTIONS)
                 ),
-                Figure(row.train_seconds, text.GAP if row.train_seconds is None else f"{row.train_seconds:.1f}"),
+                Figure(row.train_seconds, text.number(row.train_seconds, ".1f")),
                 Figure(row.ranks, text.count(row.ranks)),
                 Figure(row.attempts, str(row.attempts)),
-                Figure(row.lost_seconds, text.GAP if row.lost_seconds is None else f"{row.lost_seconds:.1f}"),
+                Figure(
+                    row.overhead_seconds, text.GAP if row.overhead_seconds is None else f"{row.overhead_seconds:.1f}"
+                ),
                 row.weights_sha256[:12],
             )
             for row in rows
@@ -338,7 +348,7 @@ def _trial_row(cell: CellView, trial: TrialView) -> TrialRow:
         best_epoch=(result.get("best_epoch") or {}).get("best_test"),
         attempts=attempts(trial),
         ranks=result.get("ranks") or next((one["ranks"] for one in trial.state.attempts[::-1] if "ranks" in one), None),
-        lost_seconds=lost_seconds(trial),
+        overhead_seconds=overhead_seconds(trial),
         train_seconds=result.get("train_seconds") or sum(row["seconds"] for row in trial.state.rows) or None,
         weights_sha256=result.get("weights_sha256") or "",
     )

@@ -371,7 +371,7 @@ def test_where_all_folds_are_not_enough_seeds_are_added_on_all_of_them():
 
 
 def test_half_of_a_folds_seeds_are_completed_first():
-    values = {(fold, seed): 0.02 + 0.004 * fold + 0.03 * (-1) ** seed for fold in range(4) for seed in range(12)}
+    values = {(fold, seed): 0.025 + 0.004 * fold + 0.03 * (-1) ** seed for fold in range(4) for seed in range(12)}
     unbalanced = {key: value for key, value in values.items() if key[0] < 3 or key[1] == 0}
     found = outlook(unbalanced, ratio=RATIO, folds_exist=4)
     assert (found.folds, found.seeds, found.supposed) == (4, 12, False)
