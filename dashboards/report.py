@@ -23,6 +23,7 @@ from dashboards.findings import Finding, comparison_note, find, parse_question, 
 from dashboards.summary import (
     SELECTIONS,
     CellSummary,
+    Statistic,
     attempts,
     averaged_over,
     changed_switches,
@@ -249,8 +250,12 @@ def _accuracy_name(dataset: str) -> str:
 def _accuracy_table(view: SweepView, dataset: str, summaries: Sequence[CellSummary]) -> Table:
     """The first table of a data set in full: mean and std under each rule of selection."""
 
-    def percents(*values: float | None) -> list[Figure]:
-        return [Figure(None if value is None else 100 * value, text.percent(value)) for value in values]
+    def percents(one: Statistic) -> list[Figure]:
+        """Its mean and its spread."""
+        return [
+            Figure(None if value is None else 100 * value, words)
+            for value, words in ((one.mean, one.percent), (one.std, text.percent(one.std)))
+        ]
 
     return Table(
         name=_accuracy_name(dataset),
@@ -275,11 +280,7 @@ def _accuracy_table(view: SweepView, dataset: str, summaries: Sequence[CellSumma
                 row.cell.variant,
                 Figure(row.done, str(row.done)),
                 Figure(row.asked, str(row.asked)),
-                *(
-                    figure
-                    for rule in SELECTIONS
-                    for figure in percents(row.accuracy[rule].mean, row.accuracy[rule].std)
-                ),
+                *(figure for rule in SELECTIONS for figure in percents(row.accuracy[rule])),
                 Figure(None if row.optimism.mean is None else 100 * row.optimism.mean, text.points(row.optimism.mean)),
                 Figure(row.parameters, text.count(row.parameters)),
                 Figure(row.tokens, text.count(row.tokens)),

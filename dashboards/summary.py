@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dashboards.counts import counts_of
-from dashboards.text import TIMES, plural
+from dashboards.text import NOT_FINITE, TIMES, mean_std, percent, plural
 from dashboards.view import CellView, DataFacts, SweepView, TrialView
 from helix.protocol import PROFILES, SWITCHES
 from helix.published import Published, published
@@ -40,6 +40,16 @@ class Statistic:
     units: int = 0
     unit: Literal["fold", "seed"] = "fold"
     not_finite: int = 0
+
+    @property
+    def percent(self) -> str:
+        """The mean in %, or why there is none: nothing yet, or nothing finite."""
+        return NOT_FINITE if self.not_finite and not self.n else percent(self.mean)
+
+    @property
+    def percent_std(self) -> str:
+        """The same with its spread: "55.10 ± 3.33"."""
+        return self.percent if self.mean is None else mean_std(self.mean, self.std)
 
     @property
     def counted(self) -> str:
