@@ -3,16 +3,17 @@
 Accuracies are fractions; differences are taken on the folds that both sides have.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from dashboards.summary import CellSummary, Statistic, statistic
+from dashboards.summary import CellSummary, Statistic, fold_mean, statistic
 from dashboards.tables import Column, Figure, Table
-from dashboards.text import GAP, count, listing, mean_std, percent, plural, points
+from dashboards.text import GAP, NOT_FINITE, count, listing, mean_std, percent, plural, points
 from dashboards.view import SweepView
 from helix.published import FEASIBILITY, TABLES, TOLERANCE, PaperTable, Published, published
-from helix.statistics import mean, t_test, units
+from helix.statistics import mean
 
 Verdict = Literal["within", "inside the interval", "outside"]
 
@@ -30,7 +31,6 @@ BACKBONES = {"mamba": "Pure Mamba", "helix": "HELIX", "attention": "Pure Attenti
 class PaperCell:
     """One cell of Tables 2 to 5: theirs as printed, and ours where this sweep has something; else `gap` says why not.
 
-    `low` to `high`: the 95 % interval of our mean by Student's t over folds (over seeds where there is one fold).
     `against` is the published number on the folds that we have. `at_theirs`: our best accuracy within as many epochs
     as the paper trained, where ours trained longer. `unlike`: in what our runs differ from the paper's.
     """
@@ -40,8 +40,6 @@ class PaperCell:
     measure: Literal["best_test", "last"]
     target: Published | None
     ours: Statistic
-    low: float | None = None
-    high: float | None = None
     against: float | None = None
     epochs: int | None = None
     at_theirs: float | None = None
@@ -81,7 +79,7 @@ class PaperCell:
             return None
         if abs(self.difference) <= self.tolerance + PRINTED / 2:
             return "within"
-        if self.low is not None and self.high is not None and self.low <= self.against <= self.high:
+        if self.ours.low is not None and self.ours.high is not None and self.ours.low <= self.against <= self.ours.high:
             return "inside the interval"
         return "outside"
 
@@ -117,6 +115,11 @@ class Sheet:
             f"Within: at most {points(self.cells[0].tolerance, 1).lstrip('+')} points from the paper's number, a "
             "tolerance of ours. Inside the interval: further away, but in the 95 % interval of our mean."
         ]
+        if any(cell.ours.n > cell.ours.units for cell in measured):
+            said.append("Seeds of a fold are averaged first: mean, std and interval are over folds.")
+        left_out = sum(cell.ours.not_finite for cell in self.cells)
+        if left_out:
+            said.append(f"{plural(left_out, 'accuracy', 'accuracies')} of ours {NOT_FINITE}, in no mean here.")
         if shared:
             said.append(f"Not like for like: our runs have {listing(shared)}.")
         rest = {
@@ -174,8 +177,8 @@ def sheet_table(sheet: Sheet) -> Table:
             (
                 cell.row,
                 cell.column,
-                *(_percent(value) for value in (cell.ours.mean, cell.ours.std, cell.low, cell.high)),
-                Figure(cell.ours.n or None, str(cell.ours.n) if cell.ours.n else GAP),
+                *(_percent(value) for value in (cell.ours.mean, cell.ours.std, cell.ours.low, cell.ours.high)),
+                Figure(cell.ours.n, cell.ours.counted) if cell.ours.n else Figure(None),
                 Figure(cell.epochs, count(cell.epochs)),
                 _percent(cell.at_theirs),
                 Figure(None, cell.printed) if cell.theirs is None else _percent(cell.theirs),
@@ -261,11 +264,10 @@ def _cell(
     if target is not None and target.per_fold is not None and measure == "best_test":
         values = {key: value for key, value in values.items() if 1 <= key[0] <= target.folds}
         against = mean([target.per_fold[fold - 1] for fold in sorted({fold for fold, _ in values})])
-    tested = t_test(units(values).values) if values else None
+    ours = statistic(values, std, ratio=summary.ratio)
     return PaperCell(
-        ours=statistic(list(values.values()), std),
-        low=tested.low if tested else None,
-        high=tested.high if tested else None,
+        ours=replace(ours, not_finite=summary.accuracy[measure].not_finite),
+        gap=NOT_FINITE if not values and summary.accuracy[measure].not_finite else "",
         against=against if values else None,
         epochs=summary.cell.epochs,
         at_theirs=_within(summary, target) if measure == "best_test" else None,
@@ -283,15 +285,15 @@ def _why_none(summary: CellSummary) -> str:
 
 
 def _within(summary: CellSummary, target: Published | None) -> float | None:
-    """The mean over trials of the best test accuracy in the first epochs, as many as the paper trained."""
+    """Our best test accuracy in the first epochs, as many as the paper trained: as a cell's own, by folds."""
     if target is None or target.epochs is None or target.epochs >= summary.cell.epochs:
         return None
-    best = [
-        max(row["test_accuracy"] for row in trial.state.rows[: target.epochs])
-        for trial in summary.cell.trials
-        if trial.state.result is not None and trial.state.rows
-    ]
-    return mean(best)
+    best = {}
+    for trial in summary.cell.trials:
+        seen = [row["test_accuracy"] for row in trial.state.rows[: target.epochs]]
+        if trial.state.result is not None and (finite := [one for one in seen if math.isfinite(one)]):
+            best[trial.fold, trial.seed] = max(finite)
+    return fold_mean(best)
 
 
 def _percent(value: float | None) -> Figure:

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 from dashboards.summary import CellSummary
-from dashboards.text import mean_std, percent
+from dashboards.text import NOT_FINITE, percent
 from dashboards.view import CellView
 
 #: Colours of the style sheet; more backbones than this share colours and are told apart by their labels.
@@ -109,7 +109,7 @@ def bars(summaries: Sequence[CellSummary], select: str, chance: float | None, pa
         drawn.append(element("line", x1=x(chance), x2=x(chance), y1=top - 14, y2=bottom, class_="chance"))
         drawn.append(element("text", "guessing", x=x(chance) + 5, y=top - 6, class_="tick"))
     label = "Accuracy in percent per variant. " + "; ".join(
-        f"{summary.cell.variant} {mean_std(summary.selected.mean, summary.selected.std)}" for summary in summaries
+        f"{summary.cell.variant} {summary.selected.percent_std}" for summary in summaries
     )
     return svg(width, bottom + 26, label, drawn, class_="chart bars")
 
@@ -118,7 +118,15 @@ def _bar(summary: CellSummary, select: str, x: Scale, y: float, colour: str) -> 
     cell, selected = summary.cell, summary.selected
     drawn = [element("text", cell.variant, x=x.start - 12, y=y - 1, class_="name end")]
     if selected.mean is None:
-        drawn.append(element("text", "no result yet", x=x.start + 8, y=y - 1, class_="tick halo"))
+        drawn.append(
+            element(
+                "text",
+                NOT_FINITE if selected.not_finite else "no result yet",
+                x=x.start + 8,
+                y=y - 1,
+                class_="tick halo",
+            )
+        )
     else:
         size = {"x": x.start, "y": y - 15, "width": x(selected.mean) - x.start, "height": 20}
         drawn.append(element("rect", class_=f"bar {colour}", **size))
@@ -146,6 +154,5 @@ def _bar(summary: CellSummary, select: str, x: Scale, y: float, colour: str) -> 
         source = summary.comparison.published.source
         mark.append(element("title", f"the paper, {source}: {percent(summary.comparison.theirs)} %"))
         drawn.append(mark)
-    value = mean_std(selected.mean, selected.std)
-    drawn.append(element("text", value, x=x.end + 14, y=y - 1, class_="value"))
+    drawn.append(element("text", selected.percent_std, x=x.end + 14, y=y - 1, class_="value"))
     return drawn

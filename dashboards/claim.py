@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dashboards.comparisons import Contrast, Measured, measure_family
+from dashboards.comparisons import Contrast, Measured, family
 from dashboards.evidence import Evidence, Variant
 from dashboards.text import SELECTION_WORDS, listing, plural
 
@@ -93,15 +93,16 @@ class Entry:
     unlike: tuple[str, ...] = ()
 
 
+def asked(claims: Sequence[Claim], dataset: str) -> list[Contrast]:
+    """The differences on a data set that claims rest on."""
+    return [one for claim in claims for one in claim.rule.contrasts if one.dataset == dataset]
+
+
 def judge(claims: Sequence[Claim], evidence: Evidence) -> tuple[Entry, ...]:
-    """Every claim with its verdict, in order. A family is all differences on one data set that claims rest on."""
-    asked: dict[str, list[Contrast]] = {}
-    for claim in claims:
-        for one in claim.rule.contrasts:
-            asked.setdefault(one.dataset, []).append(one)
+    """Every claim with its verdict, in order, by the comparisons of each data set: one family with their table."""
     numbers: dict[Contrast, Measured] = {}
-    for family in asked.values():
-        numbers |= measure_family(family, evidence)
+    for dataset in dict.fromkeys(one.dataset for claim in claims for one in claim.rule.contrasts):
+        numbers |= family(evidence, dataset, asked(claims, dataset))
     case = Case(evidence=evidence, numbers=numbers)
     return tuple(
         Entry(claim=claim, judgement=claim.rule.judge(case), unlike=_unlike(evidence, claim)) for claim in claims

@@ -1,9 +1,10 @@
 """Every comparison that the cells of one data set allow, measured in all ways at once; and the table of them."""
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from dashboards.counts import unknown
 from dashboards.evidence import Evidence, Variant
 from dashboards.tables import Column, Figure, Table, without_gaps
 from dashboards.text import GAP, MINUS, SELECTION_WORDS, plural, points, slug
@@ -11,6 +12,7 @@ from helix.statistics import (
     ALPHA,
     Effect,
     Interval,
+    Key,
     Outlook,
     SignFlip,
     TTest,
@@ -64,8 +66,8 @@ class Measured:
     """One contrast in numbers. `paired` is the plain t test, `corrected` that of Nadeau and Bengio.
 
     `p_holm` is the corrected p and `low` to `high` the corrected interval, both adjusted for a family of so many (Holm;
-    Bonferroni, for Holm has no intervals). `ratio`: test clips over training clips. `clip_errors`: where each side is
-    one run, their difference in standard errors that come from the test clips alone.
+    Bonferroni, for Holm has no intervals). `outlook` is of that Holm p. `ratio`: test clips over training clips.
+    `clip_errors`: where each side is one run, their difference in standard errors that come from the test clips alone.
     """
 
     contrast: Contrast
@@ -93,6 +95,17 @@ class Measured:
         return plural(self.paired.n, self.units.unit)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Paired:
+    """What a contrast is measured by. `folds_exist`: of its data set, run or not."""
+
+    differences: Mapping[Key, float]
+    units: Units
+    corrected: TTest
+    ratio: float
+    folds_exist: int
+
+
 def difference(dataset: str, first: Variant, second: Variant) -> Contrast:
     """First minus second."""
     return Contrast(dataset, ((first, 1.0), (second, -1.0)))
@@ -105,52 +118,51 @@ def interaction(dataset: str, frontends: tuple[str, str], backbones: tuple[str, 
 
 
 def measure(asked: Contrast, evidence: Evidence) -> Measured | None:
-    """The contrast in numbers; None where no (fold, seed) has all of its cells."""
-    terms = []
-    for variant, weight in asked.terms:
-        runs = evidence.runs(asked.dataset, variant)
-        if runs is None or not runs.accuracy.get(evidence.select):
-            return None
-        terms.append((runs.accuracy[evidence.select], weight))
-    differences, unpaired = contrast(terms)
-    if not differences:
-        return None
-    sample = units(differences, unpaired)
-    counts = evidence.counts.get(asked.dataset)
-    # A data set of unknown size has folds of unknown size; equal folds are the best guess, and an official split has 0.
-    folds = counts.folds if counts else len({fold for fold, _ in differences})
-    ratio = counts.ratio if counts and counts.ratio is not None else 1 / (folds - 1) if folds > 1 else 0.0
-    ratio = ratio if sample.unit == "fold" else 0.0
-    return Measured(
-        contrast=asked,
-        units=sample,
-        paired=t_test(sample.values),
-        corrected=t_test(sample.values, ratio=ratio),
-        flip=sign_flip(sample.values),
-        resampled=bootstrap(sample.values),
-        effect=effect(sample.values),
-        outlook=outlook(differences, ratio=ratio, folds_exist=folds),
-        ratio=ratio,
-        clip_errors=_clip_errors(asked, evidence, len(differences)),
-    )
+    """The contrast in numbers, a family of its own; None where no (fold, seed) has all of its cells."""
+    return measure_family([asked], evidence).get(asked)
 
 
 def measure_family(asked: Iterable[Contrast], evidence: Evidence) -> dict[Contrast, Measured]:
     """Every contrast of one data set that can be measured, with Holm's p over those that ask different questions."""
-    found = {one: measured for one in dict.fromkeys(asked) if (measured := measure(one, evidence)) is not None}
-    if len({one.dataset for one in found}) > 1:
+    every = {one: _paired(one, evidence) for one in dict.fromkeys(asked)}
+    pairs = {one: found for one, found in every.items() if found is not None}
+    if len({one.dataset for one in pairs}) > 1:
         raise ValueError("a family is of one data set; given contrasts of several")
-    ps: dict[Contrast, float | None] = {}
-    for one, measured in found.items():
-        ps.setdefault(one.canonical, measured.corrected.p)
-    adjusted = dict(zip(ps, holm(list(ps.values())), strict=True))
-    size = sum(p is not None for p in ps.values())
+    tested: dict[Contrast, TTest] = {}
+    for one, found in pairs.items():
+        tested.setdefault(one.canonical, found.corrected)
+    adjusted = dict(zip(tested, holm([test.p for test in tested.values()]), strict=True))
+    size = sum(p is not None for p in adjusted.values())
+    # Holm goes on with those that are open, and each of them is settled by a p below this.
+    left = ALPHA / max(sum(p >= ALPHA for p in adjusted.values() if p is not None), 1)
 
-    def adjust(one: Contrast, measured: Measured) -> Measured:
-        wide = t_test(measured.units.values, ratio=measured.ratio, confidence=1 - ALPHA / max(size, 1))
-        return replace(measured, p_holm=adjusted[one.canonical], family=size, low=wide.low, high=wide.high)
+    def measured(one: Contrast, found: _Paired) -> Measured:
+        values = found.units.values
+        wide = t_test(values, ratio=found.ratio, confidence=1 - ALPHA / max(size, 1))
+        return Measured(
+            contrast=one,
+            units=found.units,
+            paired=t_test(values),
+            corrected=found.corrected,
+            flip=sign_flip(values),
+            resampled=bootstrap(values),
+            effect=effect(values),
+            outlook=outlook(found.differences, ratio=found.ratio, folds_exist=found.folds_exist, alpha=left),
+            ratio=found.ratio,
+            p_holm=adjusted[one.canonical],
+            family=size,
+            low=wide.low,
+            high=wide.high,
+            clip_errors=_clip_errors(one, evidence, len(found.differences)),
+        )
 
-    return {one: adjust(one, measured) for one, measured in found.items()}
+    return {one: measured(one, found) for one, found in pairs.items()}
+
+
+def family(evidence: Evidence, dataset: str, also: Iterable[Contrast] = ()) -> dict[Contrast, Measured]:
+    """What is compared on a data set: all that its cells allow, and what is asked `also`; one family, one p of each."""
+    variants = [(runs.frontend, runs.backbone) for runs in evidence.of_dataset(dataset)]
+    return measure_family([*every_contrast(dataset, variants), *also], evidence)
 
 
 def every_contrast(dataset: str, variants: Sequence[Variant]) -> list[Contrast]:
@@ -174,10 +186,12 @@ def every_contrast(dataset: str, variants: Sequence[Variant]) -> list[Contrast]:
     return [one for one in asked if {variant for variant, _ in one.terms} <= there]
 
 
-def statistics_table(evidence: Evidence, dataset: str, *, short: bool = False) -> Table:
-    """All comparisons of one data set, with the columns that any of them fills; `short`: without ONLY_IN_FILES."""
-    variants = [(runs.frontend, runs.backbone) for runs in evidence.of_dataset(dataset)]
-    found = measure_family(every_contrast(dataset, variants), evidence)
+def statistics_table(evidence: Evidence, dataset: str, *, also: Iterable[Contrast] = (), short: bool = False) -> Table:
+    """The `family` of one data set, with the columns that any of it fills; `short`: without ONLY_IN_FILES."""
+    asked: dict[Contrast, Measured] = {}
+    for measured in family(evidence, dataset, also).values():
+        asked.setdefault(measured.contrast.canonical, measured)
+    found = list(asked.values())
     table = Table(
         name=f"statistics-{slug(dataset)}",
         caption=f"Paired differences on {dataset}, in percentage points ({SELECTION_WORDS[evidence.select]})",
@@ -201,13 +215,13 @@ def statistics_table(evidence: Evidence, dataset: str, *, short: bool = False) -
             Column(heading="ahead in", number=True, group="effect"),
             Column(heading="what would settle it"),
         ),
-        rows=tuple(_row(measured, evidence.ddof) for measured in found.values()),
+        rows=tuple(_row(measured, evidence.ddof) for measured in found),
     )
     if short:
         table = _shortened(table)
     table = without_gaps(table)
     there = {column.heading for column in table.columns} | {column.group for column in table.columns}
-    return replace(table, notes=_notes(evidence, dataset, list(found.values()), there))
+    return replace(table, notes=_notes(evidence, found, there))
 
 
 def _shortened(table: Table) -> Table:
@@ -250,16 +264,15 @@ def _row(one: Measured, ddof: int) -> tuple[str | Figure, ...]:
     )
 
 
-def _notes(evidence: Evidence, dataset: str, found: Sequence[Measured], there: Set[str]) -> tuple[str, ...]:
+def _notes(evidence: Evidence, found: Sequence[Measured], there: Set[str]) -> tuple[str, ...]:
     """What has to be known of the columns and groups that are `there`, and of what was compared."""
     if not found:
         return ("No two cells share a finished fold and seed.",)
-    counts = evidence.counts.get(dataset)
-    family = max(one.family for one in found)
+    size = max(one.family for one in found)
     said = []
-    if family:
+    if size:
         explained = {
-            "Holm": f"adjusted over the {plural(family, 'comparison')} of this table that could be tested.",
+            "Holm": f"adjusted over the {plural(size, 'comparison')} of this table that could be tested.",
             "d_z": "mean over standard deviation of the differences.",
             "g": "d_z without its small-sample bias.",
             "the same, bootstrap": "BCa, 9,999 resamples, seed 0; of few units it is too narrow.",
@@ -267,10 +280,15 @@ def _notes(evidence: Evidence, dataset: str, found: Sequence[Measured], there: S
         }
         named = {"the same, bootstrap": "Bootstrap"}
         said.append(" ".join(f"{named.get(name, name)}: {words}" for name, words in explained.items() if name in there))
-    if any(one.units.unit == "fold" for one in found) and counts and counts.ratio:
+    if ratio := max(one.ratio for one in found):
         said.append(
-            f"Corrected: by Nadeau and Bengio, for folds share training clips (test to training {counts.ratio:.3g}); "
+            f"Corrected: by Nadeau and Bengio, for folds share training clips (test to training {ratio:.3g}); "
             "seeds of one fold are averaged first."
+        )
+    if size:
+        said.append(
+            "What would settle it: what brings its p after Holm below 0.05 with a power of 80 %, were the mean and "
+            "the spread seen here the true ones. Missing folds come first, then seeds on all folds."
         )
     if any(one.units.unit == "seed" for one in found):
         said.append("On one split only seeds differ: nothing is said of other test clips.")
@@ -285,6 +303,29 @@ def _notes(evidence: Evidence, dataset: str, found: Sequence[Measured], there: S
     whys = dict.fromkeys(one.corrected.why for one in found if one.corrected.why)
     said += [f"No test: {why}." for why in whys]
     return tuple(said)
+
+
+def _paired(asked: Contrast, evidence: Evidence) -> _Paired | None:
+    """What every (fold, seed) that has all of the cells says of the contrast; None where there is no such."""
+    terms = []
+    for variant, weight in asked.terms:
+        runs = evidence.runs(asked.dataset, variant)
+        if runs is None or not runs.accuracy.get(evidence.select):
+            return None
+        terms.append((runs.accuracy[evidence.select], weight))
+    differences, unpaired = contrast(terms)
+    if not differences:
+        return None
+    sample = units(differences, unpaired)
+    counts = evidence.counts.get(asked.dataset) or unknown(len({fold for fold, _ in differences}))
+    ratio = counts.ratio if sample.unit == "fold" else 0.0
+    return _Paired(
+        differences=differences,
+        units=sample,
+        corrected=t_test(sample.values, ratio=ratio),
+        ratio=ratio,
+        folds_exist=counts.folds,
+    )
 
 
 def _clip_errors(asked: Contrast, evidence: Evidence, pairs: int) -> float | None:

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dashboards.counts import Counts, counts_of, official
 from dashboards.summary import PARAMETER_BAND, SELECTIONS, CellSummary, summarise
 from dashboards.text import plural
 from dashboards.view import SweepView
 from helix.protocol import SWITCHES
 from helix.published import GPU, PUBLISHED, Published, published
 from helix.registry import DATASETS
-from helix.statistics import Key, mean
+from helix.statistics import Key
 
 #: (frontend, backbone) in the words of helix/published.py
 Variant = tuple[str, str]
@@ -71,16 +72,6 @@ class Runs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
-    """A data set by its own documentation. `ratio`: test clips over training clips, the mean over its folds."""
-
-    classes: int
-    recordings: int | None
-    folds: int
-    ratio: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """Everything that a claim may be judged by. `select` rules comparisons; reported values are always best test.
 
@@ -128,43 +119,18 @@ def sweep_evidence(view: SweepView) -> Evidence:
     """What a sweep has finished so far. A cell of several runs of one (fold, seed) cannot be: the grid refuses it."""
     partial = frozenset(facts.name for facts in view.data if facts.partial)
     cells: dict[tuple[str, str, str], Runs] = {}
-    ratios: dict[str, list[float]] = {}
     for summary in summarise(view):
         cell = summary.cell
         cells.setdefault((cell.dataset, cell.frontend, cell.backbone), _swept(summary, cell.dataset in partial))
-        for trial in cell.trials:
-            result = trial.state.result or {}
-            if result.get("train_clips") and result.get("test_clips"):
-                ratios.setdefault(cell.dataset, []).append(result["test_clips"] / result["train_clips"])
-    counts = {}
-    for dataset in dict.fromkeys(cell.dataset for cell in view.cells):
-        known = official(dataset) if dataset in DATASETS.names() else None
-        if known is None:
-            facts = view.facts(dataset)
-            folds = len({trial.fold for cell in view.cells if cell.dataset == dataset for trial in cell.trials})
-            known = Counts(classes=facts.classes if facts else 0, recordings=None, folds=folds, ratio=None)
-        ratio = mean(ratios.get(dataset, [])) or known.ratio
-        counts[dataset] = Counts(classes=known.classes, recordings=known.recordings, folds=known.folds, ratio=ratio)
     return Evidence(
         name=f"the sweep {view.grid}",
         published=False,
         select=view.select,
         ddof=0 if view.std == "population" else 1,
         cells=cells,
-        counts=counts,
+        counts=counts_of(view),
         switches=dict(view.switches),
     )
-
-
-def official(dataset: str) -> Counts:
-    """The counts of the complete data set as its member in helix/data/datasets says them."""
-    member = DATASETS.make(dataset)
-    per_fold, folds = member.expected_per_fold, member.folds
-    recordings = member.expected_recordings
-    ratio = None
-    if recordings and len(folds) > 1:
-        ratio = math.fsum(per_fold[fold] / (recordings - per_fold[fold]) for fold in folds) / len(folds)
-    return Counts(classes=member.class_count, recordings=recordings, folds=len(folds), ratio=ratio)
 
 
 def tokens_of(dataset: str, frontend: str) -> int:

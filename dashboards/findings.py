@@ -5,24 +5,25 @@ A sentence says no more than its numbers: differences are taken on shared folds,
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dashboards.summary import (
     CellSummary,
     Ranking,
     changed_switches,
+    fold_mean,
     paired,
     progress,
     rank,
     sampling_word,
     unlike_authors,
 )
-from dashboards.text import SELECTION_WORDS, listing, percent, plural, points
+from dashboards.text import NOT_FINITE, SELECTION_WORDS, listing, percent, plural, points
 from dashboards.view import SweepView
-from helix.statistics import smallest_p
+from helix.statistics import Key, smallest_p, units
 
-#: Up to this many pairs an exact sign-flip test cannot reach p = 0.05, whatever the differences are.
+#: Up to this many units (folds, or seeds of one) an exact sign-flip test cannot reach p = 0.05, whatever they are.
 FEW_PAIRS = 5
 
 
@@ -72,12 +73,12 @@ def find(view: SweepView, dataset: str, summaries: Sequence[CellSummary]) -> Fin
     best, mean = ranking.order[0]
     rule = SELECTION_WORDS[view.select]
     if len(ranking.order) == 1:
-        n = plural(best.accuracy[view.select].n, word)
+        n = best.accuracy[view.select].counted
         headline = f"On {dataset}, {best.cell.variant} reaches {percent(mean, 1)} % ({rule}, {n})."
         details = ["No other variant has a result to set beside it."] if len(summaries) > 1 else []
         return Finding(headline=headline, details=(*details, *_cautions(view, dataset, summaries)))
     second, second_mean = ranking.order[1]
-    over = f"over the {plural(len(ranking.shared), word)} that all have finished" if ranking.shared else "so far"
+    over = f"over the {_counted(ranking.shared, word)} that all have finished" if ranking.shared else "so far"
     if points(mean - second_mean, 1) == points(0.0, 1):
         headline = (
             f"On {dataset}, {best.cell.variant} and {second.cell.variant} are level at {percent(mean, 1)} % "
@@ -152,26 +153,41 @@ def _order(ranking: Ranking) -> str:
     return ", ".join(f"{summary.cell.variant} {percent(mean, 1)}" for summary, mean in ranking.order)
 
 
+def _counted(pairs: Collection[Key], word: str) -> str:
+    """How many units these (fold, seed) are: "5 folds", "3 seeds", "2 folds with 10 runs"."""
+    folds = len({fold for fold, _ in pairs})
+    if len(pairs) == 1:
+        return plural(1, "fold" if word == "trial" else word)
+    if folds == 1:
+        return plural(len(pairs), "seed")
+    return plural(folds, "fold") + (f" with {len(pairs)} runs of each" if folds < len(pairs) else "")
+
+
 def _evidence(view: SweepView, ranking: Ranking, word: str) -> list[str]:
-    """How much the gap between the first two is worth: wins in pairs, and what so few pairs could ever show."""
+    """How much the gap between the first two is worth: wins by unit, and what so few units could ever show."""
     first, second = ranking.order[0][0], ranking.order[1][0]
     differences = paired(first, second, view.select)
     if not ranking.shared:
         return [f"The finished {word}s differ between variants, so this order compares different test sets."]
-    ahead = sum(difference > 0 for difference in differences)
-    behind = sum(difference < 0 for difference in differences)
+    sample = units(differences)
+    n = len(sample.values)
+    one, many = _counted(list(differences)[:1], word), plural(n, sample.unit)
+    ahead = sum(difference > 0 for difference in sample.values)
+    behind = sum(difference < 0 for difference in sample.values)
     said = (
-        f"{first.cell.variant} is ahead of {second.cell.variant} in {ahead} of {plural(len(differences), word)}"
+        f"{first.cell.variant} is ahead of {second.cell.variant} in {ahead} of {one if n == 1 else many}"
         + (f" and behind in {behind}" if behind else "")
+        + (", the seeds of each averaged" if len(differences) > n else "")
         + "."
     )
-    if len(differences) == 1:
+    if n == 1:
+        word = one.removeprefix("1 ")
         return [f"One {word} shows no spread: nothing can be said of how sure any of these differences is."]
-    if len(differences) <= FEW_PAIRS:
-        floor = f"{smallest_p(len(differences)):.2g}"
+    if n <= FEW_PAIRS:
+        floor = f"{smallest_p(n):.2g}"
         return [
             said,
-            f"With {plural(len(differences), word)} no exact sign or rank test can reach p < 0.05 (at best {floor}): "
+            f"With {many} no exact sign or rank test can reach p < 0.05 (at best {floor}): "
             "read the order as a direction.",
         ]
     return [said]
@@ -183,24 +199,27 @@ def _frontends(view: SweepView, summaries: Sequence[CellSummary], word: str) -> 
     said = []
     for backbone in dict.fromkeys(summary.cell.backbone for summary in summaries):
         raw, mel = cells.get((backbone, "raw")), cells.get((backbone, "mel"))
-        differences = paired(raw, mel, view.select) if raw is not None and mel is not None else []
+        differences = paired(raw, mel, view.select) if raw is not None and mel is not None else {}
         if differences:
-            mean = points(sum(differences) / len(differences), 1)
-            said.append((f"{backbone} {mean}", len(differences)))
+            said.append((f"{backbone} {points(fold_mean(differences), 1)}", _counted(differences, word)))
     if not said:
         return []
     counts = {n for _, n in said}
     if len(counts) == 1:
-        return [f"Raw minus mel, in points over {plural(counts.pop(), word)}: {', '.join(text for text, _ in said)}."]
-    return [f"Raw minus mel, in points: {', '.join(f'{text} ({plural(n, word)})' for text, n in said)}."]
+        return [f"Raw minus mel, in points over {counts.pop()}: {', '.join(text for text, _ in said)}."]
+    return [f"Raw minus mel, in points: {', '.join(f'{text} ({n})' for text, n in said)}."]
 
 
 def _cautions(view: SweepView, dataset: str, summaries: Sequence[CellSummary]) -> list[str]:
     facts = view.facts(dataset)
     said = []
-    waiting = [summary.cell.variant for summary in summaries if not summary.accuracy[view.select].n]
+    waiting = [one.cell.variant for one in summaries if not one.accuracy[view.select].n and not one.selected.not_finite]
     if waiting:
         said.append(f"No result yet from {listing(waiting)}.")
+    broken = {summary.cell.variant: summary.selected.not_finite for summary in summaries if summary.selected.not_finite}
+    if broken:
+        names = listing([f"{n} of {variant}" for variant, n in broken.items()])
+        said.append(f"Trials whose accuracy is {NOT_FINITE}, and which are in no mean: {names}.")
     guessing = [summary.cell.variant for summary in summaries if summary.at_chance]
     if guessing and facts is not None:
         verb = "is" if len(guessing) == 1 else "are"

@@ -15,7 +15,6 @@ from dashboards import text
 from dashboards.beside import Sheet, feasibility_table, paper_tables, sheets
 from dashboards.certificates import certified
 from dashboards.charts import bars, colours, glyph
-from dashboards.comparisons import statistics_table
 from dashboards.confusion import PerClass, confusion_tables, per_class
 from dashboards.curves import Panel, panels
 from dashboards.evidence import Evidence, sweep_evidence
@@ -24,15 +23,17 @@ from dashboards.findings import Finding, comparison_note, find, parse_question, 
 from dashboards.summary import (
     SELECTIONS,
     CellSummary,
+    Statistic,
     attempts,
+    averaged_over,
     changed_switches,
-    lost_seconds,
+    overhead_seconds,
     progress,
     sampling_word,
     summarise,
 )
 from dashboards.tables import Column, Figure, Table, as_html
-from dashboards.verdicts import claims_section, concerns, evidence_tables, ledger
+from dashboards.verdicts import claims_section, comparisons_table, concerns, evidence_tables, ledger
 from dashboards.view import CellView, DataFacts, SweepView, TrialView
 from dashboards.work import work_table
 from helix.protocol import SWITCHES
@@ -87,7 +88,7 @@ class TrialRow:
     best_epoch: int | None
     attempts: int
     ranks: int | None
-    lost_seconds: float | None
+    overhead_seconds: float | None
     train_seconds: float | None
     weights_sha256: str
 
@@ -147,6 +148,7 @@ def render_report(view: SweepView, *, files: str | None = None) -> str:
     """The whole page as text. Everything that comes from the view is escaped. `files` as in `write_report`."""
     evidence = sweep_evidence(view)
     summaries = summarise(view)
+    unit, over = averaged_over(view)
     kinds = list(dict.fromkeys(block for cell in view.cells for block in cell.pattern))
     return (
         page_environment()
@@ -158,7 +160,7 @@ def render_report(view: SweepView, *, files: str | None = None) -> str:
             work=work_table(view),
             claims=claims_section(ledger(evidence), evidence) if concerns(evidence) else None,
             statistics={
-                dataset: statistics_table(evidence, dataset, short=True)
+                dataset: comparisons_table(evidence, dataset, short=True)
                 for dataset in {cell.dataset for cell in view.cells}
             },
             question=parse_question(view.question, view.grid),
@@ -176,6 +178,8 @@ def render_report(view: SweepView, *, files: str | None = None) -> str:
             selection_words=text.SELECTION_WORDS,
             std_words=text.STD_WORDS,
             word=sampling_word(view),
+            unit=unit,
+            over=over,
             glyph=lambda pattern: glyph(pattern, kinds),
             kinds=kinds,
             gap=text.GAP,
@@ -246,12 +250,17 @@ def _accuracy_name(dataset: str) -> str:
 def _accuracy_table(view: SweepView, dataset: str, summaries: Sequence[CellSummary]) -> Table:
     """The first table of a data set in full: mean and std under each rule of selection."""
 
-    def percents(*values: float | None) -> list[Figure]:
-        return [Figure(None if value is None else 100 * value, text.percent(value)) for value in values]
+    def percents(one: Statistic) -> list[Figure]:
+        """Its mean and its spread."""
+        return [
+            Figure(None if value is None else 100 * value, words)
+            for value, words in ((one.mean, one.percent), (one.std, text.percent(one.std)))
+        ]
 
     return Table(
         name=_accuracy_name(dataset),
-        caption=f"Test accuracy on {dataset} in %, by the rule that chooses the epoch; {text.STD_WORDS[view.std]}",
+        caption=f"Test accuracy on {dataset} in %, by the rule that chooses the epoch; {text.STD_WORDS[view.std]} "
+        "over folds, the seeds of a fold averaged first",
         columns=(
             Column(heading="variant"),
             Column(heading="done", number=True),
@@ -271,11 +280,7 @@ def _accuracy_table(view: SweepView, dataset: str, summaries: Sequence[CellSumma
                 row.cell.variant,
                 Figure(row.done, str(row.done)),
                 Figure(row.asked, str(row.asked)),
-                *(
-                    figure
-                    for rule in SELECTIONS
-                    for figure in percents(row.accuracy[rule].mean, row.accuracy[rule].std)
-                ),
+                *(figure for rule in SELECTIONS for figure in percents(row.accuracy[rule])),
                 Figure(None if row.optimism.mean is None else 100 * row.optimism.mean, text.points(row.optimism.mean)),
                 Figure(row.parameters, text.count(row.parameters)),
                 Figure(row.tokens, text.count(row.tokens)),
@@ -301,7 +306,10 @@ def _trials_table(view: SweepView) -> Table:
             *(Column(heading=heading, number=True) for heading in ("fold", "seed")),
             Column(heading="status"),
             *(Column(heading=heading, number=True) for heading in ("epochs", "asked", *SELECTIONS)),
-            *(Column(heading=heading, number=True) for heading in ("trained, s", "ranks", "attempts", "lost, s")),
+            *(
+                Column(heading=heading, number=True)
+                for heading in ("trained, s", "ranks", "attempts", "beyond training, s")
+            ),
             Column(heading="weights sha256"),
         ),
         rows=tuple(
@@ -318,10 +326,12 @@ def _trials_table(view: SweepView) -> Table:
                     Figure(None if one is None else 100 * one, text.percent(one))
                     for one in (row.accuracy.get(rule) for rule in SELECTIONS)
                 ),
-                Figure(row.train_seconds, text.GAP if row.train_seconds is None else f"{row.train_seconds:.1f}"),
+                Figure(row.train_seconds, text.number(row.train_seconds, ".1f")),
                 Figure(row.ranks, text.count(row.ranks)),
                 Figure(row.attempts, str(row.attempts)),
-                Figure(row.lost_seconds, text.GAP if row.lost_seconds is None else f"{row.lost_seconds:.1f}"),
+                Figure(
+                    row.overhead_seconds, text.GAP if row.overhead_seconds is None else f"{row.overhead_seconds:.1f}"
+                ),
                 row.weights_sha256[:12],
             )
             for row in rows
@@ -339,7 +349,7 @@ def _trial_row(cell: CellView, trial: TrialView) -> TrialRow:
         best_epoch=(result.get("best_epoch") or {}).get("best_test"),
         attempts=attempts(trial),
         ranks=result.get("ranks") or next((one["ranks"] for one in trial.state.attempts[::-1] if "ranks" in one), None),
-        lost_seconds=lost_seconds(trial),
+        overhead_seconds=overhead_seconds(trial),
         train_seconds=result.get("train_seconds") or sum(row["seconds"] for row in trial.state.rows) or None,
         weights_sha256=result.get("weights_sha256") or "",
     )

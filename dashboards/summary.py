@@ -6,14 +6,16 @@ are fractions, differences are differences of fractions.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from dashboards.text import TIMES, plural
+from dashboards.counts import counts_of
+from dashboards.text import NOT_FINITE, TIMES, mean_std, percent, plural
 from dashboards.view import CellView, DataFacts, SweepView, TrialView
 from helix.protocol import PROFILES, SWITCHES
 from helix.published import Published, published
-from helix.statistics import deviation, mean
+from helix.statistics import Key, contrast, deviation, mean, t_test, units
 
 SELECTIONS = ("best_test", "last", "validation")
 
@@ -23,21 +25,52 @@ PARAMETER_BAND = 0.001
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic:
-    """The mean of `n` values and their standard deviation; None where there is nothing to take it of."""
+    """`n` trials as one number: the mean over folds, the seeds of a fold averaged first; over seeds where there is one.
+
+    `std` is the spread of those `units`, and `low` to `high` the 95 % interval of their mean, corrected for training
+    clips that folds share (Nadeau and Bengio). None where there is nothing to take it of. `not_finite`: so many trials
+    more have a value that is no number; they are in none of this.
+    """
 
     n: int
     mean: float | None = None
     std: float | None = None
+    low: float | None = None
+    high: float | None = None
+    units: int = 0
+    unit: Literal["fold", "seed"] = "fold"
+    not_finite: int = 0
+
+    @property
+    def percent(self) -> str:
+        """The mean in %, or why there is none: nothing yet, or nothing finite."""
+        return NOT_FINITE if self.not_finite and not self.n else percent(self.mean)
+
+    @property
+    def percent_std(self) -> str:
+        """The same with its spread: "55.10 ± 3.33"."""
+        return self.percent if self.mean is None else mean_std(self.mean, self.std)
+
+    @property
+    def counted(self) -> str:
+        """ "5 folds", "6 runs in 2 folds", "3 seeds", "1 run"."""
+        if self.n < 2:
+            return plural(self.n, "run")
+        return plural(self.n, self.unit) if self.n == self.units else f"{self.n} runs in {plural(self.units, 'fold')}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One finished trial: its fold, its seed, and its accuracy under each selection rule that could be applied."""
+    """One finished trial: its fold, its seed, and its accuracy under each selection rule that could be applied.
+
+    `not_finite`: the rules under which it has one that is no number.
+    """
 
     trial_id: str
     fold: int
     seed: int
     accuracy: dict[str, float]
+    not_finite: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +97,8 @@ class Comparison:
 class CellSummary:
     """One row of the main table. `accuracy` holds all three selections; `selected` is the one that the protocol rules.
 
-    `at_chance`: the mean is not above guessing by two binomial standard errors of the clips tested (None
-    where that cannot be said).
+    `ratio`: test clips over training clips of its data set, which corrects intervals over folds. `at_chance`: the mean
+    is not above guessing by two binomial standard errors of the clips tested (None where that cannot be said).
     """
 
     cell: CellView
@@ -80,6 +113,7 @@ class CellSummary:
     tokens: int | None
     comparison: Comparison | None
     at_chance: bool | None
+    ratio: float = 0.0
 
     @property
     def done(self) -> int:
@@ -90,7 +124,8 @@ class CellSummary:
 class Ranking:
     """Cells of one data set by mean accuracy, best first. `shared`: the (fold, seed) pairs that all of them finished.
 
-    Where `shared` is not empty the means are taken over those pairs alone, so that no cell gains by its folds.
+    Where `shared` is not empty the means are taken over those pairs alone, so that no cell gains by its folds. As
+    everywhere, the seeds of a fold are averaged first.
     """
 
     order: tuple[tuple[CellSummary, float], ...]
@@ -106,35 +141,49 @@ class Progress:
     epochs_done: int
     epochs_asked: int
     train_seconds: float
-    lost_seconds: float
+    overhead_seconds: float
 
     @property
     def finished(self) -> bool:
         return self.statuses.get("done", 0) == self.asked
 
 
-def statistic(values: Sequence[float], rule: str) -> Statistic:
-    """Mean and standard deviation; `rule` "population" divides by n and "sample" by n - 1. One value has no spread."""
-    return Statistic(n=len(values), mean=mean(values), std=deviation(values, ddof=0 if rule == "population" else 1))
+def statistic(values: Mapping[Key, float], rule: str, *, ratio: float = 0.0) -> Statistic:
+    """Values by (fold, seed) as one number: the one rule for every cell, in a report, a ledger or MLflow.
+
+    `rule` "population" divides the variance by the number of folds and "sample" by one less; one value has no spread.
+    `ratio`: test clips over training clips.
+    """
+    finite = {key: value for key, value in values.items() if math.isfinite(value)}
+    sample = units(finite)
+    tested = t_test(sample.values, ratio=ratio if sample.unit == "fold" else 0.0)
+    return Statistic(
+        n=len(finite),
+        mean=mean(sample.values),
+        std=deviation(sample.values, ddof=0 if rule == "population" else 1),
+        low=tested.low,
+        high=tested.high,
+        units=len(sample.values),
+        unit=sample.unit,
+        not_finite=len(values) - len(finite),
+    )
 
 
 def summarise(view: SweepView) -> tuple[CellSummary, ...]:
     """Every cell of the view, in its order."""
-    return tuple(summarise_cell(view, cell) for cell in view.cells)
+    ratios = {dataset: counts.ratio for dataset, counts in counts_of(view).items()}
+    return tuple(summarise_cell(view, cell, ratio=ratios[cell.dataset]) for cell in view.cells)
 
 
-def summarise_cell(view: SweepView, cell: CellView) -> CellSummary:
+def summarise_cell(view: SweepView, cell: CellView, *, ratio: float) -> CellSummary:
     """One cell under the selection rule and the standard deviation that the view's protocol asks for."""
     samples = tuple(sample for trial in cell.trials if (sample := _sample(trial)) is not None)
-    accuracy = {
-        rule: statistic([sample.accuracy[rule] for sample in samples if rule in sample.accuracy], view.std)
-        for rule in SELECTIONS
-    }
-    optimism = [
-        sample.accuracy["best_test"] - sample.accuracy["validation"]
+    accuracy = {rule: statistic(_given(samples, rule), view.std, ratio=ratio) for rule in SELECTIONS}
+    optimism = {
+        (sample.fold, sample.seed): sample.accuracy["best_test"] - sample.accuracy["validation"]
         for sample in samples
         if {"best_test", "validation"} <= sample.accuracy.keys()
-    ]
+    }
     results = [trial.state.result for trial in cell.trials if trial.state.result is not None]
     seconds = [result["train_seconds"] for result in results if result.get("train_seconds") is not None]
     parameters = cell.parameters or _first(result.get("parameters") for result in results)
@@ -146,12 +195,13 @@ def summarise_cell(view: SweepView, cell: CellView) -> CellSummary:
         statuses=dict(Counter(trial.state.status for trial in cell.trials)),
         accuracy=accuracy,
         selected=accuracy[view.select],
-        optimism=statistic(optimism, view.std),
+        optimism=statistic(optimism, view.std, ratio=ratio),
         train_seconds=math.fsum(seconds) / len(seconds) if seconds else None,
         parameters=parameters,
         tokens=cell.tokens or _first(result.get("tokens") for result in results),
         comparison=_compare(cell, samples, facts, parameters, view.std),
         at_chance=_at_chance(accuracy, cell, facts),
+        ratio=ratio,
     )
 
 
@@ -162,19 +212,23 @@ def rank(summaries: Sequence[CellSummary], select: str) -> Ranking:
         return Ranking(order=(), shared=())
     by_pair = [_by_pair(summary, select) for summary in measured]
     shared = sorted(set.intersection(*(set(pairs) for pairs in by_pair)))
-    means = [math.fsum(pairs[pair] for pair in shared or pairs) / len(shared or pairs) for pairs in by_pair]
+    means = [fold_mean({pair: pairs[pair] for pair in shared or pairs}) or 0.0 for pairs in by_pair]
     order = sorted(zip(measured, means, strict=True), key=lambda item: -item[1])
     return Ranking(order=tuple(order), shared=tuple(shared))
 
 
-def paired(first: CellSummary, second: CellSummary, select: str) -> list[float]:
-    """Accuracy of `first` minus accuracy of `second` on every fold and seed that both finished."""
-    ours, theirs = _by_pair(first, select), _by_pair(second, select)
-    return [ours[pair] - theirs[pair] for pair in sorted(ours.keys() & theirs.keys())]
+def paired(first: CellSummary, second: CellSummary, select: str) -> dict[Key, float]:
+    """Accuracy of `first` minus accuracy of `second` on every (fold, seed) that both finished."""
+    return contrast([(_by_pair(first, select), 1.0), (_by_pair(second, select), -1.0)])[0]
+
+
+def fold_mean(values: Mapping[Key, float]) -> float | None:
+    """The mean over folds of the means over their seeds: of a cell with more seeds on one fold, not the mean of all."""
+    return mean(units(values).values)
 
 
 def progress(view: SweepView) -> Progress:
-    """Trials by status, epochs, and the training time and lost time of finished trials."""
+    """Trials by status, epochs, and the time of finished trials in training and beyond it."""
     trials = view.trials()
     results = [trial.state.result or {} for _, trial in trials]
     return Progress(
@@ -183,7 +237,7 @@ def progress(view: SweepView) -> Progress:
         epochs_done=sum(min(trial.state.epochs_done, cell.epochs) for cell, trial in trials),
         epochs_asked=sum(cell.epochs for cell, _ in trials),
         train_seconds=math.fsum(result.get("train_seconds") or 0.0 for result in results),
-        lost_seconds=math.fsum(lost_seconds(trial) or 0.0 for _, trial in trials),
+        overhead_seconds=math.fsum(overhead_seconds(trial) or 0.0 for _, trial in trials),
     )
 
 
@@ -193,10 +247,11 @@ def attempts(trial: TrialView) -> int:
     return max(len(trial.state.attempts), counted if isinstance(counted, int) else 0)
 
 
-def lost_seconds(trial: TrialView) -> float | None:
-    """What interruptions cost a finished trial: the time of all its attempts beyond what the training itself took.
+def overhead_seconds(trial: TrialView) -> float | None:
+    """What a finished trial took beyond its training: the time of all its attempts less what the training itself took.
 
-    That is starting again and steps trained twice, and not the time in which nobody worked on it. None while it runs.
+    That is starting again and steps trained twice, and not the time in which nobody worked on it. The steps trained
+    twice alone are what `Spent` calls lost. None while it runs.
     """
     result = trial.state.result
     if result is None or result.get("train_seconds") is None:
@@ -212,6 +267,12 @@ def sampling_word(view: SweepView) -> str:
     folds = {trial.fold for _, trial in view.trials()}
     seeds = {trial.seed for _, trial in view.trials()}
     return "fold" if len(seeds) <= 1 else "seed" if len(folds) <= 1 else "trial"
+
+
+def averaged_over(view: SweepView) -> tuple[str, str]:
+    """The unit of all means and spreads ("fold", or "seed" where there is but one fold), and what is done to get it."""
+    word = sampling_word(view)
+    return ("fold", "folds, the seeds of a fold averaged first") if word == "trial" else (word, f"{word}s")
 
 
 def changed_switches(view: SweepView) -> dict[str, str]:
@@ -239,10 +300,26 @@ def _sample(trial: TrialView) -> Sample | None:
     if trial.state.result is None:
         return None
     given = trial.state.result.get("accuracy") or {}
-    accuracy = {rule: float(given[rule]) for rule in SELECTIONS if given.get(rule) is not None}
-    if not accuracy:
+    known = {rule: float(given[rule]) for rule in SELECTIONS if given.get(rule) is not None}
+    if not known:
         return None
-    return Sample(trial_id=trial.trial_id, fold=trial.fold, seed=trial.seed, accuracy=accuracy)
+    accuracy = {rule: value for rule, value in known.items() if math.isfinite(value)}
+    return Sample(
+        trial_id=trial.trial_id,
+        fold=trial.fold,
+        seed=trial.seed,
+        accuracy=accuracy,
+        not_finite=tuple(rule for rule in known if rule not in accuracy),
+    )
+
+
+def _given(samples: Sequence[Sample], rule: str) -> dict[Key, float]:
+    """What the samples have under a rule, with nan for what is no number: it counts as left out."""
+    return {
+        (sample.fold, sample.seed): sample.accuracy.get(rule, math.nan)
+        for sample in samples
+        if rule in sample.accuracy or rule in sample.not_finite
+    }
 
 
 def _compare(
@@ -256,7 +333,7 @@ def _compare(
     if target.per_fold is not None:
         usable = [sample for sample in usable if 1 <= sample.fold <= target.folds]
         chosen = {sample.fold for sample in usable} or set(range(1, target.folds + 1))
-        theirs = statistic([target.per_fold[fold - 1] for fold in sorted(chosen)], std)
+        theirs = statistic({(fold, 0): target.per_fold[fold - 1] for fold in sorted(chosen)}, std)
     folds = tuple(sorted({sample.fold for sample in usable}))
     unlike = []
     if target.epochs is None:
@@ -271,7 +348,7 @@ def _compare(
         unlike.append(f"{plural(len(folds), 'fold')} of {target.folds}")
     return Comparison(
         published=target,
-        ours=statistic([sample.accuracy["best_test"] for sample in usable], std).mean,
+        ours=fold_mean({(sample.fold, sample.seed): sample.accuracy["best_test"] for sample in usable}),
         theirs=theirs.mean,
         theirs_std=theirs.std,
         folds=folds,

@@ -15,7 +15,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from dashboards.text import GAP
+from dashboards.text import GAP, NOT_FINITE
 from helix.storage import CorruptObjectError, Storage, file_sha256
 
 
@@ -30,7 +30,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number in a table: how it is shown, and its value, which the CSV has in full. None is a gap."""
+    """A number in a table: how it is shown, and its value, which the CSV has in full.
+
+    None is a gap; what is shown in its place is its name, which the CSV has too. So is a value that is not finite.
+    """
 
     value: float | int | None
     shown: str = GAP
@@ -95,7 +98,9 @@ def without_gaps(table: Table) -> Table:
 
 def shown(cell: Cell) -> str:
     """What a person reads in a cell."""
-    return cell.shown if isinstance(cell, Figure) else cell
+    if isinstance(cell, str):
+        return cell
+    return cell.shown if cell.value is None or math.isfinite(cell.value) else NOT_FINITE
 
 
 def as_html(table: Table, classes: str = "") -> Markup:
@@ -132,7 +137,10 @@ def as_html(table: Table, classes: str = "") -> Markup:
 
 
 def as_csv(table: Table) -> str:
-    """One line of headings, then values in full; gaps are empty. Text that a spreadsheet would run is quoted with '."""
+    """One line of headings, then values in full; a gap is empty or has its name, as OOM.
+
+    Text that a spreadsheet would run is quoted with '.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([_csv_text(heading) for heading in _flat_headings(table)])
@@ -264,7 +272,7 @@ def _csv_value(cell: Cell) -> str:
     if isinstance(cell, str):
         return _csv_text(cell)
     if cell.value is None or not math.isfinite(cell.value):
-        return ""
+        return "" if shown(cell) == GAP else _csv_text(shown(cell))
     return repr(cell.value)
 
 

@@ -10,7 +10,7 @@ from dashboards.claim import Entry
 from dashboards.summary import CellSummary, sampling_word, summarise
 from dashboards.tables import Table as AnyTable
 from dashboards.tables import shown
-from dashboards.text import GAP, SELECTION_WORDS, mean_std, percent, points
+from dashboards.text import GAP, NOT_FINITE, SELECTION_WORDS, percent, plural, points
 from dashboards.view import SweepView
 
 
@@ -96,8 +96,8 @@ def statistics_table(given: AnyTable) -> Table:
 def _row(summary: CellSummary, many: bool, compared: bool) -> list[Text]:
     cell, comparison = summary.cell, summary.comparison
     row = [cell.dataset] if many else []
-    row += [cell.variant, mean_std(summary.selected.mean, summary.selected.std), f"{summary.done}/{summary.asked}"]
-    row += [percent(summary.accuracy[rule].mean) for rule in ("best_test", "last", "validation")]
+    row += [cell.variant, summary.selected.percent_std, f"{summary.done}/{summary.asked}"]
+    row += [summary.accuracy[rule].percent for rule in ("best_test", "last", "validation")]
     row.append(points(summary.optimism.mean))
     if compared:
         row.append(percent(comparison.theirs) if comparison is not None else GAP)
@@ -109,6 +109,11 @@ def _caption(view: SweepView, compared: bool) -> str:
     chance = ", ".join(f"{facts.name} {percent(facts.chance)} %" for facts in view.data)
     said = [f"guessing: {chance}"] if chance else []
     said.append("optim.: best minus validation")
+    if sampling_word(view) == "trial":
+        said.append("seeds of a fold are averaged first")
+    left_out = sum(summary.selected.not_finite for summary in summarise(view))
+    if left_out:
+        said.append(f"{plural(left_out, 'accuracy', 'accuracies')} {NOT_FINITE}, in no mean")
     if compared:
         said.append("diff.: our best minus the paper's, same folds where it gives them")
     return "; ".join(said)

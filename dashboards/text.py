@@ -1,5 +1,6 @@
 """How numbers, durations and gaps are written wherever people read them: one voice for the report and the terminal."""
 
+import math
 import re
 from datetime import UTC, datetime
 
@@ -7,6 +8,9 @@ from dashboards.view import Spent
 
 #: What stands where there is nothing to say: no result yet, no spread of a single fold, no published number.
 GAP = "\N{EN DASH}"
+
+#: What stands for nan and infinity, which are no measurement.
+NOT_FINITE = "not finite"
 
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -26,15 +30,20 @@ STD_WORDS = {
 }
 
 
+def number(value: float | None, form: str) -> str:
+    """A number as `form` writes it, a gap, or that it is not finite."""
+    return GAP if value is None else format(value, form) if math.isfinite(value) else NOT_FINITE
+
+
 def percent(fraction: float | None, digits: int = 2) -> str:
     """0.551 -> "55.10"; the unit stands in the heading."""
-    return GAP if fraction is None else f"{100 * fraction:.{digits}f}"
+    return number(None if fraction is None else 100 * fraction, f".{digits}f")
 
 
 def points(difference: float | None, digits: int = 2) -> str:
     """A difference of two fractions in percentage points with its sign: 0.0135 -> "+1.35"."""
-    if difference is None:
-        return GAP
+    if difference is None or not math.isfinite(difference):
+        return number(difference, "")
     value = round(100 * difference, digits)
     sign = "+" if value > 0 else MINUS if value < 0 else ""
     return f"{sign}{abs(value):.{digits}f}"
@@ -45,16 +54,16 @@ def mean_std(mean: float | None, std: float | None) -> str:
     return GAP if mean is None else f"{percent(mean)} ± {percent(std)}"
 
 
-def count(number: float | None) -> str:
+def count(value: float | None) -> str:
     """6394162 -> "6,394,162"."""
-    return GAP if number is None else f"{number:,.0f}"
+    return number(value, ",.0f")
 
 
-def millions(number: int | None) -> str:
+def millions(value: int | None) -> str:
     """6394162 -> "6.394 M"; small models are written out."""
-    if number is None or number < 1_000_000:
-        return count(number)
-    return f"{number / 1e6:.3f} M"
+    if value is None or value < 1_000_000:
+        return count(value)
+    return f"{value / 1e6:.3f} M"
 
 
 def plural(number: int, word: str, many: str = "") -> str:
@@ -79,8 +88,8 @@ def slug(name: str) -> str:
 
 def duration(seconds: float | None) -> str:
     """Two units at most: "8 s", "3 min 05 s", "2 h 40 min", "3 d 04 h"."""
-    if seconds is None:
-        return GAP
+    if seconds is None or not math.isfinite(seconds):
+        return number(seconds, "")
     if 0 < seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(max(seconds, 0))

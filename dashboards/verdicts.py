@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dashboards.claim import VERDICTS, Claim, Entry, Untested, Verdict, judge
+from dashboards.claim import VERDICTS, Claim, Entry, Untested, Verdict, asked, judge
 from dashboards.claims import analysis, method, opening, results, setup
 from dashboards.comparisons import p_shown, statistics_table
 from dashboards.evidence import DATASETS_OF_THE_PAPER, Evidence
@@ -72,8 +72,8 @@ def claims_table(entries: Sequence[Entry], evidence: Evidence) -> Table:
         rows=tuple(_row(entry) for entry in entries),
         notes=(
             "supported: the numbers show it; contradicted: they exclude it; underpowered: they could do neither. "
-            "Differences, in points, by the corrected t test with Holm's adjustment over all differences that "
-            "claims on that data set speak of; one run each shows none.",
+            "Differences, in points, by the corrected t test with Holm's adjustment over all comparisons of that data "
+            "set, the family of its table of comparisons; one run each shows none.",
         ),
     )
 
@@ -100,10 +100,16 @@ def claims_section(entries: Sequence[Entry], evidence: Evidence) -> ClaimsSectio
     )
 
 
+def comparisons_table(evidence: Evidence, dataset: str, *, short: bool = False) -> Table:
+    """All comparisons of a data set and those that claims ask for, if the paper speaks of this evidence."""
+    also = asked(CLAIMS, dataset) if concerns(evidence) else []
+    return statistics_table(evidence, dataset, also=also, short=short)
+
+
 def evidence_tables(evidence: Evidence, entries: Sequence[Entry]) -> tuple[Table, ...]:
     """What is written beside a page: the ledger, where the paper speaks of these data, and all comparisons."""
     datasets = list(dict.fromkeys(runs.dataset for runs in evidence.cells.values()))
-    made = [statistics_table(evidence, dataset) for dataset in datasets]
+    made = [comparisons_table(evidence, dataset) for dataset in datasets]
     found = [claims_table(entries, evidence), untested_table()] if entries else []
     return (*found, *(table for table in made if table.rows))
 

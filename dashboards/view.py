@@ -4,7 +4,7 @@ Accuracies are fractions, times are Unix seconds. Whoever runs the sweep makes o
 `SweepView.build`; everything shown is computed from the result by dashboards/summary.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -100,7 +100,8 @@ class TrialView:
 class CellView:
     """The trials of one data set and one variant, with `epochs` asked of each.
 
-    `variant` is a name to show ("mamba-raw"); `frontend` and `backbone` are the words of helix/published.py.
+    `variant` is a name to show ("mamba-raw"); `frontend` and `backbone` are the words of helix/published.py; `options`
+    are those of the data set.
     `parameters` and `tokens` (per clip) are None until they are known.
     """
 
@@ -112,6 +113,7 @@ class CellView:
     epochs: int
     parameters: int | None = None
     tokens: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     trials: tuple[TrialView, ...] = ()
 
     @property
@@ -226,5 +228,6 @@ def _cell(entries: list[TrialEntry]) -> CellView:
         epochs=first.spec.training.epochs,
         parameters=next((entry.parameters for entry in entries if entry.parameters is not None), None),
         tokens=next((entry.tokens for entry in entries if entry.tokens is not None), None),
+        options=dict(first.spec.data.options),
         trials=tuple(sorted(trials, key=lambda trial: (trial.seed, trial.fold))),
     )

@@ -109,7 +109,8 @@ def _notes(view: SweepView) -> tuple[str, ...]:
     said = [
         "Clips/s: clips trained on and tested by the time of an epoch, the median over the epochs of finished trials. "
         "Preempted: the process vanished with its machine or was killed. Stopped: the sweep was asked to end. Neither "
-        "is a failure. Lost: work that had to be done again."
+        "is a failure. Lost: steps that had to be trained again, and "
+        "not the time of starting again."
     ]
     if not view.spent.hours:
         said.append("What attempts cost is not known here.")

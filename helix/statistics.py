@@ -3,6 +3,7 @@
 A difference is taken between variants on one fold and one seed. The unit of every test is the fold: seeds of one fold
 share its training and test clips, so they are averaged first. Where there is one fold, as on an official split, the
 unit is the seed, and then nothing is said of other test clips. What cannot be computed is None, and `why` says why.
+A value that is not finite is no measurement: every function here refuses it, and the caller leaves it out and says so.
 
 Sources: Nadeau and Bengio 2003, doi 10.1023/A:1024068626366 (corrected resampled t); Holm 1979 (the family); Hedges
 1981, doi 10.3102/10769986006002107 (small-sample correction); Efron 1987, doi 10.1080/01621459.1987.10478410 (BCa).
@@ -101,24 +102,26 @@ class Components:
 class Outlook:
     """What would settle an open comparison with a power of 80 %, were the observed effect the true one.
 
-    `folds`: so many in all; `seeds`: so many on every fold in all. None: no number would, or none can be told; `said`
-    says which. `seeds_at_least`: the number stands only if seeds make all of the spread.
+    `folds` in all with `seeds` on each of them. None: no number would, or none can be told; `said` says which.
+    `supposed`: it is enough only if seeds make all of the spread, which one seed a fold cannot show.
     """
 
     settled: bool = False
     folds: int | None = None
     seeds: int | None = None
-    seeds_at_least: bool = False
+    supposed: bool = False
     said: str = ""
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """The mean; None of nothing."""
+    """The mean; None of nothing. ValueError: a value is not finite."""
+    _finite(values)
     return math.fsum(values) / len(values) if values else None
 
 
 def deviation(values: Sequence[float], *, ddof: Literal[0, 1]) -> float | None:
     """The standard deviation, divided by n - `ddof`; None below two values, which have no spread."""
+    _finite(values)
     n = len(values)
     if n < 2:
         return None
@@ -134,7 +137,11 @@ def contrast(terms: Sequence[tuple[Mapping[Key, float], float]]) -> tuple[dict[K
 
 
 def units(differences: Mapping[Key, float], unpaired: int = 0) -> Units:
-    """One value a fold, the mean over its seeds; where there is but one fold, one value a seed."""
+    """One value a fold, the mean over its seeds; where there is but one fold, one value a seed.
+
+    ValueError: a value is not finite.
+    """
+    _finite(tuple(differences.values()))
     by_fold: dict[int, list[float]] = {}
     for (fold, _), value in sorted(differences.items()):
         by_fold.setdefault(fold, []).append(value)
@@ -175,6 +182,7 @@ def sign_flip(values: Sequence[float], *, seed: int = 0, exact_units: int = EXAC
 
     Above `exact_units` it is estimated by (b + 1) / (m + 1) from m = 200,000 choices drawn with `seed`.
     """
+    _finite(values)
     n = len(values)
     if n == 0:
         return SignFlip(n=0, why="nothing is paired")
@@ -202,6 +210,7 @@ def bootstrap(
     seed: int = 0,
 ) -> Interval:
     """The bootstrap interval of the mean over 9,999 resamples of the units. Of few units it is too narrow."""
+    _finite(values)
     if len(values) < 2:
         return Interval(why="one value cannot be resampled" if values else "nothing is paired")
     if _flat(values):
@@ -223,6 +232,7 @@ def bootstrap(
 
 def holm(ps: Sequence[float | None]) -> tuple[float | None, ...]:
     """Holm's adjusted p of each member of a family, in the given order. None is a test that was not made: no member."""
+    _finite([p for p in ps if p is not None])
     order = sorted((p, index) for index, p in enumerate(ps) if p is not None)
     adjusted: list[float | None] = [None] * len(ps)
     highest = 0.0
@@ -234,6 +244,7 @@ def holm(ps: Sequence[float | None]) -> tuple[float | None, ...]:
 
 def effect(values: Sequence[float]) -> Effect:
     """Effect sizes of paired differences."""
+    _finite(values)
     n = len(values)
     if n == 0:
         return Effect(why="nothing is paired")
@@ -280,6 +291,7 @@ def components(differences: Mapping[Key, float]) -> Components:
 
 def power(difference: float, std: float, n: int, *, ratio: float = 0.0, alpha: float = ALPHA) -> float:
     """How often a two-sided t test over n units, corrected by `ratio`, finds a true difference of this size."""
+    _finite((difference, std, ratio))
     if n < 2:
         return 0.0
     if std == 0:
@@ -295,46 +307,58 @@ def outlook(
     differences: Mapping[Key, float],
     *,
     ratio: float,
-    folds_exist: int | None = None,
+    folds_exist: int,
     wanted: float = POWER,
     alpha: float = ALPHA,
 ) -> Outlook:
-    """How many folds or seeds would settle the comparison, were the observed mean and spread the true ones.
+    """How many folds and seeds would bring p below `alpha`, were the observed mean and spread the true ones.
 
-    More seeds shrink the seeds' part of the variance and never the folds' part; further folds end at `folds_exist`
-    (None: the data may be split anew at will). The correction for shared training clips shrinks with neither.
+    Folds that are missing come first, with as many seeds as the others have; where all `folds_exist` are not enough,
+    seeds are added on all of them. More seeds shrink the seeds' part of the variance and never the folds' part; the
+    correction for shared training clips shrinks with neither. `alpha`: what decides, after Holm where it does.
     """
     sample = units(differences)
     found = t_test(sample.values, ratio=ratio if sample.unit == "fold" else 0.0)
+    if sample.unit == "seed" and folds_exist > 1:
+        other = "the other fold" if folds_exist == 2 else f"some of the other {folds_exist - 1} folds"
+        return Outlook(said=f"first {other}: one fold shows no spread between folds")
     if found.p is None or not found.mean or found.std is None:
         return Outlook(said=f"no number can be told: {found.why or 'the mean difference is 0'}")
     if found.p < alpha:
-        return Outlook(settled=True, said="nothing: p is below 0.05 (before Holm)")
+        return Outlook(settled=True, said="nothing: it is settled")
     effect_size, std, n = found.mean, found.std, found.n
     if sample.unit == "seed":
         seeds = _least(lambda count: power(effect_size, std, count, alpha=alpha) >= wanted, n + 1)
-        return Outlook(seeds=seeds, said=f"{seeds} seeds in all" if seeds else f"not even {MOST:,} seeds")
-    folds = _least(lambda count: power(effect_size, std, count, ratio=ratio, alpha=alpha) >= wanted, n + 1)
-    said = [f"{folds} folds of this size in all" if folds else "no number of folds: their training clips overlap"]
-    if folds_exist is not None and (folds is None or folds > folds_exist):
-        folds = None
-        said = ["no number of folds: there are no more" if n >= folds_exist else f"not even all {folds_exist} folds"]
+        said = f"{seeds} seeds in all" if seeds else f"no number: not even {MOST:,} seeds"
+        return Outlook(folds=1 if seeds else None, seeds=seeds, said=said)
+    most = max(Counter(fold for fold, _ in differences).values())
+    every = max(folds_exist, n)
     parts = components(differences)
-    bound = parts.fold is None or parts.seed is None
-    fold, seed = (0.0, std**2) if bound else (parts.fold or 0.0, parts.seed or 0.0)
 
-    def enough(count: int) -> bool:
-        return power(effect_size, math.sqrt(fold + seed / count), n, ratio=ratio, alpha=alpha) >= wanted
+    def variance(seeds: int) -> float:
+        """Of the difference on a fold with so many seeds: the best case where the parts of it are not known."""
+        if parts.fold is None or parts.seed is None:
+            return std**2 / seeds
+        return min(std**2, parts.fold + parts.seed / seeds)
 
-    most_seeds = max(Counter(fold for fold, _ in differences).values())
-    seeds = _least(enough, most_seeds + 1) if bound or seed else None
+    def enough(folds: int, seeds: int) -> bool:
+        return power(effect_size, math.sqrt(variance(seeds)), folds, ratio=ratio, alpha=alpha) >= wanted
+
+    least = n if len(differences) < n * most else n + 1
+    folds = next((count for count in range(least, every + 1) if enough(count, most)), None)
+    whole = "both folds" if every == 2 else f"all {every} folds"
+    if folds is not None:
+        what = whole if folds == every else f"{folds} of the {every} folds"
+        return Outlook(folds=folds, seeds=most, said=f"{what} {_each(most)}")
+    supposed = parts.fold is None or parts.seed is None
+    seeds = _least(lambda count: enough(every, count), most + 1)
     if seeds is None:
-        said.append("no number of seeds: they do not shrink the spread between folds")
-    elif bound:
-        said.append(f"at least {seeds} seeds on every fold, and only if seeds make all of the spread")
-    else:
-        said.append(f"{seeds} seeds on every fold in all")
-    return Outlook(folds=folds, seeds=seeds, seeds_at_least=bound and seeds is not None, said="; ".join(said))
+        why = ", for seeds do not shrink the spread between folds" if parts.fold else ""
+        return Outlook(said=f"no number: not even {whole} with {MOST:,} seeds each{why}")
+    said = f"{whole} {_each(seeds)}"
+    if supposed:
+        said += ", if seeds make all of the spread; more, or no number, if folds do"
+    return Outlook(folds=every, seeds=seeds, supposed=supposed, said=said)
 
 
 def equal_spreads(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -369,6 +393,16 @@ def _least(is_enough: Callable[[int], bool], start: int) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if is_enough(middle) else (middle, high)
     return high
+
+
+def _each(seeds: int) -> str:
+    return f"with {seeds:,} {'seed' if seeds == 1 else 'seeds'} each"
+
+
+def _finite(values: Sequence[float]) -> None:
+    for value in values:
+        if not math.isfinite(value):
+            raise ValueError(f"a value is {value} among {len(values)}; wanted finite numbers: leave it out and say so")
 
 
 def _flat(values: Sequence[float]) -> bool:

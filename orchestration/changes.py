@@ -3,17 +3,17 @@
 sweeps/<grid>/last.json     the trials of the last finished run of schedule.py and the options that it was asked with
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dashboards.counts import counts_of
 from dashboards.findings import FEW_PAIRS
-from dashboards.summary import SELECTIONS, paired, summarise_cell
+from dashboards.summary import SELECTIONS, fold_mean, paired, summarise_cell
 from dashboards.text import percent, plural, points
 from dashboards.view import CellView, SweepView, TrialView
 from helix.spec import identity
-from helix.statistics import sign_flip, smallest_p, t_test
+from helix.statistics import sign_flip, smallest_p, t_test, units
 from helix.storage import Storage
 from orchestration.ledger import TrialState, read_all
 from orchestration.plan import Planned
@@ -114,7 +114,9 @@ def _flat(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
-    """One cell before and after: mean accuracies over the `pairs` (fold, seed) that both have, and what to think of it.
+    """One cell before and after: mean accuracies over what both have, and what to think of it.
+
+    `pairs`: of how many folds, the seeds of a fold averaged first; of how many seeds where there is one fold.
 
     `low` and `high`: the 95 % interval of the mean paired difference, by Student's t; None below two pairs. `p`: of the
     two-sided sign-flip test. `verdict`: "unchanged" (the same trials), "same numbers", "within noise",
@@ -149,13 +151,12 @@ def moved(view: SweepView, last: Mapping[str, Any], storage: Storage, *, now: fl
 
 def _moved(view: SweepView, cell: CellView, olds: Sequence[TrialView]) -> Moved:
     old_cell = CellView(**{**vars(cell), "trials": tuple(olds)})
-    old, new = summarise_cell(view, old_cell), summarise_cell(view, cell)
-    differences = paired(new, old, view.select)
-    both = {(s.fold, s.seed) for s in old.samples} & {(s.fold, s.seed) for s in new.samples}
+    ratio = counts_of(view)[cell.dataset].ratio
+    old, new = (summarise_cell(view, one, ratio=ratio) for one in (old_cell, cell))
+    pairs = paired(new, old, view.select)
+    differences = units(pairs).values
     means = [
-        math.fsum(s.accuracy[view.select] for s in summary.samples if (s.fold, s.seed) in both) / len(both)
-        if differences
-        else None
+        fold_mean({(s.fold, s.seed): s.accuracy[view.select] for s in summary.samples if (s.fold, s.seed) in pairs})
         for summary in (old, new)
     ]
     low = high = p = None

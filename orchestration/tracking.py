@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import threading
@@ -32,11 +33,12 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from mlflow.exceptions import MlflowException
 
 from dashboards.confusion import confusion_csv, confusion_of, pooled_confusion
+from dashboards.counts import counts_of, overlap
 from dashboards.summary import SELECTIONS, CellSummary, statistic, summarise
 from dashboards.view import CellView, SweepView, TrialView
 from helix.addresses import without_secrets
 from helix.data.shards import Prepared, find
-from helix.statistics import CONFIDENCE, t_test
+from helix.statistics import CONFIDENCE
 from helix.storage import CorruptObjectError, FolderStorage, Storage, is_sealed, json_bytes, sealed
 from orchestration.asked import plan_key
 from orchestration.ledger import CERTIFICATES, Records, TrialState, begun_trials
@@ -80,7 +82,10 @@ PLAN_FILE, STATE_FILE = "plan.json", "state.json"
 LEFT_OUT = ("train_losses",)
 
 #: What is remembered of a result.
-KEPT = ("accuracy", "finished", "classes", "confusion", "selected_confusion", "selected_epoch")
+KEPT = (
+    *("accuracy", "finished", "classes", "confusion", "selected_confusion", "selected_epoch"),
+    *("train_clips", "test_clips"),
+)
 
 #: So many characters of the manifest's sha256 are a data set's digest, of which MLflow keeps 36 at most.
 DIGEST = 16
@@ -373,23 +378,36 @@ class Tracker:
     def _summary(
         self, client: MlflowClient, experiment: str, view: SweepView, summary: CellSummary, parent: Run
     ) -> None:
-        """Mean, spread, interval and n over every finished trial of the cell, whichever sweep trained it; its files."""
+        """Mean, spread, interval and n over every finished trial of the cell, whichever sweep trained it; its files.
+
+        By the rule of dashboards/summary.py, as in the report: over folds, the seeds of a fold averaged first.
+        """
         found = self._results(parent.data.tags["helix.key"])
         if not found:
             return
-        state = f"{len(found)} {view.std}"
+        state = f"{len(found)} {view.std} by fold"
         if parent.data.tags.get("helix.summary") != state:
             # Of the storage and not of the clock, so that replays at once send the same points.
             when = int(max(result["finished"] for result in found.values()) * 1000)
             # The compare page of the UI opens with the metric that was logged first.
             values: dict[str, float | None] = {}
-            for rule in SELECTIONS:
-                accuracies = [result["accuracy"][rule] for result in found.values()]
-                over, tested = statistic(accuracies, view.std), t_test(accuracies)
-                values[f"{rule}_accuracy"], values[f"{rule}_accuracy_std"] = _percent(over.mean), _percent(over.std)
-                values[f"{rule}_accuracy_{INTERVAL}_low"] = _percent(tested.low)
-                values[f"{rule}_accuracy_{INTERVAL}_high"] = _percent(tested.high)
-            values["n"] = len(found)
+            specs = {name: self._specs[name]["spec"] for name in found}
+            keys = {name: (spec["data"]["fold"], spec["seed"]) for name, spec in specs.items()}
+            ratio = overlap((keys[name][0], result) for name, result in found.items())
+            ratio = counts_of(view)[summary.cell.dataset].ratio if ratio is None else ratio
+            over = {
+                rule: statistic(
+                    {keys[name]: result["accuracy"][rule] for name, result in found.items()}, view.std, ratio=ratio
+                )
+                for rule in SELECTIONS
+            }
+            for rule, one in over.items():
+                values[f"{rule}_accuracy"], values[f"{rule}_accuracy_std"] = _percent(one.mean), _percent(one.std)
+                values[f"{rule}_accuracy_{INTERVAL}_low"] = _percent(one.low)
+                values[f"{rule}_accuracy_{INTERVAL}_high"] = _percent(one.high)
+                values[f"{rule}_accuracy_not_finite"] = one.not_finite or None
+            chosen = over[view.select]
+            values["n"] = chosen.n
             metrics = [Metric(name, value, when, len(found)) for name, value in values.items() if value is not None]
             client.log_batch(parent.info.run_id, metrics=metrics)
             triples, of = pooled_confusion(list(found.values()))
@@ -397,7 +415,10 @@ class Tracker:
             names = self._classes(self._specs[first], found[first])
             client.log_text(parent.info.run_id, confusion_csv(triples, names), "confusion.csv")
             self._tag(client, parent, "helix.confusion", of)
-            self._tag(client, parent, "helix.interval", f"Student's t over {len(found)} trials, {CONFIDENCE:.0%}")
+            folds = chosen.unit == "fold" and chosen.units > 1
+            corrected = f"corrected for shared training clips ({ratio:.3g} test to training), " if folds else ""
+            said = f"t over {chosen.counted}, {corrected}{CONFIDENCE:.0%}; seeds of a fold are averaged first"
+            self._tag(client, parent, "helix.interval", said)
             client.set_terminated(parent.info.run_id, "FINISHED", end_time=when)
             self._tag(client, parent, "helix.summary", state)
         if all(trial.state.status == "done" for trial in summary.cell.trials):
@@ -419,7 +440,11 @@ class Tracker:
         found: dict[str, dict[str, Any]],
     ) -> None:
         """Register the best weights of a cell whose trials are all done: one version, however often this is asked."""
-        ours = [name for name in sorted(found) if name in self._runs[experiment]]
+        ours = [
+            name
+            for name in sorted(found)
+            if name in self._runs[experiment] and math.isfinite(found[name]["accuracy"][view.select])
+        ]
         name = max(ours, key=lambda name: found[name]["accuracy"][view.select], default=None)
         sha256 = None if name is None else best_weights_sha256(self.storage, name)
         if name is None or sha256 is None or parent.data.tags.get("helix.model_sha256") == sha256:

@@ -1,5 +1,6 @@
 """The paper's tables with ours in them: theirs as printed, ours computed by hand, gaps that say why."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import fmean
@@ -8,10 +9,13 @@ import pytest
 from scipy import stats
 
 from dashboards.beside import NOT_ASKED, PaperCell, Sheet, feasibility_table, paper_tables, sheet_table, sheets
-from dashboards.summary import Statistic, summarise
-from dashboards.tables import Figure, shown
+from dashboards.evidence import sweep_evidence
+from dashboards.summary import SELECTIONS, Statistic, summarise
+from dashboards.tables import Figure, as_csv, shown
+from dashboards.verdicts import ledger
 from dashboards.view import StepMemory, SweepView
 from helix.published import FEASIBILITY, PUBLISHED, TABLES, TOLERANCE, published
+from helix.statistics import t_test
 
 MakeView = Callable[..., SweepView]
 
@@ -51,8 +55,9 @@ def test_our_number_its_interval_and_the_difference_are_those_of_the_folds(make_
     values = [sample.accuracy["best_test"] for sample in summary.samples]
     found = cell_of(view, 2, "HELIX", "Spectrogram")
     assert found.ours.mean == pytest.approx(fmean(values))
-    low, high = stats.t.interval(0.95, 4, loc=fmean(values), scale=stats.sem(values))
-    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    shared = math.sqrt(1 + 5 * 400 / 1600)  # the folds share training clips
+    low, high = stats.t.interval(0.95, 4, loc=fmean(values), scale=shared * stats.sem(values))
+    assert (found.ours.low, found.ours.high) == (pytest.approx(low), pytest.approx(high))
     assert found.difference == pytest.approx(fmean(values) - 0.5185)
     assert found.epochs == 20
 
@@ -73,8 +78,59 @@ def test_seeds_of_one_fold_are_no_folds(make_view: MakeView):
     view = make_view(folds=(1, 2), seeds=(0, 1, 2))
     samples = next(one for one in summarise(view) if one.cell.variant == "helix-raw").samples
     by_fold = [fmean(s.accuracy["best_test"] for s in samples if s.fold == fold) for fold in (1, 2)]
-    low, _ = stats.t.interval(0.95, 1, loc=fmean(by_fold), scale=stats.sem(by_fold))
-    assert one.low == pytest.approx(low)
+    low, _ = stats.t.interval(0.95, 1, loc=fmean(by_fold), scale=math.sqrt(1 + 2 / 4) * stats.sem(by_fold))
+    assert one.ours.low == pytest.approx(low)
+    assert one.ours.mean == pytest.approx(fmean(by_fold))
+    assert one.ours.counted == "6 runs in 2 folds"
+    assert any("Seeds of a fold are averaged first" in note for note in laid_out(view)[2].notes)
+
+
+def test_a_cell_has_one_interval_in_table_and_ledger(make_view: MakeView):
+    values = {1: 0.50, 2: 0.51, 3: 0.53, 4: 0.54, 5: 0.54}
+    view = make_view(folds=tuple(values), epochs=100, variants=[("mamba", "raw")], facts=None)
+    (cell,) = view.cells
+    trials = [
+        replace(
+            one,
+            state=replace(
+                one.state, result={**(one.state.result or {}), "accuracy": dict.fromkeys(SELECTIONS, values[one.fold])}
+            ),
+        )
+        for one in cell.trials
+    ]
+    view = replace(view, cells=(replace(cell, trials=tuple(trials)),))
+    found = cell_of(view, 2, "Pure Mamba", "Raw")
+    (entry,) = [entry for entry in ledger(sweep_evidence(view)) if entry.claim.id == "esc50-mamba-raw"]
+    assert found.verdict == "inside the interval"
+    assert entry.judgement.verdict == "underpowered"
+    plain = t_test(tuple(values.values()))
+    assert plain.high is not None and plain.high < 0.551, "without the correction it would be outside"
+
+
+def test_an_accuracy_that_is_not_finite_is_a_gap_with_a_name(make_view: MakeView):
+    view = make_view(folds=(1, 2), variants=[("mamba", "raw")])
+    (cell,) = view.cells
+
+    def spoiled(*folds: int) -> SweepView:
+        trials = [
+            replace(
+                one,
+                state=replace(
+                    one.state,
+                    result={**(one.state.result or {}), "accuracy": dict.fromkeys(SELECTIONS, math.nan)},
+                ),
+            )
+            if one.fold in folds
+            else one
+            for one in cell.trials
+        ]
+        return replace(view, cells=(replace(cell, trials=tuple(trials)),))
+
+    half, none = (cell_of(spoiled(*folds), 2, "Pure Mamba", "Raw") for folds in ((1,), (1, 2)))
+    assert (half.ours.n, half.ours.not_finite) == (1, 1)
+    assert half.difference is not None and math.isfinite(half.difference)
+    assert (none.ours.mean, none.difference, none.verdict, none.gap) == (None, None, None, "not finite")
+    assert any("1 accuracy of ours not finite" in note for note in laid_out(spoiled(1))[2].notes)
 
 
 @pytest.mark.parametrize(
@@ -96,9 +152,7 @@ def test_the_verdict_is_by_the_tolerance_and_then_by_the_interval(
         column="Raw",
         measure="best_test",
         target=published("esc50", "raw", "mamba"),
-        ours=Statistic(n=5, mean=ours),
-        low=low,
-        high=high,
+        ours=Statistic(n=5, mean=ours, low=low, high=high),
         against=0.551,
         tolerance=0.02,
     )
@@ -137,6 +191,7 @@ def test_the_run_that_ran_out_of_memory_has_no_difference(make_view: MakeView):
     view = make_view(dataset="voxpopuli", facts=None, folds=(1,))
     found = cell_of(view, 5, "Pure Attention Raw", "Best accuracy")
     assert found.printed == "OOM"
+    assert ",OOM," in as_csv(sheet_table(laid_out(view)[5]))
     assert found.ours.mean is not None
     assert found.difference is None
 

@@ -1,11 +1,13 @@
 """Every comparison of a data set: paired, tested in all ways, one family; and a table that tells only what is known."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from statsmodels.stats.multitest import multipletests
 
+from dashboards.claim import asked
 from dashboards.comparisons import (
     Contrast,
     difference,
@@ -13,8 +15,10 @@ from dashboards.comparisons import (
     interaction,
     measure,
     measure_family,
+    p_shown,
     statistics_table,
 )
+from dashboards.counts import counts_of
 from dashboards.evidence import (
     ATTENTION_MEL,
     ATTENTION_RAW,
@@ -29,7 +33,12 @@ from dashboards.evidence import (
 )
 from dashboards.tables import FORMATS, Cell, Figure, Table, shown
 from dashboards.text import GAP, MINUS
-from dashboards.view import SweepView
+from dashboards.verdicts import CLAIMS, comparisons_table, ledger
+from dashboards.view import SweepView, TrialEntry
+from helix.protocol import profile
+from helix.spec import DataSpec, ModelSpec, TrainingSpec, TrialSpec
+from helix.statistics import power
+from orchestration.ledger import TrialState
 
 MakeView = Callable[..., SweepView]
 MakeEvidence = Callable[..., Evidence]
@@ -103,6 +112,72 @@ def test_holm_is_taken_over_different_questions_alone():
     assert [found[one].p_holm for one in asked] == pytest.approx(wanted)
     assert [found[one].p_holm for one in mirrored] == pytest.approx(wanted)
     assert {one.family for one in found.values()} == {12}
+
+
+def test_what_would_settle_it_is_told_of_the_p_that_decides():
+    found = measure_family(every_contrast("esc50", SIX), published_evidence())
+    settled = [one for one in found.values() if one.p_holm is not None and one.p_holm < 0.05]
+    between = [one for one in found.values() if one.corrected.p and one.corrected.p < 0.05 and one not in settled]
+    assert settled and between, "the published folds have both"
+    assert {one.outlook.said for one in settled} == {"nothing: it is settled"}
+    level = 0.05 / (len(found) - len(settled))
+    for one in between:
+        assert not one.outlook.settled and one.outlook.folds == 5 and one.outlook.seeds is not None
+        std = one.corrected.std
+        assert std is not None
+        reached = [
+            power(one.mean, std / seeds**0.5, 5, ratio=0.25, alpha=level)
+            for seeds in (one.outlook.seeds, one.outlook.seeds - 1)
+        ]
+        assert reached[0] >= 0.8 > reached[1]
+
+
+def test_the_comparisons_and_the_claims_have_one_p_of_one_question():
+    evidence = published_evidence()
+    table = comparisons_table(evidence, "esc50")
+    holms = dict(zip(cells_of(table, "comparison"), cells_of(table, "p: Holm"), strict=True))
+    assert len(holms) == 14, "the 12 that its cells allow, and two more that claims ask for"
+    questions = [*every_contrast("esc50", SIX), *asked(CLAIMS, "esc50")]
+    judged = [entry.judgement.measured for entry in ledger(evidence)]
+    there = [one for one in judged if one is not None and one.contrast.dataset == "esc50" and one.p_holm is not None]
+    assert len(there) > 5
+    for one in there:
+        (same,) = {other.name for other in questions if other.canonical == one.contrast.canonical} & set(holms)
+        assert holms[same] == Figure(one.p_holm, p_shown(one.p_holm))
+        assert one.family == 14
+
+
+def test_a_data_set_has_the_folds_that_its_options_give_it(make_view: MakeView):
+    view = make_view(dataset="tones", facts=None, folds=(1, 2, 3, 4), variants=[("mamba", "raw"), ("helix", "raw")])
+    eight = replace(view, cells=tuple(replace(cell, options={"fold_count": 8}) for cell in view.cells))
+    asked = difference("tones", MAMBA_RAW, HELIX_RAW)
+    found, usual = measure(asked, sweep_evidence(eight)), measure(asked, sweep_evidence(view))
+    assert found is not None and usual is not None
+    assert sweep_evidence(eight).counts["tones"].folds == 8
+    assert found.outlook.folds == 8
+    assert usual.outlook.folds != 8
+
+
+def test_the_options_of_a_data_set_reach_its_cells():
+    spec = TrialSpec(
+        data=DataSpec(dataset="tones", fold=1, options={"fold_count": 8}),
+        model=ModelSpec(frontend="raw", pattern=("mamba",)),
+        training=TrainingSpec(epochs=1),
+        seed=0,
+    )
+    state = TrialState(trial_id="a", status="missing")
+    view = SweepView.build(
+        grid="tones",
+        question="",
+        protocol=profile("paper"),
+        command="",
+        created=0.0,
+        storage="",
+        data=[],
+        trials=[TrialEntry(variant="mamba-raw", backbone="mamba", spec=spec, state=state)],
+    )
+    assert view.cells[0].options == {"fold_count": 8}
+    assert counts_of(view)["tones"].folds == 8
 
 
 def test_the_interval_of_a_family_is_wider_than_that_of_one():

@@ -1,12 +1,13 @@
 """The sentences of a report say what the numbers say and no more."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from dashboards.findings import comparison_note, find, parse_question, sweep_cautions
-from dashboards.summary import summarise
+from dashboards.summary import SELECTIONS, summarise
 from dashboards.view import SweepView
 
 MakeView = Callable[..., SweepView]
@@ -30,6 +31,33 @@ def test_few_folds_are_called_a_direction(make_view: MakeView, folds: tuple[int,
     assert f"With {len(folds)} folds no exact sign or rank test can reach p < 0.05" in text
     assert "read the order as a direction" in text
     assert "significant" not in text
+
+
+def test_seeds_of_a_fold_are_no_further_evidence(make_view: MakeView):
+    text = said(make_view(folds=(1, 2), seeds=range(5)))
+    assert "over the 2 folds with 10 runs of each that all have finished" in text
+    assert "in 2 of 2 folds, the seeds of each averaged" in text
+    assert "With 2 folds no exact sign or rank test can reach p < 0.05 (at best 0.5)" in text
+    assert "of 10 trials" not in text
+    assert "Raw minus mel, in points over 2 folds with 10 runs of each:" in text
+
+
+def test_seeds_of_one_split_are_counted_as_seeds(make_view: MakeView):
+    text = said(make_view(folds=(1,), seeds=(0, 1, 2)))
+    assert "With 3 seeds no exact sign or rank test" in text
+
+
+def test_an_accuracy_that_is_not_finite_is_named_and_never_a_number(make_view: MakeView):
+    view = make_view()
+    first = view.cells[0]
+    state = first.trials[0].state
+    broken = replace(state, result={**(state.result or {}), "accuracy": dict.fromkeys(SELECTIONS, math.nan)})
+    trials = (replace(first.trials[0], state=broken), *first.trials[1:])
+    view = replace(view, cells=(replace(first, trials=trials), *view.cells[1:]))
+    text = said(view)
+    assert "Trials whose accuracy is not finite, and which are in no mean: 1 of mamba-raw." in text
+    assert "nan" not in text
+    assert "over the 2 folds that all have finished" in text
 
 
 def test_one_fold_admits_that_it_shows_no_spread(make_view: MakeView):

@@ -1,5 +1,7 @@
 """The report as a file: whole, self-contained, escaped, honest about gaps, small and quick."""
 
+import io
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,12 +10,15 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from rich.console import Console
 
 from dashboards.charts import ticks
 from dashboards.confusion import SHADES
 from dashboards.curves import Curve, common_mean, thin
 from dashboards.report import render_report, report_tables, write_report
-from dashboards.tables import Figure, as_csv, as_latex, as_markdown, write_tables
+from dashboards.summary import SELECTIONS
+from dashboards.tables import FORMATS, Figure, as_csv, as_latex, as_markdown, shown, write_tables
+from dashboards.terminal import summary_table
 from dashboards.text import GAP
 from dashboards.view import SweepView
 from helix.protocol import SWITCHES
@@ -324,3 +329,30 @@ def test_text_stands_out_from_every_shade_of_a_heat_table(make_view: MakeView, s
         )
         light, dark = sorted((luminance(named["ink"]), luminance(mixed)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, f"a shade of {share} %"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_accuracies_that_are_not_finite_are_gaps_with_a_name_everywhere(make_view: MakeView, bad: float):
+    view = make_view(folds=(1, 2))
+    first = view.cells[0]
+    trials = [
+        replace(
+            one,
+            state=replace(one.state, result={**(one.state.result or {}), "accuracy": dict.fromkeys(SELECTIONS, bad)}),
+        )
+        for one in first.trials
+    ]
+    view = replace(view, cells=(replace(first, trials=tuple(trials)), *view.cells[1:]))
+    page, tables = render_report(view), report_tables(view)
+    words = re.sub(r"<script>.*?</script>|<style>.*?</style>", "", page, flags=re.DOTALL)
+    assert not re.search(r"\b(nan|inf|infinity)\b", words, re.IGNORECASE)
+    assert "2 of mamba-raw" in words and '<td class="number selected">not finite</td>' in words
+    for table in tables:
+        for write in FORMATS.values():
+            assert not re.search(r"\b(nan|inf)\b", write(table)), table.name
+    (accuracy,) = [table for table in tables if table.name == "accuracy-esc50"]
+    assert shown(accuracy.rows[0][3]) == "not finite"
+    out = io.StringIO()
+    Console(width=120, file=out).print(summary_table(view))
+    told = out.getvalue()
+    assert "not finite" in told and "nan" not in told

@@ -108,8 +108,33 @@ def test_a_chart_on_a_telephone_keeps_letters_that_can_be_read(open_report: Call
     heights = page.evaluate(
         "[...document.querySelectorAll('svg.chart text')].map(t => t.getBoundingClientRect().height)"
     )
-    assert min(height for height in heights if height) >= 9
+    assert min(height for height in heights if height) >= 10
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.parametrize("width", [390, 900])
+def test_captions_end_where_the_screen_does(open_report: Callable[..., Any], make_view: MakeView, width: int):
+    page = open_report(make_view(folds=(1, 2, 3, 4, 5)))
+    page.set_viewport_size({"width": width, "height": 900})
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    ends = page.evaluate(
+        "[...document.querySelectorAll('caption')].map(one => {const r = document.createRange(); "
+        "r.selectNodeContents(one); return r.getBoundingClientRect().right})"
+    )
+    assert len(ends) > 5
+    assert max(ends) <= width
+
+
+@pytest.mark.parametrize("width", [1280, 1440])
+def test_the_comparisons_of_an_unfinished_sweep_fit_a_desktop(
+    open_report: Callable[..., Any], make_view: MakeView, width: int
+):
+    page = open_report(
+        make_view(folds=(1, 2, 3, 4, 5), status=lambda _, fold, __: ("done" if fold < 3 else "missing", 0))
+    )
+    page.set_viewport_size({"width": width, "height": 900})
+    cut = "[...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth).length"
+    assert page.evaluate(cut) == 0
 
 
 def test_a_data_set_called_script_does_nothing_in_a_browser(open_report: Callable[..., Any], make_view: MakeView):

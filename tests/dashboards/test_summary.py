@@ -3,14 +3,18 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dashboards.summary import (
     Statistic,
     attempts,
     changed_switches,
-    lost_seconds,
+    fold_mean,
+    overhead_seconds,
     paired,
     progress,
     rank,
@@ -19,10 +23,25 @@ from dashboards.summary import (
     summarise,
     unlike_authors,
 )
-from dashboards.view import SweepView
+from dashboards.view import SweepView, TrialView
 from helix.published import published
+from helix.statistics import t_test
 
 MakeView = Callable[..., SweepView]
+
+
+def with_accuracy(view: SweepView, accuracy: Callable[[TrialView], float]) -> SweepView:
+    """The view with that accuracy of its finished trials under every rule."""
+    cells = []
+    for cell in view.cells:
+        trials = []
+        for trial in cell.trials:
+            result = trial.state.result
+            if result is not None:
+                result = {**result, "accuracy": dict.fromkeys(result["accuracy"], accuracy(trial))}
+            trials.append(replace(trial, state=replace(trial.state, result=result)))
+        cells.append(replace(cell, trials=tuple(trials)))
+    return replace(view, cells=tuple(cells))
 
 
 def first_fold_only(variant: str, fold: int, seed: int) -> tuple[str, int]:
@@ -30,7 +49,7 @@ def first_fold_only(variant: str, fold: int, seed: int) -> tuple[str, int]:
 
 
 def test_the_two_standard_deviations_differ_by_their_divisor():
-    values = [0.5225, 0.5150, 0.5650, 0.6075, 0.5450]
+    values = {(fold, 0): value for fold, value in enumerate((0.5225, 0.5150, 0.5650, 0.6075, 0.5450), 1)}
     population, sample = statistic(values, "population"), statistic(values, "sample")
     assert population.mean == pytest.approx(0.5510)
     assert population.std == pytest.approx(0.0333, abs=5e-5)
@@ -38,11 +57,50 @@ def test_the_two_standard_deviations_differ_by_their_divisor():
 
 
 def test_one_value_has_a_mean_and_no_spread():
-    assert statistic([0.4], "sample") == Statistic(n=1, mean=0.4, std=None)
+    assert statistic({(1, 0): 0.4}, "sample") == Statistic(n=1, mean=0.4, std=None, units=1, unit="seed")
 
 
 def test_no_value_has_neither():
-    assert statistic([], "population") == Statistic(n=0, mean=None, std=None)
+    assert statistic({}, "population") == Statistic(n=0, mean=None, std=None)
+
+
+UNBALANCED = {(1, 0): 0.4, (2, 0): 0.5, (2, 1): 0.6, (2, 2): 0.7}
+
+
+def test_a_fold_with_more_seeds_weighs_as_much_as_any_other():
+    found = statistic(UNBALANCED, "sample")
+    assert found.mean == fold_mean(UNBALANCED) == pytest.approx((0.4 + 0.6) / 2)
+    assert found.std == pytest.approx(math.sqrt(2) * 0.1)
+    assert (found.n, found.units, found.counted) == (4, 2, "4 runs in 2 folds")
+
+
+@given(
+    st.dictionaries(st.tuples(st.integers(1, 5), st.integers(0, 3)), st.floats(0, 1), min_size=2),
+    st.floats(0, 1),
+)
+def test_the_number_of_a_cell_is_that_of_its_fold_means(values: dict[tuple[int, int], float], ratio: float):
+    found = statistic(values, "sample", ratio=ratio)
+    folds = {fold for fold, _ in values}
+    means = [fmean(value for (one, _), value in values.items() if one == fold) for fold in folds]
+    sample = means if len(folds) > 1 else list(values.values())
+    wanted = t_test(sample, ratio=ratio if len(folds) > 1 else 0.0)
+    assert found.mean == pytest.approx(fmean(sample))
+    assert found.units == len(sample)
+    assert (found.low, found.high) == (pytest.approx(wanted.low), pytest.approx(wanted.high))
+
+
+def test_the_interval_of_folds_is_corrected_and_that_of_seeds_is_not():
+    folds, seeds = {(1, 0): 0.4, (2, 0): 0.5}, {(1, 0): 0.4, (1, 1): 0.5}
+    plain, corrected = t_test((0.4, 0.5)), t_test((0.4, 0.5), ratio=0.25)
+    assert statistic(folds, "sample", ratio=0.25).low == pytest.approx(corrected.low)
+    assert statistic(seeds, "sample", ratio=0.25).low == pytest.approx(plain.low)
+    assert statistic(seeds, "sample").counted == "2 seeds"
+
+
+def test_what_is_not_finite_is_left_out_and_counted():
+    found = statistic({(1, 0): math.nan, (2, 0): 0.5, (3, 0): math.inf, (4, 0): 0.6}, "sample")
+    assert (found.n, found.not_finite, found.mean) == (2, 2, pytest.approx(0.55))
+    assert statistic({(1, 0): math.nan}, "sample") == Statistic(n=0, not_finite=1)
 
 
 def test_a_cell_counts_finished_trials_only(make_view: MakeView):
@@ -113,6 +171,23 @@ def test_a_smaller_model_is_not_held_against_the_paper_unsaid(make_view: MakeVie
     assert any(phrase.endswith("the size") for phrase in comparison.unlike)
 
 
+def test_the_difference_to_the_paper_is_not_that_of_the_fold_with_most_seeds(make_view: MakeView):
+    done = {(1, 0), (2, 0), (3, 0), (4, 0), (4, 1), (4, 2), (5, 0)}
+    view = make_view(
+        folds=(1, 2, 3, 4, 5),
+        seeds=(0, 1, 2),
+        variants=[("mamba", "raw")],
+        status=lambda _, fold, seed: ("done" if (fold, seed) in done else "missing", 0),
+    )
+    target = published("esc50", "raw", "mamba")
+    assert target is not None and target.per_fold is not None
+    exact = with_accuracy(view, lambda trial: target.per_fold[trial.fold - 1] if target.per_fold else 0.0)
+    (summary,) = summarise(exact)
+    assert summary.comparison is not None
+    assert summary.comparison.difference == pytest.approx(0.0, abs=1e-12)
+    assert summary.accuracy["best_test"].std == pytest.approx(summary.comparison.theirs_std)
+
+
 def test_without_a_published_number_there_is_no_comparison(make_view: MakeView):
     assert all(summary.comparison is None for summary in summarise(make_view(dataset="tones", facts=None)))
 
@@ -152,12 +227,26 @@ def test_an_unmeasured_cell_is_not_ranked(make_view: MakeView):
     assert "helix-mel" not in names
 
 
+def test_the_ranking_counts_a_fold_once_however_many_seeds_it_has(make_view: MakeView):
+    done = {(1, 0), (2, 0), (2, 1)}
+    view = make_view(
+        folds=(1, 2),
+        seeds=(0, 1),
+        variants=[("mamba", "raw"), ("helix", "raw")],
+        status=lambda _, fold, seed: ("done" if (fold, seed) in done else "missing", 0),
+    )
+    ranking = rank(summarise(view), view.select)
+    assert len(ranking.shared) == 3
+    for summary, value in ranking.order:
+        assert value == pytest.approx(summary.selected.mean)
+
+
 def test_pairs_are_matched_by_fold_and_seed(make_view: MakeView):
     raw, mel = summarise(make_view(folds=(1, 2), seeds=(0, 1), variants=[("mamba", "raw"), ("mamba", "mel")]))
     differences = paired(raw, mel, "last")
     assert len(differences) == 4
     mean = (raw.accuracy["last"].mean or 0) - (mel.accuracy["last"].mean or 0)
-    assert sum(differences) / 4 == pytest.approx(mean)
+    assert fold_mean(differences) == pytest.approx(mean)
 
 
 def test_progress_counts_trials_and_epochs(make_view: MakeView):
@@ -177,13 +266,13 @@ def test_a_trial_in_one_go_lost_nothing_and_a_resumed_one_what_its_training_does
     assert trial.state.result is not None
     finished, trained = trial.state.result["finished"], trial.state.result["train_seconds"]
     assert attempts(trial) == 1
-    assert lost_seconds(trial) == 0.0
+    assert overhead_seconds(trial) == 0.0
     # the first one worked for as long as all of the training takes; a night later, the second one for 20 s more
     first = {"started": finished - 90_000.0, "ended": finished - 90_000.0 + trained}
     again = (first, {"started": finished - 20.0, "ended": finished})
     resumed = replace(trial, state=replace(trial.state, attempts=again))
     assert attempts(resumed) == 2
-    assert lost_seconds(resumed) == pytest.approx(20.0)
+    assert overhead_seconds(resumed) == pytest.approx(20.0)
 
 
 def test_samples_are_called_what_they_are(make_view: MakeView):

@@ -106,9 +106,17 @@ def test_csv_keeps_quotes_commas_and_lines_in_their_cell():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_no_number_is_an_empty_cell_and_never_nan(value: float):
+def test_no_number_is_a_gap_with_a_name_and_never_nan(value: float):
     table = Table(name="t", caption="", columns=(Column(heading="x", number=True),), rows=((Figure(value),),))
-    assert as_csv(table) == 'x\n""\n'
+    assert as_csv(table) == "x\nnot finite\n"
+    assert all("not finite" in write(table) for write in (*FORMATS.values(), as_html))
+
+
+def test_a_gap_that_has_a_name_has_it_in_every_format():
+    rows = ((Figure(None, "OOM"),), (Figure(None),), (Figure(None, "=1"),))
+    table = Table(name="t", caption="", columns=(Column(heading="x", number=True),), rows=rows)
+    assert as_csv(table) == 'x\nOOM\n""\n\'=1\n'
+    assert all("OOM" in write(table) for write in (*FORMATS.values(), as_html))
 
 
 def test_every_line_of_a_markdown_table_has_the_same_columns():

@@ -1,10 +1,12 @@
 """What a cell took: sums of its attempts, gaps where nothing is known."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
+from dashboards.report import render_report, report_tables
 from dashboards.tables import shown
 from dashboards.view import Spent, SweepView
 from dashboards.work import work_of, work_table
@@ -72,3 +74,14 @@ def test_a_sweep_that_has_not_begun_has_gaps(make_view: MakeView):
     row = row_of(make_view(folds=(1,), status=lambda *_: ("missing", 0)), "all")
     assert row["trials"] == "0 of 6"
     assert row["clips/s"] == row["attempts"] == row["cost US$"] == row["time worked"] == "\N{EN DASH}"
+
+
+def test_lost_means_one_thing_on_a_page(make_view: MakeView):
+    view = make_view(folds=(1,), variants=[("mamba", "raw")])
+    page = render_report(view)
+    heads = [text for text in re.findall(r"<th[^>]*>(.*?)</th>", page) if "lost" in text]
+    assert heads == ["lost", "of it lost"], "the time and the cost of steps that were trained again"
+    assert "beyond<br>training" in page
+    (trials,) = [table for table in report_tables(view) if table.name == "trials"]
+    assert "beyond training, s" in [column.heading for column in trials.columns]
+    assert not any("lost" in column.heading for column in trials.columns)

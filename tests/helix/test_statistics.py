@@ -242,7 +242,21 @@ def test_where_there_is_no_number_it_says_why_and_divides_by_nothing(values: lis
     test, interval, size = t_test(values, ratio=RATIO), bootstrap(values), effect(values)
     assert (test.p, interval.low, size.d_z) == (None, None, None)
     assert test.why and interval.why and size.why
-    assert "no number can be told" in outlook({(i, 0): value for i, value in enumerate(values)}, ratio=RATIO).said
+    told = outlook({(i, 0): value for i, value in enumerate(values)}, ratio=RATIO, folds_exist=len(values))
+    assert "no number can be told" in told.said
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_no_measurement(bad: float):
+    for computed in (t_test, sign_flip, bootstrap, effect, mean, holm, lambda values: deviation(values, ddof=1)):
+        with pytest.raises(ValueError, match="wanted finite numbers"):
+            computed([bad, 1.0, 0.5])
+    with pytest.raises(ValueError, match="wanted finite numbers"):
+        units({(1, 0): 0.5, (2, 0): bad})
+    with pytest.raises(ValueError, match="wanted finite numbers"):
+        outlook({(1, 0): 0.5, (2, 0): bad, (3, 0): 0.4}, ratio=RATIO, folds_exist=5)
+    with pytest.raises(ValueError, match="wanted finite numbers"):
+        power(bad, 1.0, 5)
 
 
 def test_equal_values_are_told_from_almost_equal_ones():
@@ -326,9 +340,9 @@ def test_one_seed_a_fold_cannot_tell_the_parts_apart():
 
 def test_where_all_folds_are_used_no_further_fold_is_promised():
     found = outlook(folds(("raw", "mamba"), ("mel", "mamba")), ratio=RATIO, folds_exist=5)
-    assert (found.settled, found.folds) == (False, None)
-    assert "no number of folds: there are no more" in found.said
-    assert found.seeds_at_least and "only if seeds make all of the spread" in found.said
+    assert (found.settled, found.folds) == (False, 5)
+    assert found.seeds is not None and found.seeds > 1
+    assert found.supposed and "if seeds make all of the spread" in found.said
 
 
 def test_the_number_of_seeds_that_it_names_is_enough_and_one_less_is_not():
@@ -346,7 +360,9 @@ def test_seeds_cannot_help_against_a_spread_that_is_all_of_folds():
     values = {(fold, seed): (0.06, -0.05, 0.02)[fold] for fold in range(3) for seed in range(2)}
     found = outlook(values, ratio=0.5, folds_exist=3)
     assert found.seeds is None
-    assert "they do not shrink the spread between folds" in found.said
+    assert found.said == (
+        "no number: not even all 3 folds with 1,000 seeds each, for seeds do not shrink the spread between folds"
+    )
 
 
 def test_seeds_help_against_a_spread_that_is_all_of_seeds():
@@ -354,7 +370,7 @@ def test_seeds_help_against_a_spread_that_is_all_of_seeds():
     values = {(fold, seed): 0.01 + rng.normal(0, 0.03) for fold in range(5) for seed in range(3)}
     found = outlook(values, ratio=RATIO, folds_exist=5)
     assert not found.settled
-    assert found.seeds is not None and 3 < found.seeds <= MOST and not found.seeds_at_least
+    assert found.seeds is not None and 3 < found.seeds <= MOST and not found.supposed
 
 
 def test_on_one_split_seeds_are_counted_as_statsmodels_counts_them():
@@ -364,14 +380,46 @@ def test_on_one_split_seeds_are_counted_as_statsmodels_counts_them():
     assert found.seeds == math.ceil(TTestPower().solve_power(size, alpha=ALPHA, power=0.8, alternative="two-sided"))
 
 
-def test_folds_that_may_be_drawn_anew_are_counted_until_the_overlap_forbids_it():
-    near = {(fold, 0): value for fold, value in enumerate((0.05, 0.01, 0.09, 0.0, 0.07))}
-    found, std = outlook(near, ratio=0.05), deviation(list(near.values()), ddof=1)
-    assert found.folds is not None and found.folds > 5 and std is not None
-    assert power(0.044, std, found.folds, ratio=0.05) >= 0.8 > power(0.044, std, found.folds - 1, ratio=0.05)
-    far = {fold: value - 0.03 for fold, value in near.items()}
-    assert outlook(far, ratio=RATIO).folds is None
-    assert "their training clips overlap" in outlook(far, ratio=RATIO).said
+def test_missing_folds_come_before_further_seeds():
+    done = {(1, 0): 0.02, (2, 0): 0.03, (3, 0): 0.005}
+    found, std = outlook(done, ratio=0.05, folds_exist=10), deviation(list(done.values()), ddof=1)
+    assert std is not None and found.folds is not None and 3 < found.folds < 10
+    centre = sum(done.values()) / 3
+    assert power(centre, std, found.folds, ratio=0.05) >= 0.8 > power(centre, std, found.folds - 1, ratio=0.05)
+    assert (found.seeds, found.supposed) == (1, False)
+    assert found.said == f"{found.folds} of the 10 folds with 1 seed each"
+
+
+def test_where_all_folds_are_not_enough_seeds_are_added_on_all_of_them():
+    found = outlook({(1, 0): 0.01, (2, 0): 0.03}, ratio=RATIO, folds_exist=5)
+    std = deviation([0.01, 0.03], ddof=1)
+    assert (found.folds, found.seeds, found.supposed) == (5, 4, True)
+    assert std is not None
+    assert power(0.02, std / 2, 5, ratio=RATIO) >= 0.8 > power(0.02, std / math.sqrt(3), 5, ratio=RATIO)
+
+
+def test_half_of_a_folds_seeds_are_completed_first():
+    values = {(fold, seed): 0.025 + 0.004 * fold + 0.03 * (-1) ** seed for fold in range(4) for seed in range(12)}
+    unbalanced = {key: value for key, value in values.items() if key[0] < 3 or key[1] == 0}
+    found = outlook(unbalanced, ratio=RATIO, folds_exist=4)
+    assert (found.folds, found.seeds, found.supposed) == (4, 12, False)
+
+
+def test_one_fold_of_several_is_told_to_have_the_others_run_first():
+    found = outlook({(1, seed): value for seed, value in enumerate((0.01, 0.0101, 0.0099))}, ratio=0.0, folds_exist=5)
+    assert (found.settled, found.folds, found.seeds) == (False, None, None)
+    assert found.said == "first some of the other 4 folds: one fold shows no spread between folds"
+    assert outlook({(1, 0): 0.1}, ratio=0.0, folds_exist=2).said.startswith("first the other fold")
+
+
+@given(varied, st.integers(min_value=1, max_value=12))
+def test_what_it_names_is_enough_at_the_level_that_decides(values: list[float], others: int):
+    given = {(fold, 0): value for fold, value in enumerate(values)}
+    found = outlook(given, ratio=0.1, folds_exist=12, alpha=ALPHA / others)
+    std = deviation(values, ddof=1)
+    if found.folds is not None and found.seeds is not None and std is not None:
+        spread = std / math.sqrt(found.seeds)
+        assert power(sum(values) / len(values), spread, found.folds, ratio=0.1, alpha=ALPHA / others) >= 0.8
 
 
 def test_what_is_settled_asks_for_nothing():

@@ -19,18 +19,20 @@ def state(name: str, accuracy: float) -> TrialState:
     return TrialState(trial_id=name, status="done", result={"accuracy": {"best_test": accuracy}, "rows": []})
 
 
-def compared(tmp_path: Path, before: list[float], after: list[float], *, same: bool = False) -> Any:
+def compared(tmp_path: Path, before: list[float], after: list[float], *, same: bool = False, seeds: int = 1) -> Any:
+    """Accuracies by fold; of several seeds, the seeds of a fold one after the other."""
     storage = FolderStorage(tmp_path)
     entries, trials = [], []
-    for fold, accuracy in enumerate(after, 1):
-        spec = TrialSpec(data=DataSpec(fold=fold), model=ModelSpec())
-        name = f"{fold:016d}" if same else f"9{fold:015d}"
+    for at, accuracy in enumerate(after, 1):
+        spec = TrialSpec(data=DataSpec(fold=1 + (at - 1) // seeds), model=ModelSpec(), seed=(at - 1) % seeds)
+        name = f"{at:016d}" if same else f"9{at:015d}"
         entries.append(TrialEntry(variant="mamba-raw", backbone="mamba", spec=spec, state=state(name, accuracy)))
-    for fold, accuracy in enumerate(before, 1):
+    for at, accuracy in enumerate(before, 1):
         row = {"epoch": 1, "step": 1, "test_accuracy": accuracy, "seconds": 1.0, "time": 1.0}
         result = {"accuracy": {"best_test": accuracy}, "rows": [row], "finished": 1.0}
-        storage.put_json(f"trials/{fold:016d}/result.json", result)
-        trials.append({"variant": "mamba-raw", "fold": fold, "seed": 0, "trial_id": f"{fold:016d}"})
+        storage.put_json(f"trials/{at:016d}/result.json", result)
+        where = {"fold": 1 + (at - 1) // seeds, "seed": (at - 1) % seeds}
+        trials.append({"variant": "mamba-raw", **where, "trial_id": f"{at:016d}"})
     view = SweepView.build(
         grid="demo",
         question="?",
@@ -81,6 +83,15 @@ def test_only_folds_that_both_runs_have_are_compared(tmp_path):
 
 def test_differences_that_are_all_the_same_are_no_noise(tmp_path):
     assert compared(tmp_path, [0.5, 0.5, 0.5], [0.6, 0.6, 0.6]).verdict == "beyond noise"
+
+
+def test_seeds_of_a_fold_are_one_pair(tmp_path):
+    after = [0.55, 0.56, 0.54, 0.60, 0.61, 0.62]
+    found = compared(tmp_path, [0.5] * 6, after, seeds=3)
+    wanted = stats.ttest_1samp([0.05, 0.11], 0).confidence_interval(0.95)
+    assert (found.pairs, found.verdict) == (2, "within noise")
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
+    assert found.after == pytest.approx(0.58)
 
 
 def test_few_pairs_are_called_few(tmp_path):

@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import math
 import sqlite3
 import threading
 import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 import mlflow.pyfunc
@@ -20,8 +22,9 @@ from mlflow.artifacts import download_artifacts, load_text
 from scipy import stats
 
 from dashboards.confusion import confusion_csv, confusion_of
+from dashboards.summary import SELECTIONS, statistic, summarise
 from helix.data.shards import Recordings
-from helix.storage import FolderStorage, Storage, open_storage
+from helix.storage import FolderStorage, Storage, open_storage, sealed
 from orchestration import tracking
 from orchestration.grid import Trial
 from orchestration.plan import Snapshot, make_plan
@@ -300,8 +303,10 @@ def trained(sweep, tiny_data: Recordings, storage: Storage) -> list:
     return plan
 
 
-def test_a_cell_has_the_interval_of_students_t_beside_its_mean(sweep, tiny_data, storage):
+def test_a_cell_has_the_corrected_interval_over_folds_beside_its_mean(sweep, tiny_data, storage):
     trained(sweep, tiny_data, storage)
+    results = [storage.get_json(f"trials/{name}/result.json") for name in storage.children("trials")]
+    (ratio,) = {result["test_clips"] / result["train_clips"] for result in results}
     levels = runs(storage)
     for cell in levels["cell"]:
         children = [run for run in levels["trial"] if run.data.tags["mlflow.parentRunId"] == cell.info.run_id]
@@ -311,9 +316,56 @@ def test_a_cell_has_the_interval_of_students_t_beside_its_mean(sweep, tiny_data,
             if len(set(values)) == 1:
                 assert found == [None, None]  # values without a spread have no interval
             else:
-                wanted = stats.t.interval(0.95, 1, loc=sum(values) / 2, scale=stats.sem(values))
+                shared = math.sqrt(1 + 2 * ratio)  # the folds share training clips
+                wanted = stats.t.interval(0.95, 1, loc=sum(values) / 2, scale=shared * stats.sem(values))
                 assert found == pytest.approx(wanted)
-        assert cell.data.tags["helix.interval"] == "Student's t over 2 trials, 95%"
+        said = f"t over 2 folds, corrected for shared training clips ({ratio:.3g} test to training), 95%"
+        assert cell.data.tags["helix.interval"] == f"{said}; seeds of a fold are averaged first"
+
+
+def test_a_fold_with_more_seeds_weighs_as_much_as_the_other_in_mlflow_too(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    cell = [entry for entry in plan if entry.trial.variant == plan[0].trial.variant]
+    snapshot.plan = cell
+    for entry in cell:
+        train(entry, tiny_data, storage)
+    for seed in (1, 2):  # of another sweep: no trial of this one
+        run_trial(replace(cell[0].trial.spec, seed=seed), tiny_data, storage, sweep_id="s2")
+    values: dict[tuple[int, int], float] = {}
+    for at, name in enumerate(storage.children("trials")):
+        spec = storage.get_json(f"trials/{name}/spec.json")["spec"]
+        result = storage.get_json(f"trials/{name}/result.json")
+        value = values[spec["data"]["fold"], spec["seed"]] = 0.3 + 0.11 * at**2
+        storage.put_json(f"trials/{name}/result.json", sealed({**result, "accuracy": dict.fromkeys(SELECTIONS, value)}))
+    assert len(values) == 4
+    Tracker(storage).replay(snapshot())
+    (parent,) = runs(storage)["cell"]
+    (summary,) = summarise(snapshot())
+    wanted = statistic(values, "population", ratio=summary.ratio)
+    by_fold = [fmean(value for (one, _), value in values.items() if one == fold) for fold in (1, 2)]
+    assert parent.data.metrics["best_test_accuracy"] == pytest.approx(100 * fmean(by_fold))
+    assert parent.data.metrics["best_test_accuracy"] != pytest.approx(100 * fmean(values.values()))
+    assert parent.data.metrics["best_test_accuracy_ci95_low"] == pytest.approx(100 * (wanted.low or 0))
+    assert parent.data.metrics["n"] == 4
+    assert parent.data.tags["helix.interval"].startswith("t over 4 runs in 2 folds, corrected")
+
+
+def test_an_accuracy_that_is_not_finite_is_counted_and_in_no_mean_in_mlflow(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    cell = [entry for entry in plan if entry.trial.variant == plan[0].trial.variant]
+    for entry in cell:
+        train(entry, tiny_data, storage)
+    first, other = (f"trials/{entry.trial_id}/result.json" for entry in cell)
+    snapshot.plan = cell[1:]
+    result = storage.get_json(first)
+    foreign = {**result, "accuracy": dict.fromkeys(SELECTIONS, math.nan)}
+    foreign.pop("sha256", None)  # we write no such result
+    storage.put(first, json.dumps(foreign).encode())
+    Tracker(storage).replay(snapshot())
+    (parent,) = runs(storage)["cell"]
+    metrics = parent.data.metrics
+    assert metrics["best_test_accuracy"] == pytest.approx(100 * storage.get_json(other)["accuracy"]["best_test"])
+    assert (metrics["n"], metrics["best_test_accuracy_not_finite"]) == (1, 1)
 
 
 def test_what_the_machine_did_is_under_mlflows_own_names(sweep, tiny_data, storage):
