@@ -16,7 +16,6 @@ plan.json and state.json hold what orchestration/from_mlflow.py makes the report
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import threading
@@ -393,7 +392,6 @@ class Tracker:
                 values[f"{rule}_accuracy"], values[f"{rule}_accuracy_std"] = _percent(one.mean), _percent(one.std)
                 values[f"{rule}_accuracy_{INTERVAL}_low"] = _percent(one.low)
                 values[f"{rule}_accuracy_{INTERVAL}_high"] = _percent(one.high)
-                values[f"{rule}_accuracy_not_finite"] = one.not_finite or None
             chosen = over[view.select]
             values["n"] = chosen.n
             metrics = [Metric(name, value, when, len(found)) for name, value in values.items() if value is not None]
@@ -428,11 +426,7 @@ class Tracker:
         found: dict[str, dict[str, Any]],
     ) -> None:
         """Register the best weights of a cell whose trials are all done: one version, however often this is asked."""
-        ours = [
-            name
-            for name in sorted(found)
-            if name in self._runs[experiment] and math.isfinite(found[name]["accuracy"][view.select])
-        ]
+        ours = [name for name in sorted(found) if name in self._runs[experiment]]
         name = max(ours, key=lambda name: found[name]["accuracy"][view.select], default=None)
         sha256 = None if name is None else best_weights_sha256(self.storage, name)
         if name is None or sha256 is None or parent.data.tags.get("helix.model_sha256") == sha256:
