@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import threading
@@ -405,7 +404,6 @@ class Tracker:
                 values[f"{rule}_accuracy"], values[f"{rule}_accuracy_std"] = _percent(one.mean), _percent(one.std)
                 values[f"{rule}_accuracy_{INTERVAL}_low"] = _percent(one.low)
                 values[f"{rule}_accuracy_{INTERVAL}_high"] = _percent(one.high)
-                values[f"{rule}_accuracy_not_finite"] = one.not_finite or None
             chosen = over[view.select]
             values["n"] = chosen.n
             metrics = [Metric(name, value, when, len(found)) for name, value in values.items() if value is not None]
@@ -440,11 +438,7 @@ class Tracker:
         found: dict[str, dict[str, Any]],
     ) -> None:
         """Register the best weights of a cell whose trials are all done: one version, however often this is asked."""
-        ours = [
-            name
-            for name in sorted(found)
-            if name in self._runs[experiment] and math.isfinite(found[name]["accuracy"][view.select])
-        ]
+        ours = [name for name in sorted(found) if name in self._runs[experiment]]
         name = max(ours, key=lambda name: found[name]["accuracy"][view.select], default=None)
         sha256 = None if name is None else best_weights_sha256(self.storage, name)
         if name is None or sha256 is None or parent.data.tags.get("helix.model_sha256") == sha256:

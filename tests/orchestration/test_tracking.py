@@ -335,7 +335,8 @@ def test_a_fold_with_more_seeds_weighs_as_much_as_the_other_in_mlflow_too(sweep,
     for at, name in enumerate(storage.children("trials")):
         spec = storage.get_json(f"trials/{name}/spec.json")["spec"]
         result = storage.get_json(f"trials/{name}/result.json")
-        value = values[spec["data"]["fold"], spec["seed"]] = 0.3 + 0.11 * at**2
+        value = values[spec["data"]["fold"], spec["seed"]] = 0.3 + 0.06 * at**2
+        result = {key: item for key, item in result.items() if key != "sha256"}
         storage.put_json(f"trials/{name}/result.json", sealed({**result, "accuracy": dict.fromkeys(SELECTIONS, value)}))
     assert len(values) == 4
     Tracker(storage).replay(snapshot())
@@ -348,24 +349,6 @@ def test_a_fold_with_more_seeds_weighs_as_much_as_the_other_in_mlflow_too(sweep,
     assert parent.data.metrics["best_test_accuracy_ci95_low"] == pytest.approx(100 * (wanted.low or 0))
     assert parent.data.metrics["n"] == 4
     assert parent.data.tags["helix.interval"].startswith("t over 4 runs in 2 folds, corrected")
-
-
-def test_an_accuracy_that_is_not_finite_is_counted_and_in_no_mean_in_mlflow(sweep, tiny_data, storage):
-    snapshot, plan = sweep
-    cell = [entry for entry in plan if entry.trial.variant == plan[0].trial.variant]
-    for entry in cell:
-        train(entry, tiny_data, storage)
-    first, other = (f"trials/{entry.trial_id}/result.json" for entry in cell)
-    snapshot.plan = cell[1:]
-    result = storage.get_json(first)
-    foreign = {**result, "accuracy": dict.fromkeys(SELECTIONS, math.nan)}
-    foreign.pop("sha256", None)  # we write no such result
-    storage.put(first, json.dumps(foreign).encode())
-    Tracker(storage).replay(snapshot())
-    (parent,) = runs(storage)["cell"]
-    metrics = parent.data.metrics
-    assert metrics["best_test_accuracy"] == pytest.approx(100 * storage.get_json(other)["accuracy"]["best_test"])
-    assert (metrics["n"], metrics["best_test_accuracy_not_finite"]) == (1, 1)
 
 
 def test_what_the_machine_did_is_under_mlflows_own_names(sweep, tiny_data, storage):
