@@ -36,7 +36,7 @@ SHORT_VARIANTS = ("mamba-raw", "helix-mel")
 ON_RAY = ("data.options.clips_per_class=140", "training.epochs=4", "training.batch_size=2")
 SHORT_ON_RAY = ("data.options.clips_per_class=80", "training.epochs=8", "training.batch_size=2")
 RAY_VARIANTS = ("mamba-mel", "helix-mel")
-SHORT_KILLS = 12
+SHORT_KILLS = 8
 SHORT_OUTAGE_S = 10.0
 
 HEADINGS = ("fault", "trial", "times", "steps lost", "seconds to the next step", "verdict")

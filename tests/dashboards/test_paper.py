@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,25 +13,36 @@ import pytest
 from dashboards.evidence import published_evidence
 from dashboards.paper import render_published, write_published
 from dashboards.verdicts import CLAIMS, ledger, tallied
+from orchestration.cli import main
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "import sys; from orchestration.cli import main; sys.exit(main())"
 
 
-def helix(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HELIX_")}
-    return subprocess.run(
-        [sys.executable, "-c", COMMAND, *arguments],
-        cwd=folder,
-        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+Helix = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_a_user_gets_a_page_tables_and_the_count_of_verdicts(tmp_path: Path):
+@pytest.fixture
+def helix(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Helix:
+    """Runs a command line in this process, in a folder, with nothing of HELIX in the environment but what is given."""
+
+    def run(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(folder)
+        for name in [name for name in os.environ if name.startswith("HELIX_")]:
+            monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        try:
+            code = main(list(arguments))
+        except SystemExit as end:  # as argparse ends
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, said.out, said.err)
+
+    return run
+
+
+def test_a_user_gets_a_page_tables_and_the_count_of_verdicts(helix: Helix, tmp_path: Path):
     ended = helix("report", "--published", folder=tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
     *_, count, page, tables = ended.stdout.splitlines()
@@ -45,7 +57,11 @@ def test_a_user_gets_a_page_tables_and_the_count_of_verdicts(tmp_path: Path):
 
 
 def test_the_terminal_shows_verdicts_and_tests_in_100_columns(tmp_path: Path):
-    text = helix("report", "--published", "--storage", str(tmp_path / "s"), folder=tmp_path).stdout
+    command = [sys.executable, "-c", COMMAND, "report", "--published", "--storage", str(tmp_path / "s")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    text = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=True
+    ).stdout
     lines = [line for line in text.splitlines() if not line.startswith(("page:", "tables:"))]
     assert max(map(len, lines)) <= 100
     assert "\x1b" not in text, "no colours where nobody watches"
@@ -55,12 +71,12 @@ def test_the_terminal_shows_verdicts_and_tests_in_100_columns(tmp_path: Path):
     assert re.search(r"helix raw . mamba raw +1 seed +\+1\.50", text)
 
 
-def test_it_may_be_run_again_and_says_the_same(tmp_path: Path):
+def test_it_may_be_run_again_and_says_the_same(helix: Helix, tmp_path: Path):
     first, again = (helix("report", "--published", "--storage", "s", folder=tmp_path) for _ in range(2))
     assert (first.returncode, first.stdout) == (again.returncode, again.stdout)
 
 
-def test_it_goes_where_the_environment_says(tmp_path: Path):
+def test_it_goes_where_the_environment_says(helix: Helix, tmp_path: Path):
     assert helix("report", "--published", folder=tmp_path, HELIX_STORAGE=str(tmp_path / "here")).returncode == 0
     assert (tmp_path / "here" / "reports" / "published.html").exists()
     assert not (tmp_path / "runs").exists()
@@ -73,7 +89,7 @@ def test_it_goes_where_the_environment_says(tmp_path: Path):
         (["--published", "--storage", "file"], "file"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_words(tmp_path: Path, arguments: list[str], said: str):
+def test_what_cannot_be_done_is_refused_in_words(helix: Helix, tmp_path: Path, arguments: list[str], said: str):
     (tmp_path / "file").write_text("a file where a folder is wanted")
     ended = helix("report", *arguments, folder=tmp_path)
     assert ended.returncode == 2

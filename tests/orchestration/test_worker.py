@@ -365,7 +365,7 @@ def test_ray_s_count_of_lost_machines_starts_anew_while_a_trial_moves_forward(mo
 
 
 #: How long the storage fails, and how long in each way (a minute, 5 s each, was tried by hand: it only takes longer).
-OUTAGE_S, EACH_S = 25.0, 2.0
+OUTAGE_S, EACH_S = 15.0, 1.5
 
 
 @pytest.mark.service
