@@ -519,7 +519,8 @@ def _conv_backward(
 
 
 # --- The operators: opaque to torch.compile, and without a synchronisation or a size that data decides, so that CUDA
-# graphs can hold them. They are registered without their gradients, as those of helix.models.scan_numba are.
+# graphs can hold them. They are registered without their gradients, as those of helix.models.scan_numba are. Triton
+# launches on the current device, which need not be the tensors'.
 
 
 def _pieces(length: int, size: int) -> int:
@@ -605,14 +606,15 @@ def selective_scan_forward(
     """y [B, L, E], and the states at the start of every segment, which the backward needs."""
     y = u.new_empty(u.shape)
     ours = _Pass((u, dt, A, B, C, D, z, dt_bias), reverse=reverse)
-    starts = ours.join(ours.u, adjoint=False)
-    _read[ours.grid(LANES)](
-        *(ours.u, ours.z, ours.dt, ours.BC, ours.A_NE, ours.D, ours.dt_bias, starts, y),
-        *_strides(ours.u, ours.z, ours.dt),
-        *(ours.tokens, ours.channels, ours.tiles),
-        *(ours.state, ours.rows, LANES, reverse),
-        **ours.one_warp,
-    )
+    with torch.cuda.device_of(u):
+        starts = ours.join(ours.u, adjoint=False)
+        _read[ours.grid(LANES)](
+            *(ours.u, ours.z, ours.dt, ours.BC, ours.A_NE, ours.D, ours.dt_bias, starts, y),
+            *_strides(ours.u, ours.z, ours.dt),
+            *(ours.tokens, ours.channels, ours.tiles),
+            *(ours.state, ours.rows, LANES, reverse),
+            **ours.one_warp,
+        )
     return y, starts
 
 
@@ -638,20 +640,21 @@ def selective_scan_backward(
     """The gradients of u, dt and z, those of B and C [B, L, 2 N], and those of A, D and dt_bias [N + 2, E]."""
     ours, dy = _Pass((u, dt, A, B, C, D, z, dt_bias), reverse=reverse), _rows(dy)
     batch, segments, state, channels = starts.shape
-    states, _ = ours.walk(ours.u, starts, adjoint=False, keep=True)
-    carries = ours.join(dy, adjoint=True)
-    du, ddt, dz = (x.new_empty(x.shape) for x in (u, dt, z))
-    grid = ours.grid(PAIRS)
-    dBC = A.new_empty(grid[0], batch, ours.tokens, 2 * state)
-    dparameters = A.new_empty(batch, segments, state + 2, channels)
-    _backward[grid](
-        *(dy, ours.u, ours.z, ours.dt, ours.BC, ours.A_NE, ours.D, ours.dt_bias),
-        *(states, carries, du, dz, ddt, dBC, dparameters),
-        *_strides(dy, ours.u, ours.z, ours.dt),
-        *(ours.tokens, channels, ours.tiles),
-        *(state, ABREAST, PAIRS, reverse),
-        num_warps=1,
-    )
+    with torch.cuda.device_of(u):
+        states, _ = ours.walk(ours.u, starts, adjoint=False, keep=True)
+        carries = ours.join(dy, adjoint=True)
+        du, ddt, dz = (x.new_empty(x.shape) for x in (u, dt, z))
+        grid = ours.grid(PAIRS)
+        dBC = A.new_empty(grid[0], batch, ours.tokens, 2 * state)
+        dparameters = A.new_empty(batch, segments, state + 2, channels)
+        _backward[grid](
+            *(dy, ours.u, ours.z, ours.dt, ours.BC, ours.A_NE, ours.D, ours.dt_bias),
+            *(states, carries, du, dz, ddt, dBC, dparameters),
+            *_strides(dy, ours.u, ours.z, ours.dt),
+            *(ours.tokens, channels, ours.tiles),
+            *(state, ABREAST, PAIRS, reverse),
+            num_warps=1,
+        )
     dBC = (dBC.sum(0) if len(dBC) > 1 else dBC.squeeze(0)).to(ours.BC.dtype)
     return du, ddt, dz, dBC, dparameters.sum((0, 1), dtype=torch.float64).to(A.dtype)
 
@@ -667,11 +670,12 @@ def _(dy, starts, u, dt, A, B, C, D, z, dt_bias, reverse):  # noqa: ARG001  (the
 def conv_silu_forward(u: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     """y [B, L, E] from u [B, L, E] and weight [E, K]."""
     (batch, tokens, channels), y, u = u.shape, u.new_empty(u.shape), _rows(u)
-    _conv_forward[(_pieces(tokens, CONV_TILE), _pieces(channels, CONV_LANES), batch)](
-        *(u, weight.contiguous(), bias.contiguous(), y, *_strides(u), tokens, channels),
-        *(weight.shape[1], CONV_TILE, CONV_LANES, reverse),
-        num_warps=4,
-    )
+    with torch.cuda.device_of(u):
+        _conv_forward[(_pieces(tokens, CONV_TILE), _pieces(channels, CONV_LANES), batch)](
+            *(u, weight.contiguous(), bias.contiguous(), y, *_strides(u), tokens, channels),
+            *(weight.shape[1], CONV_TILE, CONV_LANES, reverse),
+            num_warps=4,
+        )
     return y
 
 
@@ -686,11 +690,12 @@ def conv_silu_backward(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, reve
     (batch, tokens, channels), taps, du = u.shape, weight.shape[1], u.new_empty(u.shape)
     u, dy, spans = _rows(u), _rows(dy), _pieces(tokens, CONV_SPAN)
     dparameters = weight.new_empty(batch, spans, taps + 1, channels)
-    _conv_backward[(spans, _pieces(channels, CONV_LANES), batch)](
-        *(dy, u, weight.contiguous(), bias.contiguous(), du, dparameters, *_strides(dy, u), tokens, channels),
-        *(taps, CONV_TILE, CONV_LANES, CONV_SPAN, reverse),
-        num_warps=4,
-    )
+    with torch.cuda.device_of(u):
+        _conv_backward[(spans, _pieces(channels, CONV_LANES), batch)](
+            *(dy, u, weight.contiguous(), bias.contiguous(), du, dparameters, *_strides(dy, u), tokens, channels),
+            *(taps, CONV_TILE, CONV_LANES, CONV_SPAN, reverse),
+            num_warps=4,
+        )
     return du, dparameters.sum((0, 1), dtype=torch.float64).to(weight.dtype)
 
 
