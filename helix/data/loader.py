@@ -28,7 +28,9 @@ from helix.spec import derive_seed
 #: int16 to [-1, 1); a power of two, so that it is exact wherever it is computed.
 FULL_SCALE = 1 / 32768
 
-#: A gather on a device holds three int64 per sample while it runs; so many samples at once are 400 MB.
+#: So many samples are gathered at once on a device. That holds three int64 for each while it runs, 400 MB; under
+#: torch.use_deterministic_algorithms, where torch sorts the places before it writes to them, eight, 1.1 GB (counted in
+#: its source, not measured).
 GATHERED_AT_ONCE = 1 << 24
 
 
@@ -300,7 +302,7 @@ class _Ahead:
         self.make, self.follow, self.depth = make, follow, depth
         self.waiting: deque[tuple[tuple[int, ...], Future[Batch]]] = deque()
         self.process = os.getpid()
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="batches ahead")
+        self.thread = _one_thread()
 
     def __call__(self, place: tuple[int, ...]) -> Batch:
         if os.getpid() != self.process:  # a thread does not come along when a process forks
@@ -326,6 +328,18 @@ class _Ahead:
         self.thread.shutdown(wait=True, cancel_futures=True)
 
 
+def _one_thread() -> ThreadPoolExecutor:
+    """A thread that makes batches, on the CUDA device that is current here where CUDA is in use.
+
+    A new thread is on the first device, and to pin memory there takes some of that device for this process.
+    """
+    name = "batches ahead"
+    if not torch.cuda.is_initialized():
+        return ThreadPoolExecutor(1, thread_name_prefix=name)
+    here = (torch.cuda.current_device(),)
+    return ThreadPoolExecutor(1, thread_name_prefix=name, initializer=torch.cuda.set_device, initargs=here)
+
+
 def in_order(
     recordings: Recordings, clips: Clips, *, batch_size: int, placement: Placement | None = None, ahead: int = 0
 ) -> Iterator[Batch]:
@@ -336,7 +350,7 @@ def in_order(
         for part in parts:
             yield place.gather(clips.take(part))
         return
-    thread = ThreadPoolExecutor(1, thread_name_prefix="batches ahead")
+    thread = _one_thread()
     try:
         waiting: deque[Future[Batch]] = deque()
         for part in parts:

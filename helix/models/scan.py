@@ -195,10 +195,10 @@ def _import(name: str) -> bool:
     """On first use and not before: it takes a second, and the library may be missing or built for another torch."""
     try:
         _kernels[name] = BACKENDS[name].load()
-    except ImportError as error:
+    except Exception as error:  # a library that does not load ends its import in OSError, RuntimeError or what it likes
         if isinstance(error, ModuleNotFoundError) and error.name in BACKENDS[name].extras:
             return False
-        logger.warning("%s cannot be imported (%s): the scan is much slower without; see `helix doctor`", name, error)
+        logger.warning("%s cannot be imported (%r): another scans, maybe much slower; see `helix doctor`", name, error)
     return name in _kernels
 
 

@@ -12,7 +12,7 @@ A channel is a lane of a warp and its N states are registers, so a step of the r
 and two sums. An SM computes 16 exponentials in a cycle, which is what limits _walk and _read: for each a warp issues
 eight or nine instructions in all, in the eight cycles that it takes. _backward holds the decays and states of TILE
 tokens for one state number at a time, so it computes no exponential twice; its limit is the instructions, as compiled
-33 for each state of each token, of which 10 add up over the channels of a warp for the gradients of B and C. An
+32 for each state of each token, of which 10 add up over the channels of a warp for the gradients of B and C. An
 associative scan over the tokens would add a second product to each step and shuffles between lanes, and gain nothing
 while there are enough warps. Nothing is divided by a decay: where a segment's share of a state is wanted, it is the
 exponential of A times the sum of its steps.
@@ -328,15 +328,18 @@ def _backward(
     block, batches = tl.program_id(0).to(tl.int64), tl.num_programs(2)
     e, rows = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH), tl.arange(0, ROWS)
     mine = e < channels
-    dout_ptr += batch * dout_batch + e
-    u_ptr += batch * u_batch + e
-    z_ptr += batch * z_batch + e
-    dt_ptr += batch * dt_batch + e
-    BC_ptr += batch * tokens * 2 * N + rows
-    du_ptr += batch * tokens * channels + e
-    dz_ptr += batch * tokens * channels + e
-    ddt_ptr += batch * tokens * channels + e
-    dBC_ptr += (block * batches + batch) * tokens * 2 * N + rows
+    # From its first token on, the scan goes this way.
+    way = -1 if REVERSE else 1
+    begin = tokens - 1 if REVERSE else 0
+    dout_ptr += batch * dout_batch + begin * dout_token + e
+    u_ptr += batch * u_batch + begin * u_token + e
+    z_ptr += batch * z_batch + begin * z_token + e
+    dt_ptr += batch * dt_batch + begin * dt_token + e
+    BC_ptr += (batch * tokens + begin) * 2 * N + rows
+    du_ptr += (batch * tokens + begin) * channels + e
+    dz_ptr += (batch * tokens + begin) * channels + e
+    ddt_ptr += (batch * tokens + begin) * channels + e
+    dBC_ptr += ((block * batches + batch) * tokens + begin) * 2 * N + rows
     carries_ptr += (batch * segments + s) * N * channels
     dparameters_ptr += (batch * segments + s) * (N + 2) * channels
     bias = tl.load(bias_ptr + e, mine, 0.0)
@@ -347,7 +350,7 @@ def _backward(
         first = tile * TILE
         d, x, dy, y, dx, dd = (), (), (), (), (), ()
         for j in tl.static_range(TILE):
-            t, live = _token(first + j, tokens, REVERSE), mine & (first + j < tokens)
+            t, live = way * (first + j), mine & (first + j < tokens)
             d_j = _step(dt_ptr, t * dt_token, live, bias)
             u_j = tl.load(u_ptr + t * u_token, live, 0.0).to(tl.float32)
             z_j = tl.load(z_ptr + t * z_token, live, 0.0).to(tl.float32)
@@ -370,10 +373,11 @@ def _backward(
             next_carry = tl.load(carries_ptr + soon, wanted, 0.0)
             # All reads come before and all writes after what is computed, or each would wait for the one before it.
             B, C = (), ()
+            here = way * first * 2 * N + n0
             for j in tl.static_range(TILE):
-                at, seen = _token(first + j, tokens, REVERSE) * 2 * N + n0, (n < N) & (first + j < tokens)
-                B += (tl.load(BC_ptr + at, seen, 0.0).to(tl.float32),)
-                C += (tl.load(BC_ptr + at + N, seen, 0.0).to(tl.float32),)
+                at, seen = BC_ptr + here + way * j * 2 * N, (n < N) & (first + j < tokens)
+                B += (tl.load(at, seen, 0.0).to(tl.float32),)
+                C += (tl.load(at + N, seen, 0.0).to(tl.float32),)
             decays, kept, dC, y_so_far = (), (), (), ()
             for j in tl.static_range(TILE):
                 decay = tl.exp2(d[j][None, :] * A)
@@ -397,14 +401,14 @@ def _backward(
             for j in tl.static_range(TILE):
                 sums += ((tl.sum(dB[j], 1), tl.sum(dC[j], 1)),)
             for j in tl.static_range(TILE):
-                at, seen = _token(first + j, tokens, REVERSE) * 2 * N + n0, (n < N) & (first + j < tokens)
-                tl.store(dBC_ptr + at, sums[j][0], seen)
-                tl.store(dBC_ptr + at + N, sums[j][1], seen)
+                at, seen = dBC_ptr + here + way * j * 2 * N, (n < N) & (first + j < tokens)
+                tl.store(at, sums[j][0], seen)
+                tl.store(at + N, sums[j][1], seen)
             tl.store(carries_ptr + place, carry, there)
             before = tl.load(dparameters_ptr + place, there & (number > 0), 0.0)
             tl.store(dparameters_ptr + place, before + dA, there)
         for j in tl.static_range(TILE):
-            t, live = _token(first + j, tokens, REVERSE), mine & (first + j < tokens)
+            t, live = way * (first + j), mine & (first + j < tokens)
             # Read again: to keep them would take as many registers as the states do.
             u_j = tl.load(u_ptr + t * u_token, live, 0.0).to(tl.float32)
             z_j = tl.load(z_ptr + t * z_token, live, 0.0).to(tl.float32)
@@ -519,7 +523,8 @@ def _conv_backward(
 
 
 # --- The operators: opaque to torch.compile, and without a synchronisation or a size that data decides, so that CUDA
-# graphs can hold them. They are registered without their gradients, as those of helix.models.scan_numba are.
+# graphs can hold them. They are registered without their gradients, as those of helix.models.scan_numba are. Triton
+# launches on the current device, which need not be the tensors'.
 
 
 def _pieces(length: int, size: int) -> int:
@@ -605,14 +610,15 @@ def selective_scan_forward(
     """y [B, L, E], and the states at the start of every segment, which the backward needs."""
     y = u.new_empty(u.shape)
     ours = _Pass((u, dt, A, B, C, D, z, dt_bias), reverse=reverse)
-    starts = ours.join(ours.u, adjoint=False)
-    _read[ours.grid(LANES)](
-        *(ours.u, ours.z, ours.dt, ours.BC, ours.A_NE, ours.D, ours.dt_bias, starts, y),
-        *_strides(ours.u, ours.z, ours.dt),
-        *(ours.tokens, ours.channels, ours.tiles),
-        *(ours.state, ours.rows, LANES, reverse),
-        **ours.one_warp,
-    )
+    with torch.cuda.device_of(u):
+        starts = ours.join(ours.u, adjoint=False)
+        _read[ours.grid(LANES)](
+            *(ours.u, ours.z, ours.dt, ours.BC, ours.A_NE, ours.D, ours.dt_bias, starts, y),
+            *_strides(ours.u, ours.z, ours.dt),
+            *(ours.tokens, ours.channels, ours.tiles),
+            *(ours.state, ours.rows, LANES, reverse),
+            **ours.one_warp,
+        )
     return y, starts
 
 
@@ -638,20 +644,21 @@ def selective_scan_backward(
     """The gradients of u, dt and z, those of B and C [B, L, 2 N], and those of A, D and dt_bias [N + 2, E]."""
     ours, dy = _Pass((u, dt, A, B, C, D, z, dt_bias), reverse=reverse), _rows(dy)
     batch, segments, state, channels = starts.shape
-    states, _ = ours.walk(ours.u, starts, adjoint=False, keep=True)
-    carries = ours.join(dy, adjoint=True)
-    du, ddt, dz = (x.new_empty(x.shape) for x in (u, dt, z))
-    grid = ours.grid(PAIRS)
-    dBC = A.new_empty(grid[0], batch, ours.tokens, 2 * state)
-    dparameters = A.new_empty(batch, segments, state + 2, channels)
-    _backward[grid](
-        *(dy, ours.u, ours.z, ours.dt, ours.BC, ours.A_NE, ours.D, ours.dt_bias),
-        *(states, carries, du, dz, ddt, dBC, dparameters),
-        *_strides(dy, ours.u, ours.z, ours.dt),
-        *(ours.tokens, channels, ours.tiles),
-        *(state, ABREAST, PAIRS, reverse),
-        num_warps=1,
-    )
+    with torch.cuda.device_of(u):
+        states, _ = ours.walk(ours.u, starts, adjoint=False, keep=True)
+        carries = ours.join(dy, adjoint=True)
+        du, ddt, dz = (x.new_empty(x.shape) for x in (u, dt, z))
+        grid = ours.grid(PAIRS)
+        dBC = A.new_empty(grid[0], batch, ours.tokens, 2 * state)
+        dparameters = A.new_empty(batch, segments, state + 2, channels)
+        _backward[grid](
+            *(dy, ours.u, ours.z, ours.dt, ours.BC, ours.A_NE, ours.D, ours.dt_bias),
+            *(states, carries, du, dz, ddt, dBC, dparameters),
+            *_strides(dy, ours.u, ours.z, ours.dt),
+            *(ours.tokens, channels, ours.tiles),
+            *(state, ABREAST, PAIRS, reverse),
+            num_warps=1,
+        )
     dBC = (dBC.sum(0) if len(dBC) > 1 else dBC.squeeze(0)).to(ours.BC.dtype)
     return du, ddt, dz, dBC, dparameters.sum((0, 1), dtype=torch.float64).to(A.dtype)
 
@@ -667,11 +674,12 @@ def _(dy, starts, u, dt, A, B, C, D, z, dt_bias, reverse):  # noqa: ARG001  (the
 def conv_silu_forward(u: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     """y [B, L, E] from u [B, L, E] and weight [E, K]."""
     (batch, tokens, channels), y, u = u.shape, u.new_empty(u.shape), _rows(u)
-    _conv_forward[(_pieces(tokens, CONV_TILE), _pieces(channels, CONV_LANES), batch)](
-        *(u, weight.contiguous(), bias.contiguous(), y, *_strides(u), tokens, channels),
-        *(weight.shape[1], CONV_TILE, CONV_LANES, reverse),
-        num_warps=4,
-    )
+    with torch.cuda.device_of(u):
+        _conv_forward[(_pieces(tokens, CONV_TILE), _pieces(channels, CONV_LANES), batch)](
+            *(u, weight.contiguous(), bias.contiguous(), y, *_strides(u), tokens, channels),
+            *(weight.shape[1], CONV_TILE, CONV_LANES, reverse),
+            num_warps=4,
+        )
     return y
 
 
@@ -686,11 +694,12 @@ def conv_silu_backward(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, reve
     (batch, tokens, channels), taps, du = u.shape, weight.shape[1], u.new_empty(u.shape)
     u, dy, spans = _rows(u), _rows(dy), _pieces(tokens, CONV_SPAN)
     dparameters = weight.new_empty(batch, spans, taps + 1, channels)
-    _conv_backward[(spans, _pieces(channels, CONV_LANES), batch)](
-        *(dy, u, weight.contiguous(), bias.contiguous(), du, dparameters, *_strides(dy, u), tokens, channels),
-        *(taps, CONV_TILE, CONV_LANES, CONV_SPAN, reverse),
-        num_warps=4,
-    )
+    with torch.cuda.device_of(u):
+        _conv_backward[(spans, _pieces(channels, CONV_LANES), batch)](
+            *(dy, u, weight.contiguous(), bias.contiguous(), du, dparameters, *_strides(dy, u), tokens, channels),
+            *(taps, CONV_TILE, CONV_LANES, CONV_SPAN, reverse),
+            num_warps=4,
+        )
     return du, dparameters.sum((0, 1), dtype=torch.float64).to(weight.dtype)
 
 

@@ -5,8 +5,9 @@ same memory each time: what differs from step to step is copied to where the rec
 `helix.training.step.take`, which reads nothing but tensors; weights, moments and the rate stay where they are.
 
 A wrong recording must not give wrong numbers. The first replays are each held against the same step without a graph,
-from the same weights, and have to give the same bits (or, where two such steps differ, be as near as those); where they
-do not, there is no graph from then on, and a warning says so.
+from the same weights, and have to give the same bits (or, where two such steps differ, be within SLACK times their
+distance); where they do not, or where there is no memory to see it, there is no graph from then on, and a warning says
+so. A graph keeps the memory of a whole step to itself, and a step without one needs as much again.
 
 torch.compile was not taken instead: the scans are operators that it does not look into, and what it would fuse around
 them would change bits.
@@ -17,11 +18,13 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from helix.out_of_memory import is_out_of_memory
 from helix.training.memory import FILLED_TOKENS
 from helix.training.step import Found, Inputs
 
@@ -59,10 +62,38 @@ def cuda_graph(device: torch.device, run: Callable[[], None], recorded: Callable
         finally:
             here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # The outer block brings the current stream back: a recording that fails leaves its own in its place.
-        with torch.cuda.stream(here), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # The block of `here` brings the current stream back: a recording that fails leaves its own in its place.
+        recording = partial(torch.cuda.graph, graph, capture_error_mode="thread_local")
+        with _pool_for(graph) as pool, torch.cuda.stream(here), recording(pool=pool):
             recorded()
         return graph.replay
+
+
+#: Graphs whose recording was never ended: torch's allocator of pinned memory asks them with each allocation whether it
+#: is theirs, for as long as the process lives.
+_UNENDED: list[torch.cuda.CUDAGraph] = []
+
+
+@contextmanager
+def _pool_for(graph: torch.cuda.CUDAGraph) -> Iterator[torch.cuda._POOL_HANDLE]:
+    """A pool of the current device for the recording of `graph`, given back where that fails.
+
+    CUDAGraph.capture_end of torch 2.13 raises before it ends the pool where CUDA calls the recording invalid (an
+    operation in it waited for the device, say). The allocator then takes the recording to go on: the next time that it
+    has to give memory back, it ends with an internal assertion instead.
+    """
+    pool, device = torch.cuda.graph_pool_handle(), torch.cuda.current_device()
+    try:
+        yield pool
+    except BaseException:
+        try:
+            torch._C._cuda_endAllocateToPool(device, pool)
+        except RuntimeError:  # torch has ended it, and the graph releases it
+            pass
+        else:
+            torch._C._cuda_releasePool(device, pool)
+            _UNENDED.append(graph)
+        raise
 
 
 #: What records on a type of device; on others there are no graphs.
@@ -143,6 +174,8 @@ class Graphed:
         if self.checks:
             self.checks -= 1
             self._check()
+            if not self.checks:  # what steps without a graph took is for others now
+                torch.cuda.empty_cache()
         else:
             self._replay()
         loss, norm, hits = self._found_3.clone().unbind()
@@ -173,8 +206,24 @@ class Graphed:
         return held
 
     def _check(self) -> None:
-        """Replay, and keep what the step without a graph finds where that is something else."""
-        before = _copied(self._state())
+        """`_compare`; where there is no memory for that, the step without a graph, and no graph from then on."""
+        before: State | None = None
+        try:
+            before = _copied(self._state())
+            self._compare(before)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._give_up("there is no memory for it beside a step that is not one")
+        else:
+            return
+        # Here and not above: the error holds what its frames held.
+        if before is not None:
+            self._become(before)
+        self._run()
+
+    def _compare(self, before: State) -> None:
+        """Replay, and keep what the step without a graph finds where that is something else. We are at `before`."""
 
         def found(step: Callable[[], None]) -> State:
             """What a step makes of the state before it."""

@@ -142,13 +142,22 @@ def fit(spec: TrialSpec, recordings: Recordings, how: Fit) -> dict[str, Any]:
     continued by calling again. With several ranks what one of them raises is raised by all, or RankLostError where a
     rank is gone. Raises ValueError, before anything, where the device cannot compute with the precision of the spec.
     """
-    with how.ranks.together(), precision_of(spec.training.precision, how.device):
+    with _current(how.device), how.ranks.together(), precision_of(spec.training.precision, how.device):
         trial = _Trial(spec, recordings, how)
         try:
             return trial.run()
         finally:
             trial.batches.close()
             trial.saver.close()
+
+
+def _current(device: str) -> contextlib.AbstractContextManager[object]:
+    """A CUDA device that has a number is the current one until the end of the block: libraries ask for that, not ours.
+
+    Memory is pinned, streams are made and some kernels are launched there.
+    """
+    asked = torch.device(device)
+    return torch.cuda.device(asked) if asked.type == "cuda" and asked.index is not None else contextlib.nullcontext()
 
 
 class _Trial:

@@ -270,6 +270,33 @@ def test_the_thread_ends_when_it_is_closed_or_forgotten_or_interrupted(tones):
     assert ahead_threads() == 0
 
 
+def test_the_thread_is_on_the_cuda_device_of_who_started_it(tones, monkeypatch):
+    """As torch has it, each thread has a device of its own, the first one until it is told another."""
+    of_thread = threading.local()
+    of_thread.device = 3
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(of_thread, "device", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(of_thread, "device", device))
+    seen: list[int] = []
+
+    class Told(Host):
+        def gather(self, clips):
+            seen.append(torch.cuda.current_device())
+            return super().gather(clips)
+
+    place = Told(recordings=tones)
+    with training(tones, ahead=1, placement=place) as batches:
+        batches.batch(0, 0)
+    assert list(in_order(tones, batches.clips(0), batch_size=10, placement=place, ahead=1))
+    assert len(seen) > 2 and set(seen) == {3}
+
+
+def test_on_a_cpu_the_thread_asks_nothing_of_cuda(tones, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _device: pytest.fail("there is no device to set"))
+    with training(tones, ahead=1) as batches:
+        assert same(batches.batch(0, 0), training(tones).batch(0, 0))
+
+
 @pytest.mark.parametrize("ahead", [0, 1, 5])
 def test_in_order_gives_every_clip_as_it_stands(tones, ahead):
     clips = single(tones.index, ROWS, clip_samples=tones.clip_samples)

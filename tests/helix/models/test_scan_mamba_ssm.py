@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import helix.models.scan as scan
+from helix.checks.scan import why_not
 from helix.models.scan import conv_silu, scan_backend, selective_scan, selective_scan_sequential
 from tests.helix.models.test_scan import NAMES, distance, inputs, run
 
@@ -78,15 +79,48 @@ def test_half_precision_reaches_the_kernel_as_it_is(stand_ins):
     assert y_BLE.dtype == torch.bfloat16
 
 
-def test_a_library_built_for_another_torch_is_as_good_as_none(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("selective_scan_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEab"),
+        OSError("libcudart.so.13: cannot open shared object file: No such file or directory"),
+        RuntimeError("Failed to find C compiler"),
+        AttributeError("module 'triton' has no attribute 'jit'"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_library_that_does_not_load_is_as_good_as_none(error, monkeypatch, caplog):
     def load() -> ModuleType:
-        raise ImportError("selective_scan_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEab")
+        raise error
 
     monkeypatch.setitem(scan.BACKENDS, "mamba_ssm", scan.Backend(device="cpu", load=load, mixed=True))
+    monkeypatch.delenv("HELIX_SCAN", raising=False)
     scan._import.cache_clear()
     try:
-        assert scan_backend(torch.device("cpu"), torch.float32) != "mamba_ssm"
-        assert "undefined symbol" in caplog.text and "helix doctor" in caplog.text
+        assert scan_backend(torch.device("cpu"), torch.float32) not in ("mamba_ssm", "reference")
+        assert repr(error) in caplog.text and "helix doctor" in caplog.text
+    finally:
+        scan._import.cache_clear()
+
+
+def test_on_cuda_triton_scans_where_a_library_of_mamba_ssm_is_missing(monkeypatch, tmp_path):
+    """The import itself, of a package whose library is not there, as of one that was built for another CUDA."""
+    pytest.importorskip("triton", reason="there is no Triton for this platform")
+    package = tmp_path / "causal_conv1d"
+    package.mkdir()
+    package.joinpath("__init__.py").write_text("import ctypes\nctypes.CDLL('libcudart.so.7')\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("causal_conv1d", "helix.models.scan_mamba_ssm"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delenv("HELIX_SCAN", raising=False)
+    monkeypatch.setattr(scan, "_kernels", {})
+    scan._import.cache_clear()
+    try:
+        with pytest.raises(OSError, match="libcudart"):
+            scan.BACKENDS["mamba_ssm"].load()
+        assert scan_backend(torch.device("cuda"), torch.float32) == "triton"
+        said = why_not("mamba_ssm", "cuda")
+        assert said is not None and said.status == "absent"
     finally:
         scan._import.cache_clear()
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -235,6 +236,50 @@ def test_the_operators_keep_what_they_promise_to_torch(kernels):
         (kernels.conv_silu_backward, (u, u, weight[:, 0], bias, True)),
     ):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(kernels, monkeypatch):
+    """Triton launches on the current one, so that has to be theirs, and nobody else's afterwards."""
+    launches: list[tuple[str, Tensor | None]] = []
+    current: list[Tensor] = []
+
+    class DeviceOf:
+        def __init__(self, tensor: Tensor):
+            self.tensor = tensor
+
+        def __enter__(self) -> None:
+            current.append(self.tensor)
+
+        def __exit__(self, *_error: object) -> None:
+            current.pop()
+
+    class Kernel:
+        def __init__(self, name: str):
+            self.name, self.kernel = name, getattr(kernels, name)
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launches.append((self.name, current[-1] if current else None))
+            return self.kernel[grid]
+
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    monkeypatch.setattr(kernels, "PROGRAMS", 4)
+    for name in ("_walk", "_join", "_read", "_backward", "_conv_forward", "_conv_backward"):
+        monkeypatch.setattr(kernels, name, Kernel(name))
+    tensors = [x.to(DEVICE) for x in scan_inputs(1, 20, 2, 2)]
+    y, starts = kernels.selective_scan_forward(*tensors, False)
+    kernels.selective_scan_backward(y, starts, *tensors, False)
+    u, weight, bias = (x.to(DEVICE) for x in conv_inputs(1, 3, 2, 4))
+    kernels.conv_silu_backward(kernels.conv_silu_forward(u, weight[:, 0], bias, True), u, weight[:, 0], bias, True)
+    assert {name for name, _ in launches} == {"_walk", "_join", "_read", "_backward", "_conv_forward", "_conv_backward"}
+    assert all(tensor is not None and tensor.device == u.device for _, tensor in launches) and not current
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second CUDA device")
+def test_on_the_second_gpu_the_numbers_are_those_of_the_first():
+    tensors = scan_inputs(1, 20, 4, 2)
+    first, second = (run(scanned(selective_scan), tensors, dtype=torch.float32, device=d) for d in ("cuda:0", "cuda:1"))
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True))
 
 
 def test_torch_compile_takes_a_scan_as_one_graph():

@@ -23,7 +23,8 @@ COMPILED: dict[str, tuple[dict[str, Any], int, int]] = {
     "_walk that keeps": ({**SIZES, "ADJOINT": False, "KEEP": True, "STARTED": True}, 128, 256),
     "_read": (SIZES, 128, 128),
     "_join": ({"ADJOINT": False}, 168, 0),
-    "_backward": (SIZES, 255, 160),
+    "_backward": ({**SIZES, "REVERSE": False}, 255, 0),
+    "_backward that is reversed": (SIZES, 255, 0),
     "_conv_forward": (CONV, 64, 0),
     "_conv_backward": (CONV, 168, 0),
 }
@@ -61,7 +62,7 @@ def resources(kernels: ModuleType, name: str, dtype: str) -> tuple[int, int]:
         options["maxnreg"] = kernels.REGISTERS
     if name == "_join":
         sizes |= {"WIDTH": kernels.JOINED, "AHEAD": kernels.AHEAD}
-    if name == "_backward":
+    if name.startswith("_backward"):
         sizes |= {"WIDTH": kernels.PAIRS, "ROWS": kernels.ABREAST}
     if name.startswith("_conv"):
         sizes |= {"WIDTH": kernels.CONV_LANES, "HEIGHT": kernels.CONV_TILE}
@@ -97,7 +98,10 @@ def test_a_kernel_for_sm_90_has_registers_enough(kernels, name):
     assert stack <= most_stack
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("_read", "fp16"), ("_backward", "bf16"), ("_conv_backward", "bf16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("_read", "fp16"), ("_backward", "bf16"), ("_backward that is reversed", "bf16"), ("_conv_backward", "bf16")],
+)
 def test_kernels_compile_for_half_precision_too(kernels, name, dtype):
     _, most_registers, most_stack = COMPILED[name]
     registers, stack = resources(kernels, name, dtype)

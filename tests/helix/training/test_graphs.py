@@ -213,6 +213,45 @@ def test_a_number_that_was_recorded_as_a_constant_is_found_out(tiny_spec, tiny_d
     assert found == run(spec, tiny_data, tmp_path / "b", graphs="off")
 
 
+def test_without_memory_for_the_first_checks_the_training_goes_on_without_a_graph(
+    tiny_spec, tiny_data, tmp_path, taped, monkeypatch, caplog
+):
+    """Memory runs out in the middle of a step: its weights are changed and what it found is not there yet."""
+    real, steps, emptied = Graphed._run, [], []
+
+    def short_of_memory(one: Graphed) -> None:
+        real(one)
+        steps.append(one)
+        if len(steps) == graphs.WARM_UP + 2:  # the recording runs it once
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr(Graphed, "_run", short_of_memory)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(steps)))
+    found = run(tiny_spec, tiny_data, tmp_path / "a", graphs="on")
+    assert "goes on without: there is no memory for it beside a step that is not one" in caplog.text
+    assert taped[0].plays == 0 and len(emptied) == 1
+    assert found == run(tiny_spec, tiny_data, tmp_path / "b", graphs="off")
+
+
+def test_trouble_that_is_not_of_memory_ends_the_step():
+    def broken(_device, run, _recorded) -> Callable[[], None]:
+        def replay() -> None:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+        return replay
+
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        Toy(broken).step(toy_inputs(8, 0))
+
+
+def test_memory_of_the_steps_without_a_graph_is_given_back_once_the_checks_are_done(monkeypatch):
+    toy, emptied = Toy(tape), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(step))
+    for step in range(5):
+        toy.step(toy_inputs(8, step))
+    assert emptied == [graphs.CHECKED - 1]
+
+
 class Toy:
     """A linear model that is fitted to inputs, with noise in its gradient where that is asked for."""
 
@@ -286,6 +325,165 @@ def test_what_a_replay_found_is_not_overwritten_by_the_next():
     assert len({loss.item() for loss in found}) == 5
 
 
+# torch's side of a recording
+
+
+class Allocator:
+    """torch's, as far as recordings go: what it holds, in the words of its source, and where it gives up."""
+
+    def __init__(self) -> None:
+        self.captures_underway: list[tuple[int, int]] = []
+        self.use_count: dict[tuple[int, int], int] = {}
+        self.handles = 0
+
+    def handle(self) -> tuple[int, int]:
+        self.handles += 1
+        return 0, self.handles
+
+    def begin(self, device: int, pool: tuple[int, int]) -> None:
+        assert device == 1
+        self.use_count[pool] = self.use_count.get(pool, 0) + 1
+        self.captures_underway.append(pool)
+
+    def end(self, device: int, pool: tuple[int, int]) -> None:
+        assert device == 1
+        if pool not in self.captures_underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.captures_underway.remove(pool)
+
+    def release(self, device: int, pool: tuple[int, int]) -> None:
+        assert device == 1
+        self.use_count[pool] -= 1
+        assert self.use_count[pool] >= 0, "INTERNAL ASSERT FAILED"
+
+    def empty_cache(self) -> None:
+        assert not self.captures_underway, "captures_underway.empty() INTERNAL ASSERT FAILED"
+
+
+class Context:
+    """`torch.cuda.device` and `torch.cuda.stream`, of which there are none here."""
+
+    def __init__(self, _value: object):
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+
+class Stream:
+    def wait_stream(self, _other: "Stream") -> None:
+        pass
+
+
+@pytest.fixture
+def allocator(monkeypatch) -> Allocator:
+    """torch.cuda without a GPU: its recording as in torch 2.13, with a `recorded` that says what became of it."""
+    made = Allocator()
+
+    class CudaGraph:
+        """One that is invalid cannot be ended, and releases its pool only where it was."""
+
+        pool: tuple[int, int] | None = None
+        valid = True
+
+        def replay(self) -> None:
+            pass
+
+        def __del__(self) -> None:
+            if self.pool:
+                made.release(1, self.pool)
+
+    class Recording:
+        def __init__(self, graph: CudaGraph, *, pool: tuple[int, int], capture_error_mode: str):
+            assert capture_error_mode == "thread_local"
+            self.graph, self.pool = graph, pool
+
+        def __enter__(self) -> None:
+            made.begin(1, self.pool)
+
+        def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+            if kind is torch.AcceleratorError:
+                raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+            made.end(1, self.pool)
+            self.graph.pool = self.pool
+
+    for name, stand_in in {
+        "device": Context,
+        "stream": Context,
+        "Stream": Stream,
+        "current_stream": Stream,
+        "current_device": lambda: 1,
+        "CUDAGraph": CudaGraph,
+        "graph": Recording,
+        "graph_pool_handle": made.handle,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", made.end)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", made.release)
+    monkeypatch.setattr(graphs, "_UNENDED", [])
+    return made
+
+
+def recorded_as(error: Exception | None) -> Callable[[], None]:
+    def recorded() -> None:
+        if error is not None:
+            raise error
+
+    return recorded
+
+
+def test_a_recording_that_cuda_calls_invalid_leaves_no_pool_open_in_the_allocator(allocator):
+    invalid = torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
+    with pytest.raises(torch.AcceleratorError, match="previous error during capture"):
+        graphs.cuda_graph(torch.device("cuda:1"), lambda: None, recorded_as(invalid))
+    allocator.empty_cache()
+    assert allocator.use_count == {(0, 1): 0}
+    assert len(graphs._UNENDED) == 1, "the allocator of pinned memory asks it again"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("of ours")], ids=str)
+def test_a_recording_that_ends_in_another_error_is_left_to_torch(error, allocator):
+    with pytest.raises(type(error)):
+        graphs.cuda_graph(torch.device("cuda:1"), lambda: None, recorded_as(error))
+    error.__traceback__ = None  # its frames hold the graph
+    allocator.empty_cache()
+    assert allocator.use_count == {(0, 1): 0} and not graphs._UNENDED
+
+
+def test_a_graph_has_its_pool_for_as_long_as_it_can_be_replayed(allocator):
+    replay = graphs.cuda_graph(torch.device("cuda:1"), lambda: None, recorded_as(None))
+    allocator.empty_cache()
+    assert allocator.use_count == {(0, 1): 1}
+    del replay
+    assert allocator.use_count == {(0, 1): 0} and not graphs._UNENDED
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_a_gpu_a_recording_that_fails_leaves_a_process_that_can_go_on():
+    """What waits for the device makes it invalid; the allocator has to give memory back and to record after it."""
+    device, held = torch.device("cuda"), torch.zeros(1 << 20, device="cuda")
+
+    def adds() -> None:
+        held.add_(1)
+
+    def waits() -> None:
+        adds()
+        torch.cuda.synchronize()
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            graphs.cuda_graph(device, adds, waits)
+        torch.cuda.empty_cache()
+        assert torch.ones(1 << 10).pin_memory().is_pinned() and torch.rand(2, device=device).isfinite().all()
+        replay, before = graphs.cuda_graph(device, adds, adds), held[0].item()
+        replay()
+        assert held[0].item() == before + 1
+
+
 # Where there is one
 
 
@@ -330,8 +528,9 @@ def test_a_graph_that_was_asked_for_and_cannot_be_is_a_warning(tiny_spec, tiny_d
 def test_on_a_gpu_a_graph_has_the_bits_of_the_steps_without_one(
     variant, precision, tiny_spec, tiny_data, tmp_path, monkeypatch, caplog
 ):
-    """By the reference scan, whose backward adds in one order."""
+    """By the reference scan, whose backward adds in one order, and convolutions of cuDNN that do so too."""
     monkeypatch.setenv("HELIX_SCAN", "reference")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     caplog.set_level(logging.INFO, logger="helix.training.graphs")
     model = replace(tiny_spec.model, frontend=variant.frontend, pattern=variant.pattern[2:4])
     spec = replace(with_training(tiny_spec, batch_size=8, precision=precision), model=model)

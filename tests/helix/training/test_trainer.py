@@ -1,6 +1,7 @@
 """The loop: stopping it anywhere changes nothing, it learns, and it never hides a loss that is not a number."""
 
 import hashlib
+import io
 import pickle
 import shutil
 import threading
@@ -60,6 +61,37 @@ def undisturbed(tiny_data: Recordings, tmp_path_factory) -> Callable[[TrialSpec]
         return results[name]
 
     return run
+
+
+@pytest.mark.parametrize(("device", "current"), [("cuda:1", [1]), ("cuda", []), ("cpu", [])])
+def test_a_trial_on_a_numbered_gpu_has_it_as_the_current_one(
+    device, current, tiny_spec, tiny_data, storage, monkeypatch
+):
+    """Libraries launch and pin on the current device, which is the first one until somebody says otherwise."""
+    entered: list[int | None] = []
+
+    class Current:
+        def __init__(self, device: torch.device):
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            entered.append(self.index)
+
+        def __exit__(self, *_error: object) -> None:
+            entered.pop()
+
+    class Trial:
+        def __init__(self, *_given: object):
+            self.batches = self.saver = io.BytesIO()  # something to close
+            self.seen = list(entered)
+
+        def run(self) -> dict[str, Any]:
+            return {"built": self.seen, "ran": list(entered)}
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(trainer, "_Trial", Trial)
+    found = fit(tiny_spec, tiny_data, Fit(storage=storage, device=device))
+    assert found == {"built": current, "ran": current} and entered == []
 
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
