@@ -7,6 +7,7 @@ A section ends after `section_s` seconds, what is left being rows that say so. `
 CPU's clocks, at sizes that a CPU can do; it says nothing about a GPU.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,8 +136,10 @@ class GpuBench:
 
 
 def usable(name: str) -> torch.device:
-    """The device of that name. ValueError where torch has none such here."""
-    if name.partition(":")[0] not in ("cuda", "cpu"):
+    """The device of that name with its index, and from now on the current one: kernels of Triton are launched there.
+
+    ValueError where torch has none such here."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"bench 'gpu': device is {name!r}; wanted cuda, cuda:0 and so on, or cpu")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -144,12 +147,22 @@ def usable(name: str) -> torch.device:
             "bench 'gpu' needs a CUDA device, and torch finds none here (helix doctor says why); device=cpu runs it on "
             "the CPU, at sizes that you choose"
         )
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"bench 'gpu': device is {name!r}; torch finds {torch.cuda.device_count()} GPUs, from cuda:0"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
     return device
 
 
 @contextmanager
 def limited(device: torch.device, memory_gib: int) -> Iterator[None]:
-    """The allocator of a GPU hands out no more than so much; ValueError for a CPU and for more than there is."""
+    """The allocator of a GPU, named with its index, hands out no more than so much.
+
+    ValueError for a CPU and for more than there is."""
     if not memory_gib:
         yield
         return

@@ -70,6 +70,7 @@ def test_without_a_gpu_it_is_refused_in_one_line(capsys: pytest.CaptureFixture):
         (["precisions=fp8"], "known: fp32"),
         (["device=cpu", "backbones=hyena"], "known: mamba, helix, attention"),
         (["device=tpu"], "wanted cuda"),
+        (["device=cuda:one"], "wanted cuda"),
         (["device=cpu", "memory_gib=48"], "leave it out"),
         (["device=cpu", "section_s=0"], "seconds above 0"),
         (["device=cpu", "batch=0"], "1 or more"),
@@ -84,15 +85,39 @@ class Gpu:
     total_memory = 80 * 2**30
 
 
-def test_a_smaller_gpu_can_be_asked_for_and_a_larger_one_not(monkeypatch: pytest.MonkeyPatch):
-    shares: list[float] = []
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[float]]:
+    """The shares that each of two GPUs of 80 GiB was given; the second is current, and only the driver is a stand-in."""
+    shares: dict[int, list[float]] = {0: [], 1: []}
+    current = [1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.__setitem__(0, device.index))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
-    with limited(torch.device("cuda"), 48):
-        assert shares == [0.6]
-    assert shares == [0.6, 1.0], "and it is whole again"
-    with pytest.raises(ValueError, match=r"this GPU has 80\.0"), limited(torch.device("cuda"), 81):
+    # torch's own function, which refuses a device without an index.
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    hand_out = "_cuda_setMemoryFraction"
+    monkeypatch.setattr(torch._C, hand_out, lambda share, index: shares[index].append(share), raising=False)
+    return shares
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda", 1), ("cuda:0", 0), ("cuda:1", 1)])
+def test_a_smaller_gpu_can_be_asked_for_and_a_larger_one_not(gpus: dict[int, list[float]], name: str, index: int):
+    device = usable(name)
+    with limited(device, 48):
+        assert gpus[index] == [0.6]
+    assert gpus == {index: [0.6, 1.0], 1 - index: []}, "it is whole again, and the other was left alone"
+    with pytest.raises(ValueError, match=r"this GPU has 80\.0"), limited(device, 81):
         pass
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_gpu_is_named_with_its_index_and_is_the_current_one():
+    assert usable("cuda") == torch.device("cuda:1")
+    assert usable("cuda:0") == torch.device("cuda:0") and torch.cuda.current_device() == 0
+    with pytest.raises(ValueError, match="finds 2 GPUs, from cuda:0"):
+        usable("cuda:2")
 
 
 def test_the_cpu_is_usable():
