@@ -87,7 +87,7 @@ class Gpu:
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[float]]:
-    """The shares that each of two GPUs of 80 GiB was given; the second is current, and only the driver is a stand-in."""
+    """The shares that each of two GPUs of 80 GiB was given. The second is current; only the driver is a stand-in."""
     shares: dict[int, list[float]] = {0: [], 1: []}
     current = [1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
