@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from helix.out_of_memory import is_out_of_memory
+
 #: Errors that the same spec on the same data raises again: trying again would only spend.
 PERMANENT = ("ValueError", "TypeError", "KeyError", "DivergedError", "CheckpointError", "CorruptShardError")
 
@@ -53,12 +55,9 @@ UNWRITABLE_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def kind(error: BaseException) -> str:
-    """What `Ended.error` calls an error: its class, or the permanent one that it is a kind of.
-
-    torch raises OutOfMemoryError for a GPU and a plain RuntimeError where a CPU has no more memory; Python MemoryError.
-    """
+    """What `Ended.error` calls an error: its class, or the permanent one that it is a kind of."""
     names = [cls.__name__ for cls in type(error).__mro__]
-    if {"OutOfMemoryError", "MemoryError"} & set(names) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno in UNWRITABLE_NUMBERS:
         return UNWRITABLE

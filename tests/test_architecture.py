@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.checks": ("helix.doctor", "helix.models", "helix.registry", "helix.storage"),
     "helix.process": (),
     "helix.determinism": (),
+    "helix.out_of_memory": (),
     "helix.bench": ("helix.registry",),
     "helix.loopback": (),
     "helix.peers": (),
@@ -36,7 +37,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.training_peers": ("helix.models", "helix.peers"),
     "helix.gpu": (
         *("helix.bench", "helix.data", "helix.gpu", "helix.models", "helix.peers", "helix.process", "helix.protocol"),
-        *("helix.published", "helix.spec", "helix.storage", "helix.training", "helix.training_peers"),
+        *(
+            "helix.out_of_memory",
+            "helix.published",
+            "helix.spec",
+            "helix.storage",
+            "helix.training",
+            "helix.training_peers",
+        ),
     ),
     "helix.benches": (
         *(
@@ -90,6 +98,7 @@ WITHOUT_TORCH = (
         f"helix.{name}"
         for name in ("addresses", "spec", "registry", "protocol", "published", "statistics", "storage", "storage_s3")
     ),
+    "helix.out_of_memory",
     *(f"orchestration.{name}" for name in ("grid", "recovery", "ledger", "asked", "status", "money")),
     "orchestration.grids",
 )
