@@ -9,6 +9,7 @@ returns an Outcome. Only ratios of figures from one run mean anything: machines 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
@@ -143,7 +144,7 @@ def race(
         try:
             samples[name].append(timed(contestants[name], clocks))
         except Exception as error:  # a peer may raise anything; that is its result
-            failed[name], left[name] = error, 0
+            failed[name], left[name] = without_frames(error), 0
 
     for name in contestants:
         how.say(name)
@@ -171,6 +172,13 @@ def race(
 def runs_within(first_s: float, how: Conditions) -> int:
     """How often something is run that took so long the first time: at least once."""
     return max(1, min(how.repeats, int(how.budget_s / max(first_s, 1e-9))))
+
+
+def without_frames(error: Exception) -> Exception:
+    """The error without the frames that it went through, whose variables would hold the memory that it is about."""
+    with contextlib.suppress(AttributeError):
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
 
 
 def timed(function: Callable[[], object], clocks: Callable[[], tuple[float, float]]) -> tuple[float, float]:

@@ -11,11 +11,12 @@ from typing import get_args, get_type_hints
 
 import torch
 
-from helix.bench import NotRunError, Row, Table, Target, Timing
-from helix.gpu.clock import Peak, is_out_of_memory, peak_of, race_on, release, synchronize, without_frames
+from helix.bench import NotRunError, Row, Table, Target, Timing, without_frames
+from helix.gpu.clock import Peak, peak_of, race_on, release, synchronize
 from helix.gpu.roofline import step_bytes
 from helix.gpu.section import Load, Part, Stage, why
 from helix.models.classifier import cost
+from helix.out_of_memory import is_out_of_memory
 from helix.protocol import profile
 from helix.published import FEASIBILITY
 from helix.spec import AugmentSpec, ModelSpec, TrainingSpec, TrialSpec

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from helix.bench import Conditions, NotRunError, Row, Table, Target, Timing, brief
-from helix.gpu.clock import is_out_of_memory
+from helix.out_of_memory import is_out_of_memory
 
 #: What all samples of one contestant may take together, so that a section ends in minutes.
 BUDGET_S = 4.0

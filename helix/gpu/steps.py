@@ -20,10 +20,10 @@ import numpy as np
 import soundfile
 import torch
 
-from helix.bench import NotRunError, Row, Table, Target, Timing
+from helix.bench import NotRunError, Row, Table, Target, Timing, without_frames
 from helix.data.datasets.esc50 import CLASSES, COLUMNS, TABLE
 from helix.data.shards import Recordings, open_prepared, prepare
-from helix.gpu.clock import race_on, release, synchronize, without_frames
+from helix.gpu.clock import race_on, release, synchronize
 from helix.gpu.roofline import step_bytes
 from helix.gpu.section import COLUMNS as TIME_COLUMNS
 from helix.gpu.section import Load, Part, Stage, device_row, wall_ratio, why
@@ -149,7 +149,7 @@ def _alone(stage: Stage, sizes: Sizes, frontend: str, code: AuthorsCode | None) 
                     contestants[name] = bare_step(model, optimizer, *batch)
                 else:
                     contestants[name] = partial(code.epoch, model, [batch] * LOOP_STEPS, optimizer, stage.device)
-    except (NotRunError, torch.OutOfMemoryError) as error:
+    except (NotRunError, RuntimeError, MemoryError) as error:
         return {ours(precision): without_frames(error) for precision in sizes.precisions}
     found = race_on(stage.device, contestants, stage.how)
     if isinstance(looped := found.get(LOOP), Timing):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,32 @@ def test_one_that_raises_has_its_error_as_result_and_stops_no_other():
     row = timing_row("a", found["a"], found["b"], each_s=1)
     assert row == Row(name="a", values=(None,) * 4, note="RuntimeError: no memory")
     assert isinstance(found["b"], Timing)
+
+
+class Memory:
+    """Something that is held."""
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_an_error_does_not_hold_the_memory_that_others_need(fails_at: int):
+    clock, held = Clock(), []
+    calls = itertools.count(1)
+
+    def fails() -> None:
+        memory = Memory()
+        held.append(weakref.ref(memory))
+        try:
+            if next(calls) >= fails_at:
+                raise ValueError("too much")
+        except ValueError as error:
+            raise MemoryError from error
+
+    def needs_it() -> None:
+        assert all(ref() is None for ref in held)
+        clock.cpu_s += 1
+
+    found = race({"fails": fails, "needs it": needs_it}, Conditions(repeats=3), clocks=clock)
+    assert isinstance(found["fails"], MemoryError) and isinstance(found["needs it"], Timing)
 
 
 def test_one_that_raises_only_later_has_no_figure_either():

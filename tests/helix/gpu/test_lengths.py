@@ -90,16 +90,25 @@ def test_a_cell_has_memory_foretold_and_measured_a_time_and_a_micro_batch():
     assert {target.verdict for target in part.targets} == {"not measured"}
 
 
-def out_of_memory_above(most: int) -> Callable[..., None]:
+def out_of_memory_above(most: int, error: Exception) -> Callable[..., None]:
     def steps(stage: Stage, cell: module.Cell, batch: int) -> None:
         if batch > most or (cell.attn_impl == "weights" and cell.tokens == 16):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 13.41 GiB.\nGPU 0 has ...")
+            raise error
 
     return steps
 
 
-def test_running_out_of_memory_fills_a_cell_and_ends_a_search(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "_steps", out_of_memory_above(2))
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 13.41 GiB.\nGPU 0 has ..."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+)
+def test_running_out_of_memory_fills_a_cell_and_ends_a_search(monkeypatch: pytest.MonkeyPatch, error: Exception):
+    monkeypatch.setattr(module, "_steps", out_of_memory_above(2, error))
     (table,) = table1(stage(), SHAPES).tables
     rows = {row.name: row for row in table.rows}
     full = rows["attention, weights, L=16, fp32"]
