@@ -3,26 +3,30 @@
     helix bench gpu authors=DIR source=ESC-50-master
     helix bench gpu sections=table1 memory_gib=48
 
-A section ends after `section_s` seconds, what is left being rows that say so. `device=cpu` measures the same by the
+A section ends after `section_s` seconds, what is left being rows that say so, and is printed as it ends; one that fails
+is a row with its error, the others go on, and the exit code is 1. `device=cpu` measures the same by the
 CPU's clocks, at sizes that a CPU can do; it says nothing about a GPU.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 
-from helix.bench import Conditions, Outcome, Row, Table, require_positive
+from helix.bench import Conditions, Outcome, Row, Table, require_positive, without_frames
 from helix.gpu import lengths, scans, steps
 from helix.gpu.clock import known_objects_aside, release
 from helix.gpu.roofline import roofline
-from helix.gpu.section import Part, Stage
+from helix.gpu.section import Part, Stage, lost
 from helix.models.agreement import compile_kernels
 from helix.registry import BENCHES
 from helix.training.memory import GIB
 from helix.training.resident import BACKBONES, pattern_of
+
+logger = logging.getLogger(__name__)
 
 SECTIONS = ("scan", "step", "table1", "roofline")
 
@@ -76,19 +80,40 @@ class GpuBench:
                 raise ValueError(f"bench 'gpu': {option} has {given}; known: {', '.join(known)}")
         if not (self.section_s > 0 and self.search_s > 0):
             raise ValueError(f"section_s is {self.section_s} and search_s is {self.search_s}; wanted seconds above 0")
+        steps.check_folders(self._step_sizes())
 
     def run(self, how: Conditions) -> Outcome:
         device = usable(self.device)
         if device.type == "cpu":
             compile_kernels()
+        outcomes = [Outcome(tables=(_device_table(device, self.memory_gib),))]
+        how.show(outcomes[0])
         with known_objects_aside(), limited(device, self.memory_gib):
             parts: list[Part] = []
             for name in (name for name in SECTIONS if name in self.sections):
                 how.say(f"section {name}")
-                parts.append(self._section(name, Stage.begin(device, how, self.section_s), parts))
-                release(device)
-        tables = [_device_table(device, self.memory_gib), *(table for part in parts for table in part.tables)]
-        return Outcome(tables=tuple(tables), targets=tuple(target for part in parts for target in part.targets))
+                parts.append(self._tried(name, device, how, parts))
+                outcomes.append(_outcome(parts[-1]))
+                how.show(outcomes[-1])
+        return Outcome(
+            tables=tuple(table for one in outcomes for table in one.tables),
+            targets=tuple(target for one in outcomes for target in one.targets),
+            failed=tuple(what for one in outcomes for what in one.failed),
+        )
+
+    def _tried(self, name: str, device: torch.device, how: Conditions, before: list[Part]) -> Part:
+        """The section, or a row with what ended it: what the others found is not to be lost with it."""
+        try:
+            part = self._section(name, Stage.begin(device, how, self.section_s), before)
+            release(device)
+            return part
+        except Exception as error:  # kernels and code of others may raise anything
+            logger.exception("section %s ended with an error", name)
+            part = lost(f"section {name}", without_frames(error))
+        # After some errors a GPU answers nothing any more; then each section says so.
+        with suppress(RuntimeError):
+            release(device)
+        return part
 
     def _section(self, name: str, stage: Stage, before: list[Part]) -> Part:
         sections: dict[str, Callable[[], Part]] = {
@@ -176,6 +201,10 @@ def limited(device: torch.device, memory_gib: int) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _outcome(part: Part) -> Outcome:
+    return Outcome(tables=part.tables, targets=part.targets, failed=part.failed)
 
 
 def _device_table(device: torch.device, memory_gib: int) -> Table:

@@ -29,11 +29,13 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The figures of one section; `loads` are what the roofline sets beside the limits."""
+    """The figures of one section; `loads` are what the roofline sets beside the limits. `failed`: what of it ended in
+    an error that is no figure."""
 
     tables: tuple[Table, ...] = ()
     targets: tuple[Target, ...] = ()
     loads: tuple[Load, ...] = ()
+    failed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,12 @@ class Stage:
         """NotRunError once the time of the section is spent."""
         if not self.left_s:
             raise NotRunError(f"the {self.seconds:g} s of this section were spent; section_s=... gives it more")
+
+
+def lost(what: str, error: Exception) -> Part:
+    """What stands where something failed that the rest does not need: a row with the error."""
+    row = Row(name="failed", values=(), note=why(error))
+    return Part(tables=(Table(title=what, columns=(), rows=(row,)),), failed=(what,))
 
 
 def why(error: Exception) -> str:

@@ -9,6 +9,7 @@ Legend: B batch, T samples.
 
 import csv
 import dataclasses
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -21,12 +22,13 @@ import soundfile
 import torch
 
 from helix.bench import NotRunError, Row, Table, Target, Timing, without_frames
+from helix.data.dataset import official_root
 from helix.data.datasets.esc50 import CLASSES, COLUMNS, TABLE
 from helix.data.shards import Recordings, open_prepared, prepare
 from helix.gpu.clock import race_on, release, synchronize
 from helix.gpu.roofline import step_bytes
 from helix.gpu.section import COLUMNS as TIME_COLUMNS
-from helix.gpu.section import Load, Part, Stage, device_row, wall_ratio, why
+from helix.gpu.section import Load, Part, Stage, device_row, lost, wall_ratio, why
 from helix.models.classifier import cost
 from helix.peers import MissingPeerError
 from helix.protocol import profile
@@ -36,7 +38,9 @@ from helix.training.graphs import Choice
 from helix.training.memory import predict
 from helix.training.resident import ResidentStep
 from helix.training.trainer import Fit, fit
-from helix.training_peers import AuthorsCode, bare_step, load_authors_code
+from helix.training_peers import AuthorsCode, bare_step, clone_at, load_authors_code
+
+logger = logging.getLogger(__name__)
 
 BACKBONE = "mamba"
 CLIP_SAMPLES, OFFICIAL_HZ = 80_000, 44_100
@@ -103,15 +107,34 @@ def steps(stage: Stage, sizes: Sizes) -> Part:
         loads += _loads(sizes, frontend, found)
         if frontend == "raw":
             targets += _alone_targets(sizes, found, code)
+    failed: tuple[str, ...] = ()
     if sizes.epochs:
-        with tempfile.TemporaryDirectory(prefix="helix-bench-", dir=sizes.scratch or None) as folder:
-            files = _files(stage, sizes, Path(folder))
-            for frontend in sizes.frontends:
-                epochs = _end_to_end(stage, sizes, frontend, code, files)
-                tables.append(_epoch_table(sizes, frontend, epochs, said, missing))
-                if frontend == "raw":
-                    targets += _epoch_targets(sizes, epochs, code, files)
-    return Part(tables=tuple(tables), targets=tuple(targets), loads=tuple(loads))
+        try:
+            with tempfile.TemporaryDirectory(prefix="helix-bench-", dir=sizes.scratch or None) as folder:
+                files = _files(stage, sizes, Path(folder))
+                for frontend in sizes.frontends:
+                    epochs = _end_to_end(stage, sizes, frontend, code, files)
+                    tables.append(_epoch_table(sizes, frontend, epochs, said, missing))
+                    if frontend == "raw":
+                        targets += _epoch_targets(sizes, epochs, code, files)
+        except Exception as error:  # of files, say: the steps above have their figures all the same
+            logger.exception("the epochs ended with an error")
+            ended = lost("section step: epochs", without_frames(error))
+            tables, failed = [*tables, *ended.tables], ended.failed
+    return Part(tables=tuple(tables), targets=tuple(targets), loads=tuple(loads), failed=failed)
+
+
+def check_folders(sizes: Sizes) -> None:
+    """ValueError where a folder is named that is not what it should be, before minutes are spent on anything."""
+    if sizes.authors:
+        try:
+            clone_at(sizes.authors)
+        except MissingPeerError as error:
+            raise ValueError(f"authors: {error}") from error
+    if sizes.source:
+        official_root(Path(sizes.source).expanduser(), TABLE, "esc50")
+    if sizes.scratch and not Path(sizes.scratch).is_dir():
+        raise ValueError(f"scratch is {sizes.scratch!r}; wanted a folder that is there")
 
 
 def spec_of(sizes: Sizes, frontend: str, precision: str) -> TrialSpec:

@@ -1,13 +1,16 @@
 """`helix bench gpu` at toy sizes on a CPU: chosen sections in one run, and one clear line where there is no GPU."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from helix import bench
 from helix.bench import Conditions
+from helix.benches import gpu as module
 from helix.benches.gpu import SECTIONS, GpuBench, limited, usable
+from helix.gpu.section import Part, Stage
 
 TINY = {
     "device": "cpu",
@@ -78,6 +81,36 @@ def test_without_a_gpu_it_is_refused_in_one_line(capsys: pytest.CaptureFixture):
 )
 def test_a_request_that_makes_no_sense_is_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture):
     assert bench.main(["gpu", *arguments]) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_section_that_fails_is_a_row_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def fails(stage: Stage, shapes: object) -> Part:
+        raise ValueError("no such thing\nat all")
+
+    monkeypatch.setattr(module.scans, "scans", fails)
+    small = TINY | {"sections": ("scan", "table1", "roofline"), "most_batch": 0}
+    options = [f"{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in small.items()]
+    assert bench.main(["gpu", *options, "--repeats", "1"]) == bench.PARTS_FAILED
+    said = capsys.readouterr()
+    assert "ValueError: no such thing" in said.out and "failed: section scan" in said.err
+    assert "Table 1 of the paper" in said.out and "achieved over the limit" in said.out
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("source", "there is no meta/esc50.csv in it"),
+        ("authors", "has no model.py"),
+        ("scratch", "a folder that is"),
+    ],
+)
+def test_a_wrong_folder_is_refused_before_anything_is_measured(
+    option: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert bench.main(["gpu", "device=cpu", f"{option}={tmp_path / 'none'}"]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
 
 

@@ -76,6 +76,15 @@ def test_the_limits_are_measured_and_every_load_stands_below_them(stage: Stage):
     assert len(roofline(stage, []).tables) == 1, "without loads the limits alone"
 
 
+def test_a_limit_whose_tensors_do_not_fit_is_a_row_and_stops_no_other(stage: Stage, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(module.COPY_BYTES, "cpu", 2**62)
+    part = roofline(stage, [load()])
+    rows = {row.name: row for row in part.tables[0].rows}
+    assert rows["copy, GB/s"].note == "out of memory"
+    assert rows["matrix product in fp32, TFLOP/s"].values[0]
+    assert part.tables[1].rows[0].values[-1] is None
+
+
 def test_the_precision_of_products_is_what_it_was(stage: Stage):
     before = torch.backends.cuda.matmul.fp32_precision
     a = torch.ones(2, 2)

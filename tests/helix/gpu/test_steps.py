@@ -101,6 +101,17 @@ def test_what_fails_is_a_row_and_stops_no_other(tmp_path: Path, monkeypatch: pyt
     assert row.note == "out of memory" and set(row.values) == {None}
 
 
+def test_files_that_cannot_be_written_cost_no_figure_of_the_steps(monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> module.Files:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_files", full)
+    part = steps(stage(), replace(SIZES, precisions=("fp32",)))
+    alone, epochs = part.tables
+    assert alone.rows[0].values[0] and "No space left" in epochs.rows[0].note
+    assert part.failed == ("section step: epochs",) and len(part.loads) == 1
+
+
 def test_once_the_time_is_spent_what_is_left_says_so():
     part = steps(stage(1e-9), replace(SIZES, epochs=0))
     assert all("were spent" in row.note or "not run" in row.note for row in part.tables[0].rows)
