@@ -14,7 +14,7 @@ import torch
 from helix.bench import NotRunError, Row, Table, Target, Timing, without_frames
 from helix.gpu.clock import Peak, peak_of, race_on, release, synchronize
 from helix.gpu.roofline import step_bytes
-from helix.gpu.section import Load, Part, Stage, why
+from helix.gpu.section import Load, Part, Stage, scan_named, why
 from helix.models.classifier import cost
 from helix.out_of_memory import is_out_of_memory
 from helix.protocol import profile
@@ -106,7 +106,7 @@ def table1(stage: Stage, shapes: Shapes) -> Part:
     largest = {cell.key: _largest(stage, shapes, cell) for cell in searched}
     rows = [_row(cell, peaks[cell.key], predicted[cell.key], times[cell.key], largest) for cell in cells]
     columns = ("GiB", "taken, GiB", "foretold, GiB", "off by, %", "ms per step", "largest micro-batch")
-    title = f"Table 1 of the paper, one clip in a step, width {shapes.width}"
+    title = f"Table 1 of the paper, one clip in a step, width {shapes.width}, {scan_named(stage.device)}"
     targets = _targets(stage, shapes, predicted, peaks)
     loads = [load for cell in cells for load in _loads(cell, predicted[cell.key], times[cell.key])]
     return Part(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from helix.bench import Conditions, NotRunError, Row, Table, Target, Timing, brief
+from helix.models.scan import scan_backend
 from helix.out_of_memory import is_out_of_memory
 
 #: What all samples of one contestant may take together, so that a section ends in minutes.
@@ -73,6 +74,11 @@ def lost(what: str, error: Exception) -> Part:
 def why(error: Exception) -> str:
     """A note for a row: running out of memory is a finding, in three words."""
     return "out of memory" if is_out_of_memory(error) else brief(error)
+
+
+def scan_named(device: torch.device) -> str:
+    """Which scan the models of ours have there, for a title: no figure says anything without it."""
+    return f"scan by {scan_backend(device, torch.float32)}"
 
 
 #: The columns of `device_row` before that of what each costs.
