@@ -6,6 +6,7 @@ precision, the second that of a copy. FLOPs are helix.models.classifier.cost's; 
 implementation which keeps the same tensors can avoid, so a share says at least how far there is to go.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,8 +35,8 @@ class Datasheet:
     bf16: float
 
 
-#: By a part of the name that CUDA gives the device, the longest first. NVIDIA's data sheets of the H100 (SXM5, PCIe,
-#: NVL), H200 (SXM), L40S and A100, 2020 to 2024; figures there "with sparsity" are halved.
+#: By words of the name that CUDA gives the device, the longest that stand there. NVIDIA's data sheets of the H100 (SXM5,
+#: PCIe, NVL), H200 (SXM), L40S and A100, 2020 to 2024; figures there "with sparsity" are halved.
 DATASHEETS = {
     "H100 PCIe": Datasheet(memory_gb_s=2000, fp32=51, tf32=378, bf16=756),
     "H100 NVL": Datasheet(memory_gb_s=3900, fp32=60, tf32=417.5, bf16=835.5),
@@ -51,7 +52,8 @@ DATASHEETS = {
 
 def datasheet(name: str) -> Datasheet | None:
     """That of the GPU which CUDA calls so, where it is known."""
-    found = [part for part in DATASHEETS if part in name]
+    # Whole words: a GH200 has an H200's letters and other figures.
+    found = [part for part in DATASHEETS if re.search(rf"\b{part}\b", name)]
     return DATASHEETS[max(found, key=len)] if found else None
 
 

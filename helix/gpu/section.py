@@ -41,19 +41,21 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """The device, how to measure on it, and when to leave out what is left."""
+    """The device, how to measure on it, and when to leave out what is left; `option` gives the section more."""
 
     device: torch.device
     how: Conditions
     seconds: float
+    option: str = "section_s"
     clock: Callable[[], float] = time.perf_counter
     until: float = field(default=0.0)
 
     @classmethod
-    def begin(cls, device: torch.device, how: Conditions, seconds: float) -> "Stage":
+    def begin(cls, device: torch.device, how: Conditions, seconds: float, option: str = "section_s") -> "Stage":
         """A section that may take so many seconds from now."""
         bounded = replace(how, budget_s=min(how.budget_s, BUDGET_S))
-        return cls(device=device, how=bounded, seconds=seconds, until=time.perf_counter() + seconds)
+        until = time.perf_counter() + seconds
+        return cls(device=device, how=bounded, seconds=seconds, option=option, until=until)
 
     @property
     def left_s(self) -> float:
@@ -62,7 +64,7 @@ class Stage:
     def require_time(self) -> None:
         """NotRunError once the time of the section is spent."""
         if not self.left_s:
-            raise NotRunError(f"the {self.seconds:g} s of this section were spent; section_s=... gives it more")
+            raise NotRunError(f"the {self.seconds:g} s of this section were spent; {self.option}=... gives it more")
 
 
 def lost(what: str, error: Exception) -> Part:

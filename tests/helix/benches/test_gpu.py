@@ -75,13 +75,20 @@ def test_without_a_gpu_it_is_refused_in_one_line(capsys: pytest.CaptureFixture):
         (["device=tpu"], "wanted cuda"),
         (["device=cuda:one"], "wanted cuda"),
         (["device=cpu", "memory_gib=48"], "leave it out"),
-        (["device=cpu", "section_s=0"], "seconds above 0"),
+        (["device=cpu", "section_s=0"], "section_s is 0"),
+        (["device=cpu", "table_s=0"], "table_s is 0"),
         (["device=cpu", "batch=0"], "1 or more"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture):
     assert bench.main(["gpu", *arguments]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("section", "option"), [("table1", "table_s"), ("scan", "section_s")])
+def test_table_1_has_a_time_of_its_own(section: str, option: str):
+    outcome = GpuBench(**TINY | {"sections": (section,), option: 1e-9}).run(QUICK)
+    assert f"{option}=... gives it more" in outcome.tables[1].rows[0].note
 
 
 def test_a_section_that_fails_is_a_row_and_the_others_go_on(

@@ -61,6 +61,8 @@ def test_a_step_moves_its_weights_seven_times_with_their_gradients_and_what_it_k
         ("NVIDIA A100-SXM4-80GB", "A100"),
         ("NVIDIA A100 80GB PCIe", "A100 80GB PCIe"),
         ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GH200 144G HBM3e", None),
     ],
 )
 def test_a_data_sheet_is_found_by_the_name_that_cuda_gives(name: str, known: str | None):
