@@ -33,8 +33,8 @@ TARGET_GIB, TARGET_CELL = 6.0, ("attention", 30_000, "sdpa", "bf16")
 #: The largest micro-batch is found to one part in so many.
 FINENESS = 16
 
-#: From this length on a search may take so many times as long: one try, a GPU full of such clips, takes seconds, some 12
-#: in fp32 (estimated: the FLOPs of 20 clips of 30,000 tokens at half of an H100's data sheet).
+#: From this length on a search may take so many times as long: one try, a GPU full of such clips, takes seconds, about
+#: 12 in fp32 (estimated: the FLOPs of 20 clips of 30,000 tokens at half of an H100's data sheet).
 LONG_TOKENS, LONG_SEARCH = 10_000, 3.0
 
 

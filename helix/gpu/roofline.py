@@ -35,8 +35,8 @@ class Datasheet:
     bf16: float
 
 
-#: By words of the name that CUDA gives the device, the longest that stand there. NVIDIA's data sheets of the H100 (SXM5,
-#: PCIe, NVL), H200 (SXM), L40S and A100, 2020 to 2024; figures there "with sparsity" are halved.
+#: By words of the name that CUDA gives the device, the longest that stand there. NVIDIA's data sheets of the H100
+#: (SXM5, PCIe, NVL), H200 (SXM), L40S and A100, 2020 to 2024; figures there "with sparsity" are halved.
 DATASHEETS = {
     "H100 PCIe": Datasheet(memory_gb_s=2000, fp32=51, tf32=378, bf16=756),
     "H100 NVL": Datasheet(memory_gb_s=3900, fp32=60, tf32=417.5, bf16=835.5),
