@@ -1,6 +1,7 @@
 """`helix bench gpu` at toy sizes on a CPU: chosen sections in one run, and one clear line where there is no GPU."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from helix.bench import Conditions
 from helix.benches import gpu as module
 from helix.benches.gpu import SECTIONS, GpuBench, limited, usable
 from helix.gpu.section import Part, Stage
+from helix.gpu.steps import write_noise
+from helix.registry import BENCHES
+from helix.training_peers import MODULES
 
 TINY = {
     "device": "cpu",
@@ -119,6 +123,27 @@ def test_a_wrong_folder_is_refused_before_anything_is_measured(
 ):
     assert bench.main(["gpu", "device=cpu", f"{option}={tmp_path / 'none'}"]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+def bench_commands() -> list[str]:
+    text = (Path(__file__).parents[3] / "BENCHMARKS.md").read_text().partition("## On a GPU")[2].partition("\n## ")[0]
+    return re.findall(r"^    helix bench (.*)$|`helix bench ([^`]*=[^`]*)`", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [block or cell for block, cell in bench_commands()])
+def test_the_commands_of_the_benchmarks_are_understood(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    write_noise(tmp_path / "ESC-50-master", 5)
+    for name in MODULES:
+        (tmp_path / "authors" / f"{name}.py").parent.mkdir(exist_ok=True)
+        (tmp_path / "authors" / f"{name}.py").touch()
+    name, *options = [word for word in command.split() if not word.startswith("--")]
+    assert BENCHES.make(name, bench.read_options(name, options)).device == "cuda"
+
+
+def test_the_benchmarks_have_a_command_for_every_section():
+    words = {word for block, cell in bench_commands() for word in (block or cell).split()}
+    assert {"sections=scan", "sections=step", "sections=table1", "memory_gib=44", "pack"} <= words
 
 
 class Gpu:
