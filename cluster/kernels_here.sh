@@ -30,7 +30,8 @@ archs=${2:-$("$python" -c 'import torch
 print(",".join(sorted({"%d.%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})))')}
 [ -n "$archs" ] || refuse "torch sees no GPU here; name what to build for, as in: kernels_here.sh $wheels 9.0"
 
-[ -x "$(command -v "${CXX:-g++}")" ] || refuse "no ${CXX:-g++}, which nvcc compiles with; install it (build-essential on Debian)"
+[ -x "$(command -v "${CXX:-g++}")" ] ||
+    refuse "no ${CXX:-g++}, which nvcc compiles with; install it (build-essential on Debian), or name another by CXX"
 headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
 [ -f "$headers/Python.h" ] || refuse "no Python.h in $headers; install the headers of that Python (python3-dev on Debian)"
 
@@ -41,9 +42,12 @@ wheels=$(cd "$wheels" && pwd)
 built=$(mktemp -d "$wheels/building.XXXXXX")
 trap 'rm -rf "$built"' EXIT
 BUILD_PYTHON=$python MAX_JOBS=${MAX_JOBS:-$(nproc)} "$root/cluster/images/build_kernels.sh" "$built" "$archs"
-"$python" -m pip install --force-reinstall --no-deps -c "$root/constraints.txt" \
-    "$built"/causal_conv1d-*.whl "$built"/mamba_ssm-*.whl
-mv -f "$built"/*.whl "$wheels"
+made=()
+for wheel in "$built"/causal_conv1d-*.whl "$built"/mamba_ssm-*.whl; do
+    mv -f "$wheel" "$wheels"
+    made+=("$wheels/${wheel##*/}")
+done
+"$python" -m pip install --force-reinstall --no-deps -c "$root/constraints.txt" "${made[@]}"
 # What they import beside torch.
 [ -n "${SOURCES:-}" ] ||
     "$python" -m pip install -c "$root/constraints.txt" --find-links "$wheels" causal-conv1d mamba-ssm
