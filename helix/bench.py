@@ -9,6 +9,7 @@ returns an Outcome. Only ratios of figures from one run mean anything: machines 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
@@ -34,6 +35,7 @@ from rich.table import Table as RichTable
 
 from helix.registry import BENCHES
 
+PARTS_FAILED = 1
 REFUSED = 2
 
 #: A contestant whose first run takes longer is not run again: that run is its figure.
@@ -93,21 +95,24 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a bench found."""
+    """What a bench found, or a part of it. `failed`: what ended in an error that is no figure; a row says which."""
 
     tables: tuple[Table, ...]
     targets: tuple[Target, ...] = ()
+    failed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """The same for all contestants. `say` is told what is measured next, since some of it takes minutes."""
+    """The same for all contestants. `say` is told what is measured next, since some of it takes minutes; `show` is
+    given each part of the outcome as soon as it is there, by a bench that has several, in their order."""
 
     repeats: int = 7
     threads: int = 1
     patience_s: float = PATIENCE_S
     budget_s: float = BUDGET_S
     say: Callable[[str], None] = field(default=lambda _line: None)
+    show: Callable[[Outcome], None] = field(default=lambda _part: None)
 
 
 class Bench(Interface):
@@ -143,7 +148,7 @@ def race(
         try:
             samples[name].append(timed(contestants[name], clocks))
         except Exception as error:  # a peer may raise anything; that is its result
-            failed[name], left[name] = error, 0
+            failed[name], left[name] = without_frames(error), 0
 
     for name in contestants:
         how.say(name)
@@ -171,6 +176,13 @@ def race(
 def runs_within(first_s: float, how: Conditions) -> int:
     """How often something is run that took so long the first time: at least once."""
     return max(1, min(how.repeats, int(how.budget_s / max(first_s, 1e-9))))
+
+
+def without_frames(error: Exception) -> Exception:
+    """The error without the frames that it went through, whose variables would hold the memory that it is about."""
+    with contextlib.suppress(AttributeError):
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
 
 
 def timed(function: Callable[[], object], clocks: Callable[[], tuple[float, float]]) -> tuple[float, float]:
@@ -222,7 +234,7 @@ def brief(error: Exception) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, or 2 where the request was refused."""
+    """Run the command line. Returns the exit code: 0, 1 where a part of the bench failed, 2 where it was refused."""
     parser = argparse.ArgumentParser(prog="helix bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", help=f"known: {', '.join(BENCHES.names())}")
     parser.add_argument("options", nargs="*", metavar="key=value", help="options of the bench, e.g. tokens=500,3000")
@@ -235,33 +247,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given: Any = parser.parse_intermixed_args(arguments)
     aside = Console(stderr=True, highlight=False)
     threads_before = torch.get_num_threads()
+    command = shlex.join(["helix", "bench", *(part for part in arguments if part not in ("--json", "--markdown"))])
+    facts = {"command": command, **machine(), "threads": str(given.threads)}
+    began = time.perf_counter()
+    paper = _Json() if given.json else _Markdown(facts) if given.markdown else _Plain()
     try:
         if given.repeats < 1 or given.threads < 1:
             raise ValueError(f"--repeats is {given.repeats} and --threads is {given.threads}; wanted 1 or more of each")
         bench: Bench = BENCHES.make(given.name, read_options(given.name, given.options))
         torch.set_num_threads(given.threads)
-        began = time.perf_counter()
-        how = Conditions(repeats=given.repeats, threads=given.threads, say=lambda line: aside.print(line, style="dim"))
+        how = Conditions(
+            repeats=given.repeats,
+            threads=given.threads,
+            say=lambda line: aside.print(line, style="dim"),
+            show=paper.show,
+        )
         outcome = bench.run(how)
     except ValueError as error:
         aside.print(f"refused: {error}", markup=False)
         return REFUSED
     finally:
         torch.set_num_threads(threads_before)
-    command = shlex.join(["helix", "bench", *(part for part in arguments if part not in ("--json", "--markdown"))])
-    facts = {
-        "command": command,
-        **machine(),
-        "threads": str(given.threads),
-        "took": f"{time.perf_counter() - began:.0f} s",
-    }
-    if given.json:
-        sys.stdout.write(as_json(outcome, facts) + "\n")
-    elif given.markdown:
-        sys.stdout.write(as_markdown(outcome, facts))
-    else:
-        _print(outcome, facts)
-    return 0
+    paper.end(outcome, {**facts, "took": f"{time.perf_counter() - began:.0f} s"})
+    if outcome.failed:
+        aside.print(f"failed: {', '.join(outcome.failed)}", markup=False)
+    return PARTS_FAILED if outcome.failed else 0
 
 
 def read_options(name: str, options: Sequence[str]) -> dict[str, Any]:
@@ -327,19 +337,96 @@ def figure(value: float | None) -> str:
 def as_json(outcome: Outcome, facts: Mapping[str, str]) -> str:
     targets = [{**dataclasses.asdict(target), "verdict": target.verdict} for target in outcome.targets]
     tables = [dataclasses.asdict(table) for table in outcome.tables]
-    return json.dumps({"facts": dict(facts), "tables": tables, "targets": targets}, indent=2)
+    found = {"facts": dict(facts), "tables": tables, "targets": targets, "failed": list(outcome.failed)}
+    return json.dumps(found, indent=2)
 
 
 def as_markdown(outcome: Outcome, facts: Mapping[str, str]) -> str:
     """A section of BENCHMARKS.md below its heading."""
-    parts = [f"    {facts['command']}\n"]
-    parts.append("".join(f"- {name}: {value}\n" for name, value in facts.items() if name != "command"))
+    return "\n".join([_markdown_head(facts), *_markdown_parts(outcome)])
+
+
+def _markdown_head(facts: Mapping[str, str]) -> str:
+    said = "".join(f"- {name}: {value}\n" for name, value in facts.items() if name != "command")
+    return f"    {facts['command']}\n\n{said}"
+
+
+def _markdown_parts(outcome: Outcome) -> list[str]:
+    parts = []
     for table in outcome.tables:
         rows = [(row.name, *map(figure, row.values), row.note) for row in table.rows]
         parts.append(f"**{table.title}**\n\n{_pipes(('', *table.columns, ''), rows)}")
     if outcome.targets:
         parts.append(f"**Targets**\n\n{_pipes(TARGET_COLUMNS, _target_cells(outcome))}")
-    return "\n".join(parts)
+    return parts
+
+
+# What is printed, and when
+
+
+class _Plain:
+    """Tables and targets for a person: of each part once it is there, then the rest and the facts."""
+
+    def __init__(self):
+        self.console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+        self.shown: list[Table | Target] = []
+
+    def show(self, part: Outcome) -> None:
+        self.print(part)
+        self.shown += (*part.tables, *part.targets)
+        sys.stdout.flush()
+
+    def print(self, part: Outcome) -> None:
+        for table in part.tables:
+            rows = [(row.name, *map(figure, row.values), row.note) for row in table.rows]
+            self.console.print(table.title, style="bold", markup=False)
+            self.console.print(_rich(("", *table.columns, ""), rows), "")
+        if part.targets:
+            self.console.print("Targets", style="bold")
+            self.console.print(_rich(TARGET_COLUMNS, _target_cells(part)), "")
+
+    def rest_of(self, outcome: Outcome) -> Outcome:
+        """What was not shown as a part."""
+        seen = {id(figures) for figures in self.shown}
+        return dataclasses.replace(
+            outcome,
+            tables=tuple(table for table in outcome.tables if id(table) not in seen),
+            targets=tuple(target for target in outcome.targets if id(target) not in seen),
+        )
+
+    def end(self, outcome: Outcome, facts: Mapping[str, str]) -> None:
+        self.print(self.rest_of(outcome))
+        for name, value in facts.items():
+            self.console.print(f"{name}: {value}", markup=False)
+
+
+class _Markdown(_Plain):
+    """A section of BENCHMARKS.md; where it came in parts, how long it took is its last line."""
+
+    def __init__(self, facts: Mapping[str, str]):
+        super().__init__()
+        self.facts = facts
+
+    def print(self, part: Outcome) -> None:
+        if not self.shown:
+            sys.stdout.write(_markdown_head(self.facts))
+        sys.stdout.write("".join(f"\n{written}" for written in _markdown_parts(part)))
+
+    def end(self, outcome: Outcome, facts: Mapping[str, str]) -> None:
+        if not self.shown:
+            self.facts = facts
+        self.print(self.rest_of(outcome))
+        if self.shown:
+            sys.stdout.write(f"\n- took: {facts['took']}\n")
+
+
+class _Json:
+    """One value, so all of it at the end."""
+
+    def show(self, part: Outcome) -> None: ...
+
+    def end(self, outcome: Outcome, facts: Mapping[str, str]) -> None:
+        sys.stdout.write(as_json(outcome, facts) + "\n")
 
 
 TARGET_COLUMNS = ("target", "wanted", "found", "")
@@ -360,19 +447,6 @@ def _target_cells(outcome: Outcome) -> list[tuple[str, ...]]:
 def _pipes(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---", *(["---:"] * (len(head) - 2)), "---"], *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
-
-
-def _print(outcome: Outcome, facts: Mapping[str, str]) -> None:
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    for table in outcome.tables:
-        rows = [(row.name, *map(figure, row.values), row.note) for row in table.rows]
-        console.print(table.title, style="bold", markup=False)
-        console.print(_rich(("", *table.columns, ""), rows), "")
-    if outcome.targets:
-        console.print("Targets", style="bold")
-        console.print(_rich(TARGET_COLUMNS, _target_cells(outcome)), "")
-    for name, value in facts.items():
-        console.print(f"{name}: {value}", markup=False)
 
 
 def _rich(head: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:

@@ -92,14 +92,20 @@ def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor
     return step
 
 
-def load_authors_code(folder: str) -> AuthorsCode:
-    """From a clone of their repository. Raises MissingPeerError where there is none or where it cannot be imported."""
+def clone_at(folder: str) -> Path:
+    """The folder of a clone of theirs. Raises MissingPeerError where none is named or a module of theirs is missing."""
     if not folder:
         raise MissingPeerError(CLONE)
     root = Path(folder).expanduser()
     absent = [f"{name}.py" for name in MODULES if not (root / f"{name}.py").is_file()]
     if absent:
         raise MissingPeerError(f"{folder} has no {', '.join(absent)}; {CLONE}")
+    return root
+
+
+def load_authors_code(folder: str) -> AuthorsCode:
+    """From a clone of their repository. Raises MissingPeerError where there is none or where it cannot be imported."""
+    root = clone_at(folder)
     own = kernels("mamba_ssm") is not None
     with _as_there(None if own else _stand_in()):
         try:

@@ -3,25 +3,30 @@
     helix bench gpu authors=DIR source=ESC-50-master
     helix bench gpu sections=table1 memory_gib=48
 
-A section ends after `section_s` seconds, what is left being rows that say so. `device=cpu` measures the same by the
-CPU's clocks, at sizes that a CPU can do; it says nothing about a GPU.
+A section ends after `section_s` seconds, that of Table 1 after `table_s`, what is left being rows that say so. It is
+printed as it ends; one that fails is a row with its error, the others go on, and the exit code is 1. `device=cpu`
+measures the same by the CPU's clocks, at sizes that a CPU can do; it says nothing about a GPU.
 """
 
+import logging
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 
-from helix.bench import Conditions, Outcome, Row, Table, require_positive
+from helix.bench import Conditions, Outcome, Row, Table, require_positive, without_frames
 from helix.gpu import lengths, scans, steps
 from helix.gpu.clock import known_objects_aside, release
 from helix.gpu.roofline import roofline
-from helix.gpu.section import Part, Stage
+from helix.gpu.section import Part, Stage, lost
 from helix.models.agreement import compile_kernels
 from helix.registry import BENCHES
 from helix.training.memory import GIB
 from helix.training.resident import BACKBONES, pattern_of
+
+logger = logging.getLogger(__name__)
 
 SECTIONS = ("scan", "step", "table1", "roofline")
 
@@ -30,13 +35,15 @@ SECTIONS = ("scan", "step", "table1", "roofline")
 @dataclass(frozen=True, kw_only=True)
 class GpuBench:
     """The defaults are the paper's sizes. `tokens` are the scan's lengths, with about `in_flight` tokens in a batch of
-    at most `batch`; `table_tokens` those of Table 1, where micro-batches are tried up to `most_batch` (0: none).
-    `authors` is a clone of the authors' repository, `source` the folder of ESC-50; without it `clips` of noise stand
-    in. `epochs` are timed end to end (0: none). `memory_gib`: as if the GPU had no more (0: all that it has)."""
+    at most `batch`; `table_tokens` those of Table 1, where micro-batches are tried up to `most_batch` (0: none) for
+    `search_s` each, three times that at 30,000 tokens. `authors` is a clone of the authors' repository, `source` the
+    folder of ESC-50; without it `clips` of noise stand in. `epochs` are timed end to end (0: none). `memory_gib`: as if
+    the GPU had no more (0: all that it has)."""
 
     device: str = "cuda"
     sections: tuple[str, ...] = SECTIONS
     section_s: float = 420.0
+    table_s: float = 1200.0
     precisions: tuple[str, ...] = lengths.known_precisions()
     tokens: tuple[int, ...] = (100, 500, 3000, 30_000)
     in_flight: int = 16_000
@@ -73,21 +80,44 @@ class GpuBench:
             if unknown or not getattr(self, option):
                 given = ", ".join(unknown) or "nothing"
                 raise ValueError(f"bench 'gpu': {option} has {given}; known: {', '.join(known)}")
-        if not (self.section_s > 0 and self.search_s > 0):
-            raise ValueError(f"section_s is {self.section_s} and search_s is {self.search_s}; wanted seconds above 0")
+        for option in ("section_s", "table_s", "search_s"):
+            if not getattr(self, option) > 0:
+                raise ValueError(f"{option} is {getattr(self, option)}; wanted seconds above 0")
+        steps.check_folders(self._step_sizes())
 
     def run(self, how: Conditions) -> Outcome:
         device = usable(self.device)
         if device.type == "cpu":
             compile_kernels()
+        outcomes = [Outcome(tables=(_device_table(device, self.memory_gib),))]
+        how.show(outcomes[0])
         with known_objects_aside(), limited(device, self.memory_gib):
             parts: list[Part] = []
             for name in (name for name in SECTIONS if name in self.sections):
                 how.say(f"section {name}")
-                parts.append(self._section(name, Stage.begin(device, how, self.section_s), parts))
-                release(device)
-        tables = [_device_table(device, self.memory_gib), *(table for part in parts for table in part.tables)]
-        return Outcome(tables=tuple(tables), targets=tuple(target for part in parts for target in part.targets))
+                parts.append(self._tried(name, device, how, parts))
+                outcomes.append(_outcome(parts[-1]))
+                how.show(outcomes[-1])
+        return Outcome(
+            tables=tuple(table for one in outcomes for table in one.tables),
+            targets=tuple(target for one in outcomes for target in one.targets),
+            failed=tuple(what for one in outcomes for what in one.failed),
+        )
+
+    def _tried(self, name: str, device: torch.device, how: Conditions, before: list[Part]) -> Part:
+        """The section, or a row with what ended it: what the others found is not to be lost with it."""
+        try:
+            option = "table_s" if name == "table1" else "section_s"
+            part = self._section(name, Stage.begin(device, how, getattr(self, option), option), before)
+            release(device)
+            return part
+        except Exception as error:  # kernels and code of others may raise anything
+            logger.exception("section %s ended with an error", name)
+            part = lost(f"section {name}", without_frames(error))
+        # After some errors a GPU answers nothing any more; then each section says so.
+        with suppress(RuntimeError):
+            release(device)
+        return part
 
     def _section(self, name: str, stage: Stage, before: list[Part]) -> Part:
         sections: dict[str, Callable[[], Part]] = {
@@ -135,8 +165,10 @@ class GpuBench:
 
 
 def usable(name: str) -> torch.device:
-    """The device of that name. ValueError where torch has none such here."""
-    if name.partition(":")[0] not in ("cuda", "cpu"):
+    """The device of that name with its index, and from now on the current one: kernels of Triton are launched there.
+
+    ValueError where torch has none such here."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"bench 'gpu': device is {name!r}; wanted cuda, cuda:0 and so on, or cpu")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -144,12 +176,22 @@ def usable(name: str) -> torch.device:
             "bench 'gpu' needs a CUDA device, and torch finds none here (helix doctor says why); device=cpu runs it on "
             "the CPU, at sizes that you choose"
         )
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"bench 'gpu': device is {name!r}; torch finds {torch.cuda.device_count()} GPUs, from cuda:0"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
     return device
 
 
 @contextmanager
 def limited(device: torch.device, memory_gib: int) -> Iterator[None]:
-    """The allocator of a GPU hands out no more than so much; ValueError for a CPU and for more than there is."""
+    """The allocator of a GPU, named with its index, hands out no more than so much.
+
+    ValueError for a CPU and for more than there is."""
     if not memory_gib:
         yield
         return
@@ -163,6 +205,10 @@ def limited(device: torch.device, memory_gib: int) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _outcome(part: Part) -> Outcome:
+    return Outcome(tables=part.tables, targets=part.targets, failed=part.failed)
 
 
 def _device_table(device: torch.device, memory_gib: int) -> Table:

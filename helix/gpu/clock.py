@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from helix.bench import Conditions, Timing, process_clocks, race
+from helix.bench import Conditions, Timing, process_clocks, race, without_frames
 from helix.process import forget_peak, held_bytes, peak_bytes
 
 #: A sample is so many calls that it lasts this long, where one call does not.
@@ -132,17 +132,6 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-def without_frames(error: Exception) -> Exception:
-    """The error without the frames that it went through, whose variables would hold the memory that it is about."""
-    with contextlib.suppress(AttributeError):
-        error.__traceback__ = error.__context__ = error.__cause__ = None
-    return error
-
-
 def _several(function: Callable[[], object], count: int) -> Callable[[], None]:
     def run() -> None:
         for _ in range(count):
@@ -153,5 +142,5 @@ def _several(function: Callable[[], object], count: int) -> Callable[[], None]:
 
 def _each(found: Timing | Exception, count: int) -> Timing | Exception:
     if isinstance(found, Exception):
-        return without_frames(found)
+        return found
     return dataclasses.replace(found, cpu_s=found.cpu_s / count, wall_s=found.wall_s / count)

@@ -11,11 +11,12 @@ from typing import get_args, get_type_hints
 
 import torch
 
-from helix.bench import NotRunError, Row, Table, Target, Timing
-from helix.gpu.clock import Peak, is_out_of_memory, peak_of, race_on, release, synchronize, without_frames
+from helix.bench import NotRunError, Row, Table, Target, Timing, without_frames
+from helix.gpu.clock import Peak, peak_of, race_on, release, synchronize
 from helix.gpu.roofline import step_bytes
-from helix.gpu.section import Load, Part, Stage, why
+from helix.gpu.section import Load, Part, Stage, scan_named, why
 from helix.models.classifier import cost
+from helix.out_of_memory import is_out_of_memory
 from helix.protocol import profile
 from helix.published import FEASIBILITY
 from helix.spec import AugmentSpec, ModelSpec, TrainingSpec, TrialSpec
@@ -32,11 +33,15 @@ TARGET_GIB, TARGET_CELL = 6.0, ("attention", 30_000, "sdpa", "bf16")
 #: The largest micro-batch is found to one part in so many.
 FINENESS = 16
 
+#: From this length on a search may take so many times as long: one try, a GPU full of such clips, takes seconds, about
+#: 12 in fp32 (estimated: the FLOPs of 20 clips of 30,000 tokens at half of an H100's data sheet).
+LONG_TOKENS, LONG_SEARCH = 10_000, 3.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
     """Backbones are patterns by name. `most_batch` bounds the search for the largest micro-batch, 0 leaves it out;
-    one cell may take `search_s` of it."""
+    one cell may take `search_s` of it, LONG_SEARCH times that from LONG_TOKENS on."""
 
     backbones: dict[str, tuple[str, ...]]
     tokens: tuple[int, ...]
@@ -105,7 +110,7 @@ def table1(stage: Stage, shapes: Shapes) -> Part:
     largest = {cell.key: _largest(stage, shapes, cell) for cell in searched}
     rows = [_row(cell, peaks[cell.key], predicted[cell.key], times[cell.key], largest) for cell in cells]
     columns = ("GiB", "taken, GiB", "foretold, GiB", "off by, %", "ms per step", "largest micro-batch")
-    title = f"Table 1 of the paper, one clip in a step, width {shapes.width}"
+    title = f"Table 1 of the paper, one clip in a step, width {shapes.width}, {scan_named(stage.device)}"
     targets = _targets(stage, shapes, predicted, peaks)
     loads = [load for cell in cells for load in _loads(cell, predicted[cell.key], times[cell.key])]
     return Part(
@@ -172,6 +177,23 @@ def _steps(stage: Stage, cell: Cell, batch: int) -> None:
     synchronize(stage.device)
 
 
+def _try(stage: Stage, cell: Cell, clips: int) -> None:
+    """One step with so many clips, after one with a single clip: from the second step on the state of the optimiser is
+    there too. The clips are copies of that one, made where it lies."""
+    step = _step(stage, cell, 1)
+    step()
+    one = step.batch
+    step.batch = dataclasses.replace(
+        one,
+        wave_BT=one.wave_BT.repeat(clips, 1),
+        label_B=one.label_B.repeat(clips),
+        clip_B=torch.arange(clips).to(one.clip_B),
+        samples_B=one.samples_B.repeat(clips),
+    )
+    step()
+    synchronize(stage.device)
+
+
 def _measured(stage: Stage, cell: Cell, predicted: Prediction) -> tuple[Peak | Exception, Timing | Exception]:
     """What one clip takes, and how long; where that is an error, of memory say, it is the figure."""
     try:
@@ -199,12 +221,13 @@ def _require_room(stage: Stage, predicted: Prediction) -> None:
 
 def _largest(stage: Stage, shapes: Shapes, cell: Cell) -> Largest | Exception:
     stage.how.say(f"largest micro-batch of {cell.name}")
-    until = stage.clock() + min(shapes.search_s, stage.left_s)
+    search_s = shapes.search_s * (LONG_SEARCH if cell.tokens >= LONG_TOKENS else 1)
+    until = stage.clock() + min(search_s, stage.left_s)
 
     def fits(clips: int) -> bool:
         try:
             _require_room(stage, _predicted(cell, clips))
-            _steps(stage, cell, clips)
+            _try(stage, cell, clips)
         except NotRunError:
             return False
         except (RuntimeError, MemoryError) as error:
@@ -226,8 +249,16 @@ def _largest(stage: Stage, shapes: Shapes, cell: Cell) -> Largest | Exception:
 def _guess(stage: Stage, cell: Cell) -> int:
     """How many clips the prediction would put there."""
     one, two = (_predicted(cell, clips).peak_bytes for clips in (1, 2))
-    free = torch.cuda.mem_get_info(stage.device)[0] if stage.device.type == "cuda" else available_bytes()
-    return max(1, 1 + int((free - one) / max(1, two - one)))
+    return max(1, 1 + int((_free_bytes(stage.device) - one) / max(1, two - one)))
+
+
+def _free_bytes(device: torch.device) -> float:
+    """What a step could have: of a GPU what is free, or of the share that this process may take what it has not."""
+    if device.type == "cpu":
+        return available_bytes()
+    free, whole = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * whole
+    return min(free, allowed - torch.cuda.memory_reserved(device))
 
 
 def _row(

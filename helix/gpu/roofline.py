@@ -6,13 +6,14 @@ precision, the second that of a copy. FLOPs are helix.models.classifier.cost's; 
 implementation which keeps the same tensors can avoid, so a share says at least how far there is to go.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from helix.bench import Row, Table, Timing
+from helix.bench import NotRunError, Row, Table, Timing, without_frames
 from helix.gpu.clock import race_on
 from helix.gpu.section import Load, Part, Stage, why
 from helix.training.memory import Prediction
@@ -34,8 +35,8 @@ class Datasheet:
     bf16: float
 
 
-#: By a part of the name that CUDA gives the device, the longest first. NVIDIA's data sheets of the H100 (SXM5, PCIe,
-#: NVL), H200 (SXM), L40S and A100, 2020 to 2024; figures there "with sparsity" are halved.
+#: By words of the name that CUDA gives the device, the longest that stand there. NVIDIA's data sheets of the H100
+#: (SXM5, PCIe, NVL), H200 (SXM), L40S and A100, 2020 to 2024; figures there "with sparsity" are halved.
 DATASHEETS = {
     "H100 PCIe": Datasheet(memory_gb_s=2000, fp32=51, tf32=378, bf16=756),
     "H100 NVL": Datasheet(memory_gb_s=3900, fp32=60, tf32=417.5, bf16=835.5),
@@ -51,7 +52,8 @@ DATASHEETS = {
 
 def datasheet(name: str) -> Datasheet | None:
     """That of the GPU which CUDA calls so, where it is known."""
-    found = [part for part in DATASHEETS if part in name]
+    # Whole words: a GH200 has an H200's letters and other figures.
+    found = [part for part in DATASHEETS if re.search(rf"\b{part}\b", name)]
     return DATASHEETS[max(found, key=len)] if found else None
 
 
@@ -72,17 +74,30 @@ def scan_bytes(batch: int, tokens: int, channels: int, state: int, *, backward: 
 
 def limits(stage: Stage) -> dict[str, Timing | Exception]:
     """The time of a copy, and of a matrix product at each precision that the device has."""
-    kind = stage.device.type
-    source = torch.ones(COPY_BYTES[kind] // 4, device=stage.device)
-    target = torch.empty_like(source)
-    contestants: dict[str, Callable[[], object]] = {COPY: lambda: target.copy_(source)}
-    a, b = (torch.randn(SIDE[kind], SIDE[kind], device=stage.device) for _ in range(2))
-    contestants["fp32"] = lambda: _product(a, b, "ieee")
-    if kind == "cuda":
-        contestants["tf32"] = lambda: _product(a, b, "tf32")
-    a_bf16, b_bf16 = a.bfloat16(), b.bfloat16()
-    contestants["bf16"] = lambda: a_bf16 @ b_bf16
-    return race_on(stage.device, contestants, stage.how)
+    names = (COPY, "fp32", *(["tf32"] if stage.device.type == "cuda" else []), "bf16")
+    contestants: dict[str, Callable[[], object]] = {}
+    failed: dict[str, Timing | Exception] = {}
+    for name in names:
+        try:
+            stage.require_time()
+            contestants[name] = _at_full_speed(name, stage.device)
+        except (NotRunError, RuntimeError, MemoryError) as error:
+            failed[name] = without_frames(error)
+    found = race_on(stage.device, contestants, stage.how) | failed
+    return {name: found[name] for name in names}
+
+
+def _at_full_speed(name: str, device: torch.device) -> Callable[[], object]:
+    """A copy, or a product at that precision, of tensors that lie there."""
+    if name == COPY:
+        source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+    side = SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16 if name == "bf16" else None) for _ in range(2))
+    if name == "bf16":
+        return lambda: a @ b
+    return lambda: _product(a, b, {"fp32": "ieee", "tf32": "tf32"}[name])
 
 
 def _product(a: Tensor, b: Tensor, precision: str) -> Tensor:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from helix.bench import NotRunError, Row, Table, Target, Timing
-from helix.gpu.clock import peak_of, race_on, without_frames
+from helix.bench import NotRunError, Row, Table, Target, Timing, without_frames
+from helix.gpu.clock import peak_of, race_on
 from helix.gpu.roofline import scan_bytes
 from helix.gpu.section import COLUMNS, Load, Part, Stage, device_row, wall_ratio, why
 from helix.models.agreement import SCAN_NAMES, relative_errors, run, scan_inputs, scanned
@@ -143,7 +143,7 @@ def _race(
     try:
         stage.require_time()
         inputs = on_device(scan_inputs(batch, tokens, shapes.channels, shapes.state), stage.device)
-    except (NotRunError, torch.OutOfMemoryError) as error:
+    except (NotRunError, RuntimeError, MemoryError) as error:
         return dict.fromkeys(names, without_frames(error))
     contestants = {name: work(mode, (scanned(by_backend(name)), inputs)) for name in backends}
     if KERNEL in names:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from helix.bench import Conditions, NotRunError, Row, Table, Target, Timing, brief
-from helix.gpu.clock import is_out_of_memory
+from helix.models.scan import scan_backend
+from helix.out_of_memory import is_out_of_memory
 
 #: What all samples of one contestant may take together, so that a section ends in minutes.
 BUDGET_S = 4.0
@@ -29,28 +30,32 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The figures of one section; `loads` are what the roofline sets beside the limits."""
+    """The figures of one section; `loads` are what the roofline sets beside the limits. `failed`: what of it ended in
+    an error that is no figure."""
 
     tables: tuple[Table, ...] = ()
     targets: tuple[Target, ...] = ()
     loads: tuple[Load, ...] = ()
+    failed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """The device, how to measure on it, and when to leave out what is left."""
+    """The device, how to measure on it, and when to leave out what is left; `option` gives the section more."""
 
     device: torch.device
     how: Conditions
     seconds: float
+    option: str = "section_s"
     clock: Callable[[], float] = time.perf_counter
     until: float = field(default=0.0)
 
     @classmethod
-    def begin(cls, device: torch.device, how: Conditions, seconds: float) -> "Stage":
+    def begin(cls, device: torch.device, how: Conditions, seconds: float, option: str = "section_s") -> "Stage":
         """A section that may take so many seconds from now."""
         bounded = replace(how, budget_s=min(how.budget_s, BUDGET_S))
-        return cls(device=device, how=bounded, seconds=seconds, until=time.perf_counter() + seconds)
+        until = time.perf_counter() + seconds
+        return cls(device=device, how=bounded, seconds=seconds, option=option, until=until)
 
     @property
     def left_s(self) -> float:
@@ -59,12 +64,23 @@ class Stage:
     def require_time(self) -> None:
         """NotRunError once the time of the section is spent."""
         if not self.left_s:
-            raise NotRunError(f"the {self.seconds:g} s of this section were spent; section_s=... gives it more")
+            raise NotRunError(f"the {self.seconds:g} s of this section were spent; {self.option}=... gives it more")
+
+
+def lost(what: str, error: Exception) -> Part:
+    """What stands where something failed that the rest does not need: a row with the error."""
+    row = Row(name="failed", values=(), note=why(error))
+    return Part(tables=(Table(title=what, columns=(), rows=(row,)),), failed=(what,))
 
 
 def why(error: Exception) -> str:
     """A note for a row: running out of memory is a finding, in three words."""
     return "out of memory" if is_out_of_memory(error) else brief(error)
+
+
+def scan_named(device: torch.device) -> str:
+    """Which scan the models of ours have there, for a title: no figure says anything without it."""
+    return f"scan by {scan_backend(device, torch.float32)}"
 
 
 #: The columns of `device_row` before that of what each costs.

@@ -9,24 +9,28 @@ Legend: B batch, T samples.
 
 import csv
 import dataclasses
+import logging
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 import torch
 
-from helix.bench import NotRunError, Row, Table, Target, Timing
+from helix.bench import NotRunError, Row, Table, Target, Timing, without_frames
+from helix.data.dataset import official_root
 from helix.data.datasets.esc50 import CLASSES, COLUMNS, TABLE
 from helix.data.shards import Recordings, open_prepared, prepare
-from helix.gpu.clock import race_on, release, synchronize, without_frames
+from helix.gpu.clock import race_on, release, synchronize
 from helix.gpu.roofline import step_bytes
 from helix.gpu.section import COLUMNS as TIME_COLUMNS
-from helix.gpu.section import Load, Part, Stage, device_row, wall_ratio, why
+from helix.gpu.section import Load, Part, Stage, device_row, lost, scan_named, wall_ratio, why
 from helix.models.classifier import cost
 from helix.peers import MissingPeerError
 from helix.protocol import profile
@@ -36,10 +40,12 @@ from helix.training.graphs import Choice
 from helix.training.memory import predict
 from helix.training.resident import ResidentStep
 from helix.training.trainer import Fit, fit
-from helix.training_peers import AuthorsCode, bare_step, load_authors_code
+from helix.training_peers import AuthorsCode, bare_step, clone_at, load_authors_code
+
+logger = logging.getLogger(__name__)
 
 BACKBONE = "mamba"
-CLIP_SAMPLES, OFFICIAL_HZ = 80_000, 44_100
+CLIP_SAMPLES, MODEL_HZ, OFFICIAL_HZ = 80_000, 16_000, 44_100
 #: Steps of their loop in one call, so that what it does once an epoch weighs little.
 LOOP_STEPS = 5
 
@@ -50,8 +56,11 @@ END_TO_END = "authors: their loop, loader and evaluation"
 #: Beside figures that are not of their model.
 STOOD_IN = "mamba-ssm cannot be imported: a Mamba layer of ours stands in for theirs, so no target is judged"
 
-#: ESC-50's clips, and the schedule of the paper: five folds of a hundred epochs.
-ESC50_CLIPS, PAPER_EPOCHS = 2000, 500
+#: Beside steps of ours that were to be replayed as a graph and were not.
+NO_GRAPH = "its graph was given up (a warning says why), so without one"
+
+#: ESC-50's clips, and the schedule of the paper: five folds of a hundred epochs, each of so many steps and test clips.
+ESC50_CLIPS, PAPER_FOLDS, PAPER_EPOCHS, PAPER_STEPS, PAPER_TESTED = 2000, 5, 100, 50, 400
 END_TO_END_TARGET, ALONE_TARGET, PAPER_TARGET_MINUTES = 10.0, 1.3, 10.0
 
 
@@ -79,11 +88,13 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """What one epoch took on the wall, its steps apart where they are, and what came before the first beside it."""
+    """What one epoch took on the wall, of it what its steps took, the rest being the evaluation of `tested` clips; and
+    what came before the first and after the last."""
 
     seconds: float
+    train_s: float
     steps: int
-    train_s: float | None = None
+    tested: int
     start_s: float = 0.0
 
 
@@ -98,20 +109,40 @@ def steps(stage: Stage, sizes: Sizes) -> Part:
     tables, targets, loads = [], [], []
     for frontend in sizes.frontends:
         stage.how.say(f"steps of pure Mamba on {frontend}, B={sizes.batch}")
-        found = _alone(stage, sizes, frontend, code)
-        tables.append(_alone_table(sizes, frontend, found, said, missing))
+        found, notes = _alone(stage, sizes, frontend, code)
+        notes |= dict.fromkeys((MODEL, LOOP), said)
+        tables.append(_alone_table(stage, sizes, frontend, found, notes, missing))
         loads += _loads(sizes, frontend, found)
         if frontend == "raw":
             targets += _alone_targets(sizes, found, code)
+    failed: tuple[str, ...] = ()
     if sizes.epochs:
-        with tempfile.TemporaryDirectory(prefix="helix-bench-", dir=sizes.scratch or None) as folder:
-            files = _files(stage, sizes, Path(folder))
-            for frontend in sizes.frontends:
-                epochs = _end_to_end(stage, sizes, frontend, code, files)
-                tables.append(_epoch_table(sizes, frontend, epochs, said, missing))
-                if frontend == "raw":
-                    targets += _epoch_targets(sizes, epochs, code, files)
-    return Part(tables=tuple(tables), targets=tuple(targets), loads=tuple(loads))
+        try:
+            with tempfile.TemporaryDirectory(prefix="helix-bench-", dir=sizes.scratch or None) as folder:
+                files = _files(stage, sizes, Path(folder))
+                for frontend in sizes.frontends:
+                    epochs = _end_to_end(stage, sizes, frontend, code, files)
+                    tables.append(_epoch_table(stage, sizes, frontend, epochs, files, said, missing))
+                    if frontend == "raw":
+                        targets += _epoch_targets(sizes, epochs, code)
+        except Exception as error:  # of files, say: the steps above have their figures all the same
+            logger.exception("the epochs ended with an error")
+            ended = lost("section step: epochs", without_frames(error))
+            tables, failed = [*tables, *ended.tables], ended.failed
+    return Part(tables=tuple(tables), targets=tuple(targets), loads=tuple(loads), failed=failed)
+
+
+def check_folders(sizes: Sizes) -> None:
+    """ValueError where a folder is named that is not what it should be, before minutes are spent on anything."""
+    if sizes.authors:
+        try:
+            clone_at(sizes.authors)
+        except MissingPeerError as error:
+            raise ValueError(f"authors: {error}") from error
+    if sizes.source:
+        official_root(Path(sizes.source).expanduser(), TABLE, "esc50")
+    if sizes.scratch and not Path(sizes.scratch).is_dir():
+        raise ValueError(f"scratch is {sizes.scratch!r}; wanted a folder that is there")
 
 
 def spec_of(sizes: Sizes, frontend: str, precision: str) -> TrialSpec:
@@ -129,7 +160,10 @@ def ours(precision: str) -> str:
     return f"helix, {precision}"
 
 
-def _alone(stage: Stage, sizes: Sizes, frontend: str, code: AuthorsCode | None) -> dict[str, Timing | Exception]:
+def _alone(
+    stage: Stage, sizes: Sizes, frontend: str, code: AuthorsCode | None
+) -> tuple[dict[str, Timing | Exception], dict[str, str]]:
+    """The times, and what is to be said beside some."""
     contestants: dict[str, Callable[[], object]] = {}
     try:
         stage.require_time()
@@ -149,13 +183,18 @@ def _alone(stage: Stage, sizes: Sizes, frontend: str, code: AuthorsCode | None) 
                     contestants[name] = bare_step(model, optimizer, *batch)
                 else:
                     contestants[name] = partial(code.epoch, model, [batch] * LOOP_STEPS, optimizer, stage.device)
-    except (NotRunError, torch.OutOfMemoryError) as error:
-        return {ours(precision): without_frames(error) for precision in sizes.precisions}
+    except (NotRunError, RuntimeError, MemoryError) as error:
+        return {ours(precision): without_frames(error) for precision in sizes.precisions}, {}
     found = race_on(stage.device, contestants, stage.how)
     if isinstance(looped := found.get(LOOP), Timing):
         each = {name: getattr(looped, name) / LOOP_STEPS for name in ("cpu_s", "wall_s")}
         found[LOOP] = dataclasses.replace(looped, **each)
-    return found
+    notes = {
+        ours(precision): NO_GRAPH
+        for precision, step in zip(sizes.precisions, own, strict=True)
+        if step.replay is not None and not step.replay.replays
+    }
+    return found, notes
 
 
 def _resident(stage: Stage, sizes: Sizes, frontend: str, precision: str, graphs: Choice = "auto") -> ResidentStep:
@@ -164,14 +203,20 @@ def _resident(stage: Stage, sizes: Sizes, frontend: str, precision: str, graphs:
 
 
 def _alone_table(
-    sizes: Sizes, frontend: str, found: Mapping[str, Timing | Exception], said: str, missing: str
+    stage: Stage,
+    sizes: Sizes,
+    frontend: str,
+    found: Mapping[str, Timing | Exception],
+    notes: Mapping[str, str],
+    missing: str,
 ) -> Table:
     first = found[ours(sizes.precisions[0])]
     columns = (*TIME_COLUMNS, "ms per clip")
     rows = [device_row(name, result, first, each_s=1e-3 * sizes.batch) for name, result in found.items()]
-    rows = [_saying(row, said) if row.name in (MODEL, LOOP) else row for row in rows]
+    rows = [_saying(row, notes.get(row.name, "")) for row in rows]
     rows += [Row(name=name, values=(None,) * len(columns), note=missing) for name in (MODEL, LOOP) if missing]
-    title = f"one training step of pure Mamba on {frontend}, B={sizes.batch}, {sizes.samples:,} samples, on the device"
+    shape = f"B={sizes.batch}, {sizes.samples:,} samples, on the device"
+    title = f"one training step of pure Mamba on {frontend}, {shape}, ours with the {scan_named(stage.device)}"
     return Table(title=title, columns=columns, rows=tuple(rows))
 
 
@@ -218,11 +263,12 @@ def _alone_targets(sizes: Sizes, found: Mapping[str, Timing | Exception], code: 
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """The WAV files, the same prepared, and the folder that they lie in."""
+    """The WAV files and their rate, the same prepared, and the folder that they lie in."""
 
     folder: Path
     source: Path
     recordings: Recordings
+    hz: int
 
 
 def _files(stage: Stage, sizes: Sizes, folder: Path) -> Files:
@@ -234,7 +280,9 @@ def _files(stage: Stage, sizes: Sizes, folder: Path) -> Files:
     stage.how.say("preparing them")
     storage = FolderStorage(folder / "storage")
     prepared = prepare("esc50", source=source, storage=storage, allow_partial=True)
-    return Files(folder=folder, source=source, recordings=open_prepared(storage, prepared.prefix))
+    recordings = open_prepared(storage, prepared.prefix)
+    one = next((official_root(source, TABLE, "esc50") / "audio").glob("*.wav"))
+    return Files(folder=folder, source=source, recordings=recordings, hz=soundfile.info(one).samplerate)
 
 
 def _end_to_end(
@@ -262,18 +310,51 @@ def _end_to_end(
 def our_epoch(stage: Stage, spec: TrialSpec, recordings: Recordings, folder: Path) -> Epoch:
     """Epochs of `fit` after the first, evaluation and rows with them. Beginning and end are `start_s`."""
     seconds: list[float] = []
+    evaluated_s: list[float] = []
+    parts = _Parts(stage.device)
+
+    def on_epoch(row: dict[str, Any]) -> None:
+        seconds.append(row["seconds"])
+        if parts.trained_at is not None:
+            evaluated_s.append(row["time"] - parts.trained_at)
+
     placement = "device" if stage.device.type == "cuda" else "host"
     how = Fit(
         storage=FolderStorage(folder),
         device=str(stage.device),
         placement=placement,
-        on_epoch=lambda row: seconds.append(row["seconds"]),
+        on_step=parts.on_step,
+        on_epoch=on_epoch,
+        clock=time.time,
     )
     began = time.perf_counter()
     result = fit(spec, recordings, how)
     whole_s = time.perf_counter() - began
-    taken = sum(seconds[1:]) / (len(seconds) - 1)
-    return Epoch(seconds=taken, steps=result["rows"][0]["step"], start_s=max(0.0, whole_s - len(seconds) * taken))
+    taken = statistics.mean(seconds[1:])
+    return Epoch(
+        seconds=taken,
+        train_s=taken - statistics.mean(evaluated_s),
+        steps=result["rows"][0]["step"],
+        tested=result["test_clips"],
+        start_s=max(0.0, whole_s - len(seconds) * taken),
+    )
+
+
+class _Parts:
+    """Tells the steps of an epoch from its evaluation, from the second epoch on. `fit` says the number of steps after
+    each step, and the same number again after each batch that it evaluates."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.last, self.per_epoch = device, 0, 0
+        self.trained_at: float | None = None
+
+    def on_step(self, total: int) -> None:
+        if total == self.last:
+            self.per_epoch = self.per_epoch or total
+        elif self.per_epoch and total % self.per_epoch == 0:
+            synchronize(self.device)  # what was launched is a step's still
+            self.trained_at = time.time()
+        self.last = total
 
 
 def their_epoch(stage: Stage, sizes: Sizes, frontend: str, code: AuthorsCode, source: Path) -> Epoch:
@@ -291,7 +372,13 @@ def their_epoch(stage: Stage, sizes: Sizes, frontend: str, code: AuthorsCode, so
         synchronize(stage.device)
         marks.append((middle - began, time.perf_counter() - began))
     train_s, seconds = (sum(mark[i] for mark in marks[1:]) / sizes.epochs for i in (0, 1))
-    return Epoch(seconds=seconds, train_s=train_s, steps=len(train), start_s=max(0.0, marks[0][1] - seconds))  # type: ignore[arg-type]
+    return Epoch(
+        seconds=seconds,
+        train_s=train_s,
+        steps=len(train),  # type: ignore[arg-type]
+        tested=len(test.dataset),  # type: ignore[attr-defined]
+        start_s=max(0.0, marks[0][1] - seconds),
+    )
 
 
 def write_noise(root: Path, clips: int) -> Path:
@@ -310,7 +397,15 @@ def write_noise(root: Path, clips: int) -> Path:
     return root
 
 
-def _epoch_table(sizes: Sizes, frontend: str, found: Mapping[str, Epoch | Exception], said: str, missing: str) -> Table:
+def _epoch_table(
+    stage: Stage,
+    sizes: Sizes,
+    frontend: str,
+    found: Mapping[str, Epoch | Exception],
+    files: Files,
+    said: str,
+    missing: str,
+) -> Table:
     columns = ("s per epoch", "s of them training", "ms per step, all of it", "s to start and end", "times ours")
     first = found[ours(sizes.precisions[0])]
     rows = []
@@ -324,14 +419,16 @@ def _epoch_table(sizes: Sizes, frontend: str, found: Mapping[str, Epoch | Except
         rows.append(_saying(row, said) if name == END_TO_END else row)
     if missing:
         rows.append(Row(name=END_TO_END, values=(None,) * len(columns), note=missing))
-    of = "ESC-50" if sizes.source else f"{sizes.clips:,} clips of noise laid out as ESC-50"
-    title = f"an epoch of pure Mamba on {frontend} with its evaluation, from {of}"
+    of = "of ESC-50" if sizes.source else "of noise laid out as ESC-50"
+    rate = f"{files.hz:,} Hz" + (", so nothing is resampled" if files.hz == MODEL_HZ else "")
+    clips = f"{len(files.recordings):,} clips {of} at {rate}"
+    title = (
+        f"an epoch of pure Mamba on {frontend} with its evaluation, {clips}; ours with the {scan_named(stage.device)}"
+    )
     return Table(title=title, columns=columns, rows=tuple(rows))
 
 
-def _epoch_targets(
-    sizes: Sizes, found: Mapping[str, Epoch | Exception], code: AuthorsCode | None, files: Files
-) -> list[Target]:
+def _epoch_targets(sizes: Sizes, found: Mapping[str, Epoch | Exception], code: AuthorsCode | None) -> list[Target]:
     theirs, targets = found.get(END_TO_END), []
     counts = sizes.is_papers and code is not None and code.own_mamba
     for precision in sizes.precisions:
@@ -345,12 +442,11 @@ def _epoch_targets(
                 unit="times",
             )
         )
-        whole = isinstance(epoch, Epoch) and sizes.is_papers
         targets.append(
             Target(
                 name=f"five folds x 100 epochs of raw pure Mamba, {ours(precision)}, extrapolated from these epochs",
                 wanted=PAPER_TARGET_MINUTES,
-                found=paper_minutes(len(files.recordings), epoch) if whole and isinstance(epoch, Epoch) else None,
+                found=paper_minutes(epoch) if sizes.is_papers and isinstance(epoch, Epoch) else None,
                 unit="minutes",
                 at_most=True,
             )
@@ -358,6 +454,8 @@ def _epoch_targets(
     return targets
 
 
-def paper_minutes(clips: int, epoch: Epoch) -> float:
-    """Of the paper's schedule, from an epoch on so many clips, those of the test fold with them."""
-    return (PAPER_EPOCHS * epoch.seconds * ESC50_CLIPS / clips + 5 * epoch.start_s) / 60
+def paper_minutes(epoch: Epoch) -> float:
+    """Of the paper's schedule, from an epoch that may have fewer folds: those train on fewer and test as many."""
+    train_s = epoch.train_s * PAPER_STEPS / epoch.steps
+    evaluated_s = (epoch.seconds - epoch.train_s) * PAPER_TESTED / epoch.tested
+    return PAPER_FOLDS * (PAPER_EPOCHS * (train_s + evaluated_s) + epoch.start_s) / 60

@@ -26,22 +26,31 @@ def stand_in(path: Path, script: str) -> Path:
     return path
 
 
-def machine(folder: Path, *, torch: str = "13.0", nvcc: str | None = "13.0", gpus: str = "9.0") -> dict[str, str]:
-    """An environment of stand-ins: a python whose torch is of that CUDA and sees such GPUs, and an nvcc."""
+def machine(
+    folder: Path, *, torch: str = "13.0", nvcc: str | None = "13.0", gpus: str = "9.0", headers: bool = True
+) -> dict[str, str]:
+    """An environment of stand-ins: a python whose torch is of that CUDA and sees such GPUs, and compilers."""
     python = f"""
 echo "python $*" >>{folder}/calls
 env | grep -E '^(MAMBA|CAUSAL|PYTORCH_NVCC|HELIX_CUDA|MAX_JOBS|CUDA_HOME)' >>{folder}/calls
 case "$*" in
 *torch.version.cuda*) echo "{torch}" ;;
 *get_device_capability*) echo "{gpus}" ;;
-*"pip wheel"*) touch {folder}/wheels/causal_conv1d-1.whl {folder}/wheels/mamba_ssm-1.whl ;;
+*sysconfig*) echo {folder}/include ;;
+*"pip wheel"*)
+    while [ "$1" != -w ]; do shift; done
+    touch "$2/causal_conv1d-2.whl" "$2/mamba_ssm-2.whl" ;;
 *helix.doctor*) exit "${{DOCTOR:-0}}" ;;
 esac
 """
     if nvcc is not None:
         stand_in(folder / "cuda/bin/nvcc", f'echo "Cuda compilation tools, release {nvcc}, V{nvcc}.88"')
+    if headers:
+        (folder / "include").mkdir()
+        (folder / "include/Python.h").touch()
     return {
         "PATH": "/usr/bin:/bin",
+        "CXX": str(stand_in(folder / "g++", "exit 1")),
         "PYTHON": str(stand_in(folder / "python", python)),
         "CUDA_HOME": str(folder / "cuda"),
     }
@@ -58,7 +67,7 @@ def test_the_kernels_are_built_for_the_gpu_that_is_there_installed_and_looked_at
     calls = (tmp_path / "calls").read_text()
     assert "-m venv" not in calls, "against the torch that is there"
     wheel = next(line for line in calls.splitlines() if "pip wheel" in line)
-    assert "--no-build-isolation" in wheel and f"-w {tmp_path}/wheels" in wheel and "--no-index" not in wheel
+    assert "--no-build-isolation" in wheel and f"-w {tmp_path}/wheels/building." in wheel and "--no-index" not in wheel
     for setting in (
         *("MAMBA_FORCE_BUILD=TRUE", "MAMBA_KEEP_CUDA_BUILD=TRUE", "CAUSAL_CONV1D_FORCE_BUILD=TRUE"),
         *("HELIX_CUDA_ARCHS=9.0", f"PYTORCH_NVCC={CLUSTER}/images/nvcc.sh", "MAX_JOBS="),
@@ -66,6 +75,27 @@ def test_the_kernels_are_built_for_the_gpu_that_is_there_installed_and_looked_at
         assert setting in calls
     order = ["pip wheel", "pip install --force-reinstall", 'backend="mamba_ssm"', "-m helix.doctor"]
     assert sorted(order, key=calls.index) == order
+    assert {path.name for path in (tmp_path / "wheels").iterdir()} == {"causal_conv1d-2.whl", "mamba_ssm-2.whl"}
+
+
+def test_wheels_of_an_earlier_version_are_not_installed_beside_the_new_ones(tmp_path: Path):
+    old = tmp_path / "wheels" / "mamba_ssm-1.whl"
+    old.parent.mkdir()
+    old.touch()
+    done = run(tmp_path, machine(tmp_path))
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    (installed,) = [line for line in calls if "pip install --force-reinstall" in line]
+    assert installed.count("mamba_ssm-") == 1 and "mamba_ssm-2.whl" in installed
+    assert old.exists() and (tmp_path / "wheels/mamba_ssm-2.whl").exists()
+
+
+def test_a_python_that_is_named_from_here_is_found_from_elsewhere(tmp_path: Path):
+    environment = machine(tmp_path) | {"PYTHON": "./python"}
+    done = subprocess.run([SCRIPT, "wheels"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "wheels").iterdir()} == {"causal_conv1d-2.whl", "mamba_ssm-2.whl"}
+    assert "-m helix.doctor" in (tmp_path / "calls").read_text()
 
 
 def test_without_a_network_everything_comes_from_the_sources(tmp_path: Path):
@@ -87,11 +117,18 @@ def test_it_ends_as_the_doctor_ends(tmp_path: Path):
         ({"torch": ""}, "is built for CPUs"),
         ({"nvcc": "12.8"}, "nvcc is of CUDA 12.8 and torch of 13.0"),
         ({"gpus": ""}, "torch sees no GPU here"),
+        ({"headers": False}, "no Python.h in"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_is_built(given: dict, said: str, tmp_path: Path):
     done = run(tmp_path, machine(tmp_path, **given))
     assert done.returncode == 2 and said in done.stderr
+    assert "pip" not in (tmp_path / "calls").read_text()
+
+
+def test_without_a_compiler_nothing_is_built(tmp_path: Path):
+    done = run(tmp_path, machine(tmp_path) | {"CXX": "/none/g++"})
+    assert done.returncode == 2 and "no /none/g++" in done.stderr
     assert "pip" not in (tmp_path / "calls").read_text()
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,32 @@ def test_one_that_raises_has_its_error_as_result_and_stops_no_other():
     row = timing_row("a", found["a"], found["b"], each_s=1)
     assert row == Row(name="a", values=(None,) * 4, note="RuntimeError: no memory")
     assert isinstance(found["b"], Timing)
+
+
+class Memory:
+    """Something that is held."""
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_an_error_does_not_hold_the_memory_that_others_need(fails_at: int):
+    clock, held = Clock(), []
+    calls = itertools.count(1)
+
+    def fails() -> None:
+        memory = Memory()
+        held.append(weakref.ref(memory))
+        try:
+            if next(calls) >= fails_at:
+                raise ValueError("too much")
+        except ValueError as error:
+            raise MemoryError from error
+
+    def needs_it() -> None:
+        assert all(ref() is None for ref in held)
+        clock.cpu_s += 1
+
+    found = race({"fails": fails, "needs it": needs_it}, Conditions(repeats=3), clocks=clock)
+    assert isinstance(found["fails"], MemoryError) and isinstance(found["needs it"], Timing)
 
 
 def test_one_that_raises_only_later_has_no_figure_either():
@@ -211,6 +238,67 @@ def test_a_terminal_shows_rows_targets_and_the_machine(capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     for words in ("[5] |", "[6] |", "at least 2.00 times", "missed", "processor", "versions", "helix bench toy"):
         assert words in said
+
+
+@dataclass(frozen=True, kw_only=True)
+class InParts:
+    """Two parts, between which the console is looked at."""
+
+    fails: bool = False
+    dies: bool = False
+
+    def run(self, how: Conditions) -> Outcome:
+        parts = []
+        for name in ("first", "second"):
+            if name == "second" and self.dies:
+                raise KeyboardInterrupt
+            row, target = Row(name=f"row of the {name}", values=(1.0,)), Target(name=name, wanted=2, found=3.0, unit="")
+            parts.append(Outcome(tables=(Table(title=name, columns=("a",), rows=(row,)),), targets=(target,)))
+            how.show(parts[-1])
+        last = Table(title="last", columns=("a",), rows=(Row(name="row of the last", values=(1.0,)),))
+        return Outcome(
+            tables=(*(table for part in parts for table in part.tables), last),
+            targets=tuple(target for part in parts for target in part.targets),
+            failed=("second",) if self.fails else (),
+        )
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry: Registry = Registry("bench", "helix.registry")
+    registry.register("parts")(InParts)
+    monkeypatch.setattr(bench, "BENCHES", registry)
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("form", [[], ["--markdown"]])
+def test_what_is_there_is_printed_though_the_rest_never_comes(form: list[str], capsys: pytest.CaptureFixture):
+    with pytest.raises(KeyboardInterrupt):
+        main(["parts", "dies=true", *form])
+    said = capsys.readouterr().out
+    assert "row of the first" in said and "met" in said and "row of the second" not in said
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("form", [[], ["--markdown"]])
+def test_each_part_is_printed_once_with_its_targets_and_what_is_left_at_the_end(
+    form: list[str], capsys: pytest.CaptureFixture
+):
+    assert main(["parts", *form]) == 0
+    said = capsys.readouterr().out
+    order = ["row of the first", "met", "row of the second", "row of the last", "took"]
+    assert [said.count(words) for words in order] == [1, 2, 1, 1, 1]
+    assert sorted(order, key=said.index) == order
+    assert said.startswith("    helix bench parts") == bool(form)
+
+
+@pytest.mark.usefixtures("parts")
+def test_json_is_one_value_also_of_a_bench_in_parts_and_a_failed_part_is_the_exit_code(capsys: pytest.CaptureFixture):
+    assert main(["parts", "fails=true", "--json"]) == bench.PARTS_FAILED == 1
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert [table["title"] for table in found["tables"]] == ["first", "second", "last"]
+    assert found["failed"] == ["second"] and "failed: second" in said.err
 
 
 def test_markdown_is_a_table_whatever_stands_in_its_cells():

@@ -1,6 +1,8 @@
 """Certificates: what killing a twin shows, and that a drift, a gap and a silent restart do not pass."""
 
 import math
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from helix.data.shards import Recordings
+from helix.data.shards import Prepared, Recordings, prepare
+from helix.gpu.steps import write_noise
 from helix.models import scan
-from helix.spec import TrialSpec, to_json, trial_id
+from helix.spec import DataSpec, TrialSpec, to_json, trial_id
 from helix.storage import FolderStorage, Storage, open_storage
 from helix.training.checkpoint import committed
 from helix.training.trainer import Fit, fit, row_key, trial_folder
-from orchestration import cli
+from orchestration import cli, preprocessing
 from orchestration.certify import (
     BIT_EXACT,
     DRIFT,
@@ -280,6 +283,42 @@ def test_what_no_machine_can_do_is_refused_before_any_data_is_prepared(asked, sa
     monkeypatch.setattr(cli, "prepared_data", lambda *_, **__: pytest.fail("it was not refused"))
     assert cli.main(["certify", "--grid", "demo", *asked, "--storage", str(tmp_path / "runs")]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def certificate_commands() -> list[str]:
+    text = (Path(__file__).parents[2] / "BENCHMARKS.md").read_text()
+    return re.findall(r"`helix (certify [^`]*)`", text.partition("## On a GPU")[2])
+
+
+@pytest.mark.parametrize("command", certificate_commands())
+def test_the_commands_of_the_benchmarks_reach_the_first_run_from_a_part_of_esc50(
+    command, tmp_path, monkeypatch, capsys
+):
+    write_noise(tmp_path / "ESC-50-master", 40)
+    monkeypatch.chdir(tmp_path)
+    # Without Ray; the scan and the device are of a GPU.
+    monkeypatch.setattr(preprocessing, "prepare_with_ray", prepared_here)
+    given = command.replace("--device cuda", "--device cpu").replace("--scan mamba_ssm", "")
+    reached = []
+
+    def certified(trial: Trial, recordings: Recordings, *_, **how) -> None:
+        reached.append((trial, recordings, how["kills"]))
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(cli, "certify", certified)
+    assert cli.main([*shlex.split(given), "--storage", "runs"]) == 2
+    assert "far enough" in capsys.readouterr().err
+    ((trial, recordings, kills),) = reached
+    assert trial.spec.protocol.profile == "authors" and trial.spec.training.epochs == 10
+    assert len(recordings) == 40 and kills == 12
+
+
+def test_the_benchmarks_have_a_certificate_of_each_scan():
+    assert ["--scan mamba_ssm" in command for command in certificate_commands()] == [False, True]
+
+
+def prepared_here(data: DataSpec, *, source: Path, storage: Storage, allow_partial: bool, **_) -> Prepared:
+    return prepare(data.dataset, data.options, source=source, storage=storage, allow_partial=allow_partial)
 
 
 class Listening(Twins):

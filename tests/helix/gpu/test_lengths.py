@@ -90,16 +90,26 @@ def test_a_cell_has_memory_foretold_and_measured_a_time_and_a_micro_batch():
     assert {target.verdict for target in part.targets} == {"not measured"}
 
 
-def out_of_memory_above(most: int) -> Callable[..., None]:
+def out_of_memory_above(most: int, error: Exception) -> Callable[..., None]:
     def steps(stage: Stage, cell: module.Cell, batch: int) -> None:
         if batch > most or (cell.attn_impl == "weights" and cell.tokens == 16):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 13.41 GiB.\nGPU 0 has ...")
+            raise error
 
     return steps
 
 
-def test_running_out_of_memory_fills_a_cell_and_ends_a_search(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "_steps", out_of_memory_above(2))
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 13.41 GiB.\nGPU 0 has ..."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+)
+def test_running_out_of_memory_fills_a_cell_and_ends_a_search(monkeypatch: pytest.MonkeyPatch, error: Exception):
+    for name in ("_steps", "_try"):
+        monkeypatch.setattr(module, name, out_of_memory_above(2, error))
     (table,) = table1(stage(), SHAPES).tables
     rows = {row.name: row for row in table.rows}
     full = rows["attention, weights, L=16, fp32"]
@@ -111,7 +121,8 @@ def test_an_error_that_is_not_of_memory_is_told_and_stops_no_cell(monkeypatch: p
     def steps(*_: object) -> None:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr(module, "_steps", steps)
+    for name in ("_steps", "_try"):
+        monkeypatch.setattr(module, name, steps)
     (table,) = table1(stage(), SHAPES).tables
     assert all("no kernel image" in row.note and row.values[0] is None for row in table.rows)
 
@@ -125,6 +136,46 @@ def test_a_cpu_is_not_asked_for_what_it_has_not(monkeypatch: pytest.MonkeyPatch)
 def test_without_a_bound_on_clips_no_search_is_made():
     (table,) = table1(stage(), replace(SHAPES, most_batch=0)).tables
     assert {row.values[-1] for row in table.rows} == {None}
+
+
+def test_a_try_is_one_step_of_so_many_clips_with_the_optimisers_state_there(monkeypatch: pytest.MonkeyPatch):
+    taken = []
+
+    class Watched(ResidentStep):
+        def __call__(self) -> torch.Tensor:
+            taken.append((len(self.batch.label_B), self.batch.wave_BT.shape, len(self.optimizer.state) > 0))
+            return super().__call__()
+
+    monkeypatch.setattr(module, "ResidentStep", Watched)
+    (cell,) = cells_of(replace(SHAPES, backbones={"mamba": ("mamba",)}))
+    module._try(stage(), cell, 5)
+    assert taken == [(1, (1, cell.samples), False), (5, (5, cell.samples), True)]
+
+
+@pytest.mark.parametrize(("tokens", "times"), [(3000, 1), (30_000, 3)])
+def test_a_search_among_long_clips_may_take_longer(tokens: int, times: int, monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+
+    def try_(*_: object) -> None:
+        now[0] += 5.0
+
+    monkeypatch.setattr(module, "_try", try_)
+    monkeypatch.setattr(module, "_require_room", lambda *_: None)
+    monkeypatch.setattr(module, "_guess", lambda *_: 1)
+    shapes = replace(SHAPES, tokens=(tokens,), backbones={"mamba": ("mamba",)}, most_batch=2**40, search_s=10)
+    there = replace(stage(), clock=lambda: now[0], until=1000.0)
+    found = module._largest(there, shapes, next(cells_of(shapes)))
+    assert found == Largest(clips=2 ** (2 * times - 1), whole=False)
+
+
+def test_a_search_begins_at_what_this_process_may_take_of_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    held = {"mem_get_info": (70.0, 80.0), "get_per_process_memory_fraction": 0.5, "memory_reserved": 10}
+    for name, value in held.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    device = torch.device("cuda", 0)
+    assert module._free_bytes(device) == 30
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    assert module._free_bytes(device) == 70
 
 
 def test_precisions_are_those_of_the_spec():

@@ -61,6 +61,8 @@ def test_a_step_moves_its_weights_seven_times_with_their_gradients_and_what_it_k
         ("NVIDIA A100-SXM4-80GB", "A100"),
         ("NVIDIA A100 80GB PCIe", "A100 80GB PCIe"),
         ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GH200 144G HBM3e", None),
     ],
 )
 def test_a_data_sheet_is_found_by_the_name_that_cuda_gives(name: str, known: str | None):
@@ -74,6 +76,15 @@ def test_the_limits_are_measured_and_every_load_stands_below_them(stage: Stage):
     assert all(row.values[0] and row.values[0] > 0 for row in measured.rows)
     assert [row.name for row in achieved.rows] == ["a", "b"]
     assert len(roofline(stage, []).tables) == 1, "without loads the limits alone"
+
+
+def test_a_limit_whose_tensors_do_not_fit_is_a_row_and_stops_no_other(stage: Stage, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(module.COPY_BYTES, "cpu", 2**62)
+    part = roofline(stage, [load()])
+    rows = {row.name: row for row in part.tables[0].rows}
+    assert rows["copy, GB/s"].note == "out of memory"
+    assert rows["matrix product in fp32, TFLOP/s"].values[0]
+    assert part.tables[1].rows[0].values[-1] is None
 
 
 def test_the_precision_of_products_is_what_it_was(stage: Stage):

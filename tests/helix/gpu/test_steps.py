@@ -10,7 +10,19 @@ from helix.bench import Conditions, Timing
 from helix.data.shards import prepare
 from helix.gpu import steps as module
 from helix.gpu.section import Stage
-from helix.gpu.steps import END_TO_END, LOOP, MODEL, STOOD_IN, Epoch, Sizes, paper_minutes, spec_of, steps, write_noise
+from helix.gpu.steps import (
+    END_TO_END,
+    LOOP,
+    MODEL,
+    NO_GRAPH,
+    STOOD_IN,
+    Epoch,
+    Sizes,
+    paper_minutes,
+    spec_of,
+    steps,
+    write_noise,
+)
 from helix.storage import FolderStorage
 from helix.training import graphs
 from tests.helix.test_training_peers import clone  # noqa: F401  (a fixture)
@@ -39,6 +51,8 @@ def test_without_the_authors_code_ours_is_timed_and_theirs_says_how_to_get_it(tm
     alone, epochs = part.tables
     rows = {row.name: row for row in alone.rows}
     assert rows["helix, fp32"].values[2] == 1 and rows["helix, bf16"].values[0]
+    assert "scan by numba" in alone.title and "scan by numba" in epochs.title
+    assert "10 clips of noise laid out as ESC-50 at 44,100 Hz;" in epochs.title
     for name, table in ((MODEL, alone), (LOOP, alone), (END_TO_END, epochs)):
         (row,) = [row for row in table.rows if row.name == name]
         assert set(row.values) == {None} and "not run: git clone" in row.note
@@ -74,9 +88,22 @@ def test_targets_are_judged_at_the_papers_size_against_their_own_layer(clone: Pa
     assert target.verdict == "not measured"
 
 
-def test_the_papers_schedule_is_extrapolated_by_clips():
-    assert paper_minutes(2000, Epoch(seconds=0.9, steps=50, start_s=3.0)) == pytest.approx((500 * 0.9 + 15) / 60)
-    assert paper_minutes(1000, Epoch(seconds=0.45, steps=25)) == pytest.approx(500 * 0.9 / 60)
+def test_the_papers_schedule_is_extrapolated_by_steps_and_test_clips():
+    five_folds = Epoch(seconds=1.0, train_s=0.8, steps=50, tested=400, start_s=3.0)
+    assert paper_minutes(five_folds) == pytest.approx((500 * 1.0 + 15) / 60)
+    # Three folds train on half as many clips, and test as many.
+    assert paper_minutes(replace(five_folds, seconds=0.6, train_s=0.4, steps=25)) == paper_minutes(five_folds)
+
+
+def test_an_epoch_is_parted_where_its_last_step_was_done(monkeypatch: pytest.MonkeyPatch):
+    now = iter(range(100, 200))
+    monkeypatch.setattr(module.time, "time", lambda: next(now))
+    parts = module._Parts(torch.device("cpu"))
+    found = []
+    for total in (1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 6):  # two steps and some evaluated batches in each epoch
+        parts.on_step(total)
+        found.append(parts.trained_at)
+    assert found == [None, None, None, None, None, 100, 100, 100, 100, 101, 101]
 
 
 def test_our_epoch_leaves_out_the_first_and_counts_its_steps(tmp_path: Path):
@@ -85,7 +112,8 @@ def test_our_epoch_leaves_out_the_first_and_counts_its_steps(tmp_path: Path):
     assert len(files.recordings) == 10
     epoch = module.our_epoch(stage(), spec_of(SIZES, "raw", "fp32"), files.recordings, tmp_path / "trial")
     assert epoch.steps == 4, "eight clips of four folds, two in a batch"
-    assert 0 < epoch.seconds < 30 and epoch.start_s >= 0
+    assert 0 < epoch.train_s < epoch.seconds < 30 and epoch.start_s >= 0
+    assert epoch.tested == 2 and files.hz == 44_100
     prepared = prepare("esc50", source=source, storage=storage, allow_partial=True)
     assert sorted(set(files.recordings.index.fold.tolist())) == [1, 2, 3, 4, 5]
     assert prepared.manifest["classes"]
@@ -101,6 +129,17 @@ def test_what_fails_is_a_row_and_stops_no_other(tmp_path: Path, monkeypatch: pyt
     assert row.note == "out of memory" and set(row.values) == {None}
 
 
+def test_files_that_cannot_be_written_cost_no_figure_of_the_steps(monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> module.Files:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_files", full)
+    part = steps(stage(), replace(SIZES, precisions=("fp32",)))
+    alone, epochs = part.tables
+    assert alone.rows[0].values[0] and "No space left" in epochs.rows[0].note
+    assert part.failed == ("section step: epochs",) and len(part.loads) == 1
+
+
 def test_once_the_time_is_spent_what_is_left_says_so():
     part = steps(stage(1e-9), replace(SIZES, epochs=0))
     assert all("were spent" in row.note or "not run" in row.note for row in part.tables[0].rows)
@@ -111,3 +150,20 @@ def test_where_a_step_is_replayed_as_a_graph_the_step_without_stands_beside(monk
     part = steps(stage(), replace(SIZES, precisions=("fp32",), epochs=0))
     timed = [row.name for row in part.tables[0].rows if row.values[0]]
     assert timed == ["helix, fp32", "helix, fp32, no graph"]
+    assert [row.name for row in part.tables[0].rows if NO_GRAPH in row.note] == []
+
+
+def test_a_graph_that_was_given_up_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch):
+    def cannot(device: torch.device, run: object, recorded: object) -> None:
+        raise RuntimeError("no capture")
+
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", cannot)
+    part = steps(stage(), replace(SIZES, precisions=("fp32",), epochs=0))
+    assert [row.name for row in part.tables[0].rows if NO_GRAPH in row.note] == ["helix, fp32"]
+
+
+def test_clips_that_need_no_resampling_are_said_to_need_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "OFFICIAL_HZ", 16_000)
+    source = write_noise(tmp_path / "noise", 10)
+    part = steps(stage(), replace(SIZES, source=str(source), precisions=("fp32",)))
+    assert "10 clips of ESC-50 at 16,000 Hz, so nothing is resampled" in part.tables[-1].title
