@@ -15,6 +15,7 @@ Legend: B batch, T samples.
 import contextlib
 import ctypes
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -35,8 +36,9 @@ from torch.utils._pytree import tree_leaves
 
 from helix.data.loader import Batch
 from helix.models.classifier import build_classifier, cost
-from helix.models.scan import forced, kernels, scan_backend
+from helix.models.scan import forced, kernels, scan_backend, simulated
 from helix.spec import TrialSpec, from_json, resolve, to_json
+from helix.training.autocast import CudaAutocast
 from helix.training.optim import build_optimizer
 from helix.training.ranks import Ranks
 from helix.training.step import Position, train_step
@@ -143,14 +145,18 @@ def predict(
     size = whole if micro_batch is None else min(micro_batch, whole)
     if size < 1:
         raise ValueError(f"micro_batch is {micro_batch}; wanted 1 or more")
-    if device_type == "cuda":
-        with forced("auto"):
-            return _predict(_shapes(spec), samples, classes, size, recompute, _cpu_scan(), ranks)
-    return _predict(_shapes(spec), samples, classes, size, recompute, _cpu_scan(), ranks)
+    return _predict(_shapes(spec), samples, classes, size, recompute, device_type, _scan_on(device_type), ranks)
 
 
-def _cpu_scan() -> str:
-    return scan_backend(torch.device("cpu"), torch.float32)
+def _scan_on(device_type: Device) -> str:
+    """The scan that is simulated for a device, whatever HELIX_SCAN asks of a GPU."""
+    if device_type == "cpu":
+        return scan_backend(torch.device("cpu"), torch.float32)
+    # Asked for first: where Triton is missing and not needed, that is worth no warning.
+    if importlib.util.find_spec("triton") is not None and kernels("triton") is not None:
+        return "triton"
+    with forced("auto"):
+        return scan_backend(torch.device("cpu"), torch.float32)
 
 
 def choose(
@@ -293,16 +299,17 @@ class Rehearsal:
 class Ledger(TorchDispatchMode):
     """Counts the bytes of every storage that is made while this mode is on, until it dies.
 
-    `part` names what is being made, unless a backward is running: that makes what is `transient`.
+    `part` names what is being made, unless a backward is running: that makes what is `transient`. `scan` is the backend
+    whose operators hold more than they return.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scan: str = "reference") -> None:
         super().__init__()
         self.part = "activations"
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
-        module = kernels("numba")
+        module = kernels(scan)
         self._workspace: dict[str, Callable[..., int]] = module.WORKSPACE_BYTES if module else {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -355,22 +362,26 @@ def _shapes(spec: TrialSpec) -> str:
 
 @cache
 def _predict(
-    shapes: str, samples: int, classes: int, micro_batch: int, recompute: bool, scan: str, ranks: int
+    shapes: str,
+    samples: int,
+    classes: int,
+    micro_batch: int,
+    recompute: bool,
+    device_type: Device,
+    scan: str,
+    ranks: int,
 ) -> Prediction:
     spec = from_json(json.loads(shapes))
     tokens = cost(spec.model, spec.protocol, classes=classes, samples=samples).tokens
+    how = {"micro_batch": micro_batch, "recompute": recompute, "device_type": device_type, "ranks": ranks}
     if scan != "reference" or tokens <= SHORT_TOKENS[-1]:
-        return _simulate(
-            spec, samples=samples, classes=classes, micro_batch=micro_batch, recompute=recompute, ranks=ranks
-        )
+        return _simulate(spec, samples=samples, classes=classes, **how)
     short = dataclasses.replace(spec, model=dataclasses.replace(spec.model, pool_tokens=None))
     points = {}
     for wanted in SHORT_TOKENS:
         length = samples * wanted // tokens
         at = cost(short.model, short.protocol, classes=classes, samples=length).tokens
-        points[at] = _simulate(
-            short, samples=length, classes=classes, micro_batch=micro_batch, recompute=recompute, ranks=ranks
-        )
+        points[at] = _simulate(short, samples=length, classes=classes, **how)
     return _extend(points, tokens)
 
 
@@ -386,15 +397,20 @@ def _simulate(
     micro_batch: int,
     recompute: bool,
     passes: int = ALIKE_AFTER,
+    device_type: Device = "cpu",
     ranks: int = 1,
 ) -> Prediction:
     """The peak of one step, of which so many micro-batches are run."""
-    ledger = Ledger()
+    scan = _scan_on(device_type)
+    ledger = Ledger(scan)
+    autocast = CudaAutocast if device_type == "cuda" else contextlib.nullcontext
     # Permutations for mixup come from numpy and are real; they are as small as a batch.
-    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+    with FakeTensorMode(allow_non_fake_inputs=True), ledger, simulated(scan):
         ledger.part = "parameters"
         how = {"micro_batch": micro_batch, "recompute": recompute, "ranks": ranks}
         rehearsal = Rehearsal(spec, samples=samples, classes=classes, **how)
+        for block in rehearsal.model.blocks:
+            block.forward = _within(autocast, block.forward)
         # The moments are made by the first step; every other step finds them.
         ledger.part = "optimizer"
         for parameter in rehearsal.model.parameters():
@@ -405,7 +421,7 @@ def _simulate(
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
         ledger.part = "activations"
         ledger.forget_peak()
-        logits, calls = rehearsal.model.logits, itertools.count(1)
+        logits, calls = _within(autocast, rehearsal.model.logits), itertools.count(1)
 
         def some_logits(*inputs: Tensor) -> Tensor:
             if next(calls) > passes:
@@ -416,6 +432,16 @@ def _simulate(
         with contextlib.suppress(_Seen):
             rehearsal.step()
     return Prediction(**{field.name: ledger.peak[field.name] for field in dataclasses.fields(Prediction)})
+
+
+def _within(context: Callable[[], contextlib.AbstractContextManager], function: Callable) -> Callable:
+    """The function, called in a context."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return function(*args, **kwargs)
+
+    return called
 
 
 def _extend(points: dict[int, Prediction], tokens: int) -> Prediction:
@@ -450,7 +476,8 @@ def _largest(whole: int, needed: Callable[[int], int], limit_bytes: int) -> int:
 
 def _refusal(spec: TrialSpec, *, samples: int, classes: int, limit_bytes: int, device: Device, ranks: int = 1) -> str:
     def needed(spec: TrialSpec, samples: int) -> int:
-        smallest = predict(spec, samples=samples, classes=classes, micro_batch=1, recompute=True, ranks=ranks)
+        how = {"micro_batch": 1, "recompute": True, "device_type": device, "ranks": ranks}
+        smallest = predict(spec, samples=samples, classes=classes, **how)
         return needed_bytes(smallest, device, compact=True)
 
     def fits(samples: int) -> bool:

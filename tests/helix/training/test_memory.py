@@ -1,5 +1,6 @@
 """Memory: what is predicted from shapes is what a process then holds, and a batch is cut to fit or refused."""
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,6 +110,63 @@ def test_the_reference_scan_is_told_from_short_clips(monkeypatch):
     told = predict(spec, **sizes(800))
     counted = memory._simulate(memory.resolve(spec), **sizes(800, micro_batch=1, recompute=False))
     assert told.peak_bytes == pytest.approx(counted.peak_bytes, rel=0.04)
+
+
+# What differs on a GPU.
+
+
+def half(backbone: str, **protocol) -> TrialSpec:
+    spec = spec_of(backbone, **protocol)
+    return replace(spec, training=replace(spec.training, precision="bf16"))
+
+
+def test_on_a_gpu_a_softmax_is_in_float32_whatever_the_precision():
+    """There the weights of attention are kept as they are and as the product takes them: 4 bytes and 2 more."""
+    tokens, layers, heads = 600, 6, 4
+
+    def of_weights(device: str) -> float:
+        """The bytes of each weight that are kept."""
+        kept, none = (
+            predict(half("attention", attn_impl=path), **sizes(tokens, device_type=device)).activations
+            for path in ("weights", "sdpa")
+        )
+        return (kept - none) / (layers * heads * tokens**2)
+
+    assert of_weights("cpu") == pytest.approx(2, rel=0.2)
+    assert of_weights("cuda") == pytest.approx(6, rel=0.2)
+
+
+def test_recomputing_on_a_gpu_is_by_its_rules_too():
+    spec, more = half("attention", attn_impl="weights"), {"device_type": "cuda", "recompute": True}
+    on_cpu, on_gpu = predict(spec, **sizes(3_000, recompute=True)), predict(spec, **sizes(3_000, **more))
+    assert 1.4 * on_cpu.peak_bytes < on_gpu.peak_bytes < 2.1 * on_cpu.peak_bytes
+
+
+def test_on_a_gpu_the_scan_keeps_halves_of_what_is_in_bf16():
+    pytest.importorskip("triton", reason="there is no Triton for this platform")
+    spec = half("mamba")
+    on_cpu, on_gpu = predict(spec, **sizes(10_000)), predict(spec, **sizes(10_000, device_type="cuda"))
+    assert on_gpu.activations < 0.65 * on_cpu.activations
+    assert on_gpu.peak_bytes < 0.75 * on_cpu.peak_bytes
+    # What was told of one device is not told of the other.
+    assert predict(spec, **sizes(10_000)) == on_cpu
+
+
+def test_what_the_backward_of_the_scan_holds_on_a_gpu_is_counted():
+    """A state of every eighth token, N / 8 float32 tensors of the inner width."""
+    pytest.importorskip("triton", reason="there is no Triton for this platform")
+    tokens, state = 10_000, 32
+    spec = replace(half("mamba"), model=ModelSpec(pattern=("mamba",), width=64))
+    found = predict(spec, **sizes(tokens, device_type="cuda"))
+    assert found.transient > state // 8 * tokens * 2 * 64 * 4
+
+
+def test_without_triton_the_operators_of_the_cpu_stand_in_and_triton_is_not_asked_for(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
+    monkeypatch.setattr(memory, "kernels", lambda backend: pytest.fail("loaded") if backend == "triton" else None)
+    spec = half("mamba")
+    assert predict(spec, **sizes(2_000, device_type="cuda")).peak_bytes >= predict(spec, **sizes(2_000)).peak_bytes
 
 
 # Choosing: a table of what was asked, with predictions that are made up.
