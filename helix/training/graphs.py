@@ -22,8 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from helix.training.memory import FILLED_TOKENS
-from helix.training.step import Found, Inputs
+from helix.training.step import FILLED_TOKENS, Found, Inputs
 
 logger = logging.getLogger(__name__)
 
