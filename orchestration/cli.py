@@ -209,8 +209,9 @@ def feasibility(arguments: Sequence[str]) -> int:
         return sweep.refuse(error)
     console.print(_feasibility_table(cells, limit_bytes))
     console.print(
-        "predicted, measured: the peak of one training step without the process itself. fits: also with it and with "
-        "the error bound; tight: without them only. The paper's verdicts are of its authors' code on a GPU."
+        "predicted, measured: the peak of one training step on a CPU, without the process itself; on GPU: predicted "
+        "for one. fits: also with the process and the error bound; tight: without them only. The paper's verdicts are "
+        "of its authors' code on a GPU."
     )
     return 0
 
@@ -228,8 +229,19 @@ def _say(cell: Cell, console: Console) -> Cell:
 def _feasibility_table(cells: Sequence[Cell], limit_bytes: int) -> Table:
     title = f"One training step of {cells[0].spec.training.batch_size} clip(s), against {gib(limit_bytes)}"
     shown = Table(title=title, title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
-    for heading in ("tokens", "backbone", "attention", "blocks", "predicted", "verdict", "measured", "step s", "paper"):
-        numeric = heading in ("tokens", "predicted", "measured", "step s")
+    for heading in (
+        "tokens",
+        "backbone",
+        "attention",
+        "blocks",
+        "on GPU",
+        "verdict",
+        "predicted",
+        "measured",
+        "step s",
+        "paper",
+    ):
+        numeric = heading in ("tokens", "on GPU", "predicted", "measured", "step s")
         shown.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
     for cell in cells:
         peak, seconds = (
@@ -240,8 +252,9 @@ def _feasibility_table(cells: Sequence[Cell], limit_bytes: int) -> Table:
             cell.backbone,
             cell.attn_impl if "attention" in cell.spec.model.pattern else "-",
             "recomputed" if cell.recompute else "kept",
-            gib(cell.predicted.peak_bytes),
+            gib(cell.on_gpu.peak_bytes),
             cell.verdict(limit_bytes),
+            gib(cell.predicted.peak_bytes),
             peak,
             seconds,
             # What the paper found, it found with what the authors' code does.

@@ -9,7 +9,8 @@ turns in time, so beyond that each only makes the others slower.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from helix.training.memory import FILLED_TOKENS, Device, Placement
+from helix.training.memory import Device, Placement
+from helix.training.step import FILLED_TOKENS
 from orchestration.grid import Trial
 from orchestration.plan import Planned, pack, place
 from orchestration.pools import Offer

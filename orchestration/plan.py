@@ -202,7 +202,7 @@ def with_memory(view: SweepView) -> SweepView:
             backbone=cell.backbone,
             tokens=cell.tokens,
             attn_impl=cell.attn_impl,
-            predicted_bytes=cell.predicted.peak_bytes,
+            predicted_bytes=cell.on_gpu.peak_bytes,
             verdict=cell.verdict(GPU_BYTES),
         )
         for cell in feasibility.table(patterns, recomputing=(False,))

@@ -163,7 +163,7 @@ def largest(fits: Callable[[int], bool], most: int, *, first: int = 1, time_left
 
 
 def _predicted(cell: Cell, batch: int) -> Prediction:
-    return predict(cell.of(batch), samples=cell.samples, classes=CLASSES, device_type="cuda")
+    return predict(cell.of(batch), samples=cell.samples, classes=CLASSES, device_type="cuda", graphs="off")
 
 
 def _step(stage: Stage, cell: Cell, batch: int) -> ResidentStep:

@@ -132,6 +132,8 @@ def scan_backend(device: torch.device, dtype: torch.dtype, *, backend: str = "au
     Under torch.use_deterministic_algorithms the fastest of those that give the same bits again. Raises ValueError where
     the one that is named is unknown or cannot do this.
     """
+    if _simulated is not None:
+        return _simulated
     possible = ["reference"]
     if dtype == torch.float32:
         possible += [name for name, kernels in BACKENDS.items() if kernels.device == device.type and _is_there(name)]
@@ -173,6 +175,24 @@ def forced(backend: str) -> Iterator[None]:
             del os.environ["HELIX_SCAN"]
         else:
             os.environ["HELIX_SCAN"] = before
+
+
+@contextmanager
+def simulated(backend: str) -> Iterator[None]:
+    """Everything in this process scans and convolves by this backend, on whatever device and whatever else is asked.
+
+    For tensors that have shapes alone, which need no device; no kernel can be run so.
+    """
+    global _simulated
+    before, _simulated = _simulated, backend
+    try:
+        yield
+    finally:
+        _simulated = before
+
+
+#: The backend of `simulated`.
+_simulated: str | None = None
 
 
 def kernels(backend: str) -> ModuleType | None:

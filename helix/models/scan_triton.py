@@ -670,6 +670,57 @@ def _(dy, starts, u, dt, A, B, C, D, z, dt_bias, reverse):  # noqa: ARG001  (the
     return *whole, B.new_empty(*B.shape[:2], 2 * state, dtype=dtype), A.new_empty(state + 2, channels)
 
 
+def _joined_bytes(u: Tensor, state: int) -> int:
+    """A state of every segment, and the sum of its steps."""
+    segments, _ = segments_of(*u.shape)
+    return 4 * u.shape[0] * segments * (state + 1) * u.shape[2]
+
+
+def _forward_workspace(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *_: object) -> int:  # noqa: ARG001  (the operator's)
+    """B and C side by side, A as the lanes read it, and the last state of every segment."""
+    return _BC_bytes(B, C) + 4 * A.numel() + _joined_bytes(u, A.shape[1])
+
+
+def _backward_workspace(
+    dy: Tensor,  # noqa: ARG001  (the operator's)
+    starts: Tensor,  # noqa: ARG001
+    u: Tensor,
+    dt: Tensor,  # noqa: ARG001
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *_: object,
+) -> int:
+    """The state at every TILE tokens, the adjoint behind every segment, and the parts of the gradients that are sums:
+    of B and C by blocks of channels, where one block may be the gradient itself; of the parameters by segments."""
+    (batch, tokens, channels), state = u.shape, A.shape[1]
+    segments, tiles = segments_of(*u.shape)
+    states = 4 * batch * segments * tiles * state * channels
+    blocks = _pieces(channels, PAIRS)
+    is_result = blocks == 1 and torch.promote_types(B.dtype, C.dtype) == torch.float32
+    dBC = 0 if is_result else 4 * blocks * batch * tokens * 2 * state
+    dparameters = (4 * batch * segments + 8) * (state + 2) * channels
+    return _BC_bytes(B, C) + 4 * A.numel() + states + _joined_bytes(u, state) + dBC + dparameters
+
+
+def _BC_bytes(B: Tensor, C: Tensor) -> int:  # noqa: N802
+    return (B.numel() + C.numel()) * torch.promote_types(B.dtype, C.dtype).itemsize
+
+
+def _conv_workspace(dy: Tensor, u: Tensor, weight: Tensor, *_: object) -> int:  # noqa: ARG001  (the operator's)
+    """The gradients of the parameters by programs."""
+    (batch, tokens, channels), taps = u.shape, weight.shape[1]
+    return (4 * batch * _pieces(tokens, CONV_SPAN) + 8) * (taps + 1) * channels
+
+
+#: What an operator holds beside its inputs and results, by its name: for helix.training.memory.
+WORKSPACE_BYTES: dict[str, Callable[..., int]] = {
+    "helix::selective_scan_triton": _forward_workspace,
+    "helix::selective_scan_triton_backward": _backward_workspace,
+    "helix::conv_silu_triton_backward": _conv_workspace,
+}
+
+
 @torch.library.custom_op("helix::conv_silu_triton", mutates_args=())
 def conv_silu_forward(u: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     """y [B, L, E] from u [B, L, E] and weight [E, K]."""

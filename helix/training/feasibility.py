@@ -53,7 +53,10 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One backbone on one length by one path. `why_not` says why a cell that was to be measured was not."""
+    """One backbone on one length by one path. `predicted` is of a CPU, as what is measured is, and `on_gpu` of a GPU.
+
+    `why_not` says why a cell that was to be measured was not.
+    """
 
     backbone: str
     tokens: int
@@ -61,6 +64,7 @@ class Cell:
     recompute: bool
     spec: TrialSpec
     predicted: Prediction
+    on_gpu: Prediction
     paper: str
     measured: Measurement | None = None
     why_not: str | None = None
@@ -71,13 +75,13 @@ class Cell:
 
     def needed_bytes(self, device_type: Device) -> int:
         """What surely is enough: with the error bound, and the process itself."""
-        return needed_bytes(self.predicted, device_type, compact=True)
+        return needed_bytes(self.on_gpu if device_type == "cuda" else self.predicted, device_type, compact=True)
 
     def verdict(self, limit_bytes: int) -> Literal["fits", "tight", "no"]:
         """Whether it fits into a GPU of that size: "tight" where only the error bound says that it might not."""
         if self.needed_bytes("cuda") <= limit_bytes:
             return "fits"
-        return "tight" if self.predicted.peak_bytes <= limit_bytes else "no"
+        return "tight" if self.on_gpu.peak_bytes <= limit_bytes else "no"
 
     @property
     def is_papers(self) -> bool:
@@ -91,7 +95,9 @@ class Cell:
         value["verdict"] = self.verdict(limit_bytes)
         value["batch_size"] = self.spec.training.batch_size
         value["precision"] = self.spec.training.precision
-        value["predicted"] = {**dataclasses.asdict(self.predicted), "peak_bytes": self.predicted.peak_bytes}
+        for name in ("predicted", "on_gpu"):
+            found: Prediction = getattr(self, name)
+            value[name] = {**dataclasses.asdict(found), "peak_bytes": found.peak_bytes}
         value["measured"] = None if self.measured is None else dataclasses.asdict(self.measured)
         return {**value, "why_not_measured": self.why_not}
 
@@ -120,7 +126,7 @@ def table(
                     protocol=dataclasses.replace(profile("paper"), attn_impl=attn_impl),
                 )
                 for recompute in recomputing:
-                    predicted = predict(spec, samples=length * SAMPLES_PER_TOKEN, classes=CLASSES, recompute=recompute)
+                    step = {"samples": length * SAMPLES_PER_TOKEN, "classes": CLASSES, "recompute": recompute}
                     cells.append(
                         Cell(
                             backbone=backbone,
@@ -128,7 +134,9 @@ def table(
                             attn_impl=attn_impl,
                             recompute=recompute,
                             spec=spec,
-                            predicted=predicted,
+                            predicted=predict(spec, **step),
+                            # A graph makes a step quicker, and no step feasible.
+                            on_gpu=predict(spec, **step, device_type="cuda", graphs="off"),
                             paper=FEASIBILITY.get(length, {}).get(backbone, ""),
                         )
                     )

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from helix.out_of_memory import is_out_of_memory
-from helix.training.memory import FILLED_TOKENS
-from helix.training.step import Found, Inputs
+from helix.training.step import FILLED_TOKENS, Found, Inputs
 
 logger = logging.getLogger(__name__)
 

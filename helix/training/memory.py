@@ -5,9 +5,14 @@ no memory (torch's FakeTensorMode), while a ledger counts the bytes of every sto
 the moment it dies. Nothing is allocated, and whatever changes in a model changes the prediction.
 
 What the ledger cannot see is what allocators lose between blocks and what libraries keep for themselves; the error
-bound below is for that. It has to be for CUDA graphs too, which keep a step's memory while clips are augmented and
-evaluated in other memory. CUDA is predicted with the CPU's operators: its fused scan and its attention without a matrix
-of weights keep the same tensors, but those figures have not been held against a GPU.
+bound below is for that.
+
+A GPU is played on the CPU: with CUDA's autocast (helix.training.autocast) and with the operators of
+helix.models.scan_triton, whose shapes need no GPU. mamba-ssm is taken for the same; it keeps transposed copies besides,
+which the bound has to be for. Where Triton is not installed the CPU's operators stand in, which keep more in bf16 and
+hold less in a backward of few tokens. Attention without a matrix of weights is the CPU's, which keeps the same tensors
+as CUDA's. A step that will be recorded as a CUDA graph is counted with the recording. None of it has been held against
+a GPU.
 
 Legend: B batch, T samples.
 """
@@ -15,6 +20,7 @@ Legend: B batch, T samples.
 import contextlib
 import ctypes
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -35,11 +41,13 @@ from torch.utils._pytree import tree_leaves
 
 from helix.data.loader import Batch
 from helix.models.classifier import build_classifier, cost
-from helix.models.scan import forced, kernels, scan_backend
+from helix.models.scan import forced, kernels, scan_backend, simulated
 from helix.spec import TrialSpec, from_json, resolve, to_json
+from helix.training.autocast import CudaAutocast
+from helix.training.graphs import Choice, asked, why_not
 from helix.training.optim import build_optimizer
 from helix.training.ranks import Ranks
-from helix.training.step import Position, train_step
+from helix.training.step import FILLED_TOKENS, Position, train_step
 
 Device = Literal["cpu", "cuda"]
 
@@ -71,10 +79,6 @@ BOUNDS = {
 #: the context of CUDA with its libraries, as torch's users report it.
 PROCESS_BYTES: dict[Device, int] = {"cpu": 768 * 2**20, "cuda": 1024 * 2**20}
 
-#: Tokens in flight from which a larger micro-batch makes a step no faster. A core is busy with one short clip; a GPU
-#: needs about these many to hide its launches behind its work.
-FILLED_TOKENS: dict[Device, int] = {"cpu": 256, "cuda": 16_384}
-
 #: The reference scan is thousands of operators per clip, so it is run on this many tokens and extended: its bytes are
 #: a polynomial of the number of tokens, of degree two where attention keeps its weights.
 SHORT_TOKENS = (64, 128, 192)
@@ -88,7 +92,9 @@ class Prediction:
     """The bytes that are held when one step holds most, by what they are for; the process itself is not in them.
 
     `activations` were made before the backward, the batch with them; `transient` in the backward, where blocks that are
-    recomputed make theirs again. `gradients` are those that are complete at that moment.
+    recomputed make theirs again. `gradients` are those that are complete at that moment. `graph` is what recording the
+    step as a CUDA graph takes besides: a step's own tensors once more, since a graph keeps its memory to itself while
+    steps without it are run, and the states that it is compared by.
     """
 
     parameters: int
@@ -96,10 +102,11 @@ class Prediction:
     optimizer: int
     activations: int
     transient: int
+    graph: int = 0
 
     @property
     def peak_bytes(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.transient
+        return sum(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def upper_bytes(self, allocator: str) -> int:
         """The most that it will take by the bound of that allocator, a name in BOUNDS."""
@@ -131,10 +138,11 @@ def predict(
     recompute: bool = False,
     device_type: Device = "cpu",
     ranks: int = 1,
+    graphs: Choice = "auto",
 ) -> Prediction:
     """What one step of `spec` on clips of `samples` takes, on each of so many ranks.
 
-    Raises ValueError where the model cannot be built for such clips.
+    `graphs`: as in helix.training.trainer.Fit. Raises ValueError where the model cannot be built for such clips.
 
     Equal models, batches and lengths are simulated once per process, which takes a fraction of a second. What scans on
     a GPU keeps what the CPU's kernels keep, so those stand in for it, whatever HELIX_SCAN asks of the GPU.
@@ -143,14 +151,35 @@ def predict(
     size = whole if micro_batch is None else min(micro_batch, whole)
     if size < 1:
         raise ValueError(f"micro_batch is {micro_batch}; wanted 1 or more")
-    if device_type == "cuda":
-        with forced("auto"):
-            return _predict(_shapes(spec), samples, classes, size, recompute, _cpu_scan(), ranks)
-    return _predict(_shapes(spec), samples, classes, size, recompute, _cpu_scan(), ranks)
+    found = _predict(_shapes(spec), samples, classes, size, recompute, device_type, _scan_on(device_type), ranks)
+    tokens = size * _tokens(_shapes(spec), samples, classes)
+    if why_not(graphs, device_type, ranks=ranks, tokens=tokens) is not None:
+        return found
+    return dataclasses.replace(found, graph=_graph_bytes(found))
 
 
-def _cpu_scan() -> str:
-    return scan_backend(torch.device("cpu"), torch.float32)
+@cache
+def _tokens(shapes: str, samples: int, classes: int) -> int:
+    spec = from_json(json.loads(shapes))
+    return cost(spec.model, spec.protocol, classes=classes, samples=samples).tokens
+
+
+def _graph_bytes(step: Prediction) -> int:
+    """Beside a step: another, while two copies of what a step changes are kept; or the four copies that are there in
+    the end, where weights are most of it (helix.training.graphs)."""
+    state = step.parameters + step.optimizer
+    return max(step.gradients + step.activations + step.transient + 2 * state, 4 * state)
+
+
+def _scan_on(device_type: Device) -> str:
+    """The scan that is simulated for a device, whatever HELIX_SCAN asks of a GPU."""
+    if device_type == "cpu":
+        return scan_backend(torch.device("cpu"), torch.float32)
+    # Asked for first: where Triton is missing and not needed, that is worth no warning.
+    if importlib.util.find_spec("triton") is not None and kernels("triton") is not None:
+        return "triton"
+    with forced("auto"):
+        return scan_backend(torch.device("cpu"), torch.float32)
 
 
 def choose(
@@ -171,22 +200,30 @@ def choose(
     third more work, at any size. So recomputing comes second, or first where without it a micro-batch would leave the
     device idle and with it a larger one fits. Compacting costs as much as recomputing and saves less; it comes where
     one clip would not fit otherwise, and with recomputing, which is not worth it on a heap. Of the sizes that need the
-    same number of passes the smallest is taken. Raises ValueError, saying what would fit, where nothing does.
+    same number of passes the smallest is taken. Steps that are recorded as a CUDA graph need room for that too; where
+    there is none whatever the size is, the step alone has to fit, since a recording without memory is given up. Raises
+    ValueError, saying what would fit, where nothing does.
     """
-    return _choose(_shapes(spec), samples, classes, limit_bytes, device_type, ranks)
+    return _choose(_shapes(spec), samples, classes, limit_bytes, device_type, ranks, asked("auto"))
 
 
 @cache
 def _choose(
-    shapes: str, samples: int, classes: int, limit_bytes: int | None, device_type: Device, ranks: int
+    shapes: str,
+    samples: int,
+    classes: int,
+    limit_bytes: int | None,
+    device_type: Device,
+    ranks: int,
+    wanted: Choice,
 ) -> Placement:
     spec = from_json(json.loads(shapes))
     whole = Ranks(count=ranks).largest_part(spec.training.batch_size)
     tokens = cost(spec.model, spec.protocol, classes=classes, samples=samples).tokens
 
-    def place(size: int, recompute: bool, compact: bool) -> Placement:
+    def place(size: int, recompute: bool, compact: bool, graphs: Choice = wanted) -> Placement:
         how = {"micro_batch": size, "recompute": recompute, "device_type": device_type, "ranks": ranks}
-        predicted = predict(spec, samples=samples, classes=classes, **how)
+        predicted = predict(spec, samples=samples, classes=classes, graphs=graphs, **how)
         return Placement(
             micro_batch=size if size < whole else None,
             recompute=recompute,
@@ -199,18 +236,18 @@ def _choose(
         return place(whole, False, False)
     on_cpu = device_type == "cpu"
     ways = [(False, False), *([(False, True)] if on_cpu else []), (True, on_cpu)]
-    found: tuple[int, bool, bool] | None = None
-    for recompute, compact in ways:
-        size = _largest(whole, lambda size, way=(recompute, compact): place(size, *way).needed_bytes, limit_bytes)
-        if size and (found is None or size > found[0]):
-            found = (size, recompute, compact)
-        if found and (found[0] == whole or found[0] * tokens >= FILLED_TOKENS[device_type]):
-            break
-    if found is None:
-        size = {"samples": samples, "classes": classes, "ranks": ranks}
-        raise ValueError(_refusal(spec, **size, limit_bytes=limit_bytes, device=device_type))
-    size, recompute, compact = found
-    return place(size, recompute, compact)
+    for graphs in (wanted,) if on_cpu else (wanted, "off"):
+        found: tuple[int, bool, bool] | None = None
+        for way in ways:
+            size = _largest(whole, lambda size, way=(*way, graphs): place(size, *way).needed_bytes, limit_bytes)
+            if size and (found is None or size > found[0]):
+                found = (size, *way)
+            if found and (found[0] == whole or found[0] * tokens >= FILLED_TOKENS[device_type]):
+                break
+        if found is not None:
+            return place(*found, graphs)
+    size = {"samples": samples, "classes": classes, "ranks": ranks}
+    raise ValueError(_refusal(spec, **size, limit_bytes=limit_bytes, device=device_type))
 
 
 def needed_bytes(predicted: Prediction, device_type: Device, *, compact: bool) -> int:
@@ -293,16 +330,17 @@ class Rehearsal:
 class Ledger(TorchDispatchMode):
     """Counts the bytes of every storage that is made while this mode is on, until it dies.
 
-    `part` names what is being made, unless a backward is running: that makes what is `transient`.
+    `part` names what is being made, unless a backward is running: that makes what is `transient`. `scan` is the backend
+    whose operators hold more than they return.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scan: str = "reference") -> None:
         super().__init__()
         self.part = "activations"
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
-        module = kernels("numba")
+        module = kernels(scan)
         self._workspace: dict[str, Callable[..., int]] = module.WORKSPACE_BYTES if module else {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -355,22 +393,26 @@ def _shapes(spec: TrialSpec) -> str:
 
 @cache
 def _predict(
-    shapes: str, samples: int, classes: int, micro_batch: int, recompute: bool, scan: str, ranks: int
+    shapes: str,
+    samples: int,
+    classes: int,
+    micro_batch: int,
+    recompute: bool,
+    device_type: Device,
+    scan: str,
+    ranks: int,
 ) -> Prediction:
     spec = from_json(json.loads(shapes))
     tokens = cost(spec.model, spec.protocol, classes=classes, samples=samples).tokens
+    how = {"micro_batch": micro_batch, "recompute": recompute, "device_type": device_type, "ranks": ranks}
     if scan != "reference" or tokens <= SHORT_TOKENS[-1]:
-        return _simulate(
-            spec, samples=samples, classes=classes, micro_batch=micro_batch, recompute=recompute, ranks=ranks
-        )
+        return _simulate(spec, samples=samples, classes=classes, **how)
     short = dataclasses.replace(spec, model=dataclasses.replace(spec.model, pool_tokens=None))
     points = {}
     for wanted in SHORT_TOKENS:
         length = samples * wanted // tokens
         at = cost(short.model, short.protocol, classes=classes, samples=length).tokens
-        points[at] = _simulate(
-            short, samples=length, classes=classes, micro_batch=micro_batch, recompute=recompute, ranks=ranks
-        )
+        points[at] = _simulate(short, samples=length, classes=classes, **how)
     return _extend(points, tokens)
 
 
@@ -386,15 +428,20 @@ def _simulate(
     micro_batch: int,
     recompute: bool,
     passes: int = ALIKE_AFTER,
+    device_type: Device = "cpu",
     ranks: int = 1,
 ) -> Prediction:
     """The peak of one step, of which so many micro-batches are run."""
-    ledger = Ledger()
+    scan = _scan_on(device_type)
+    ledger = Ledger(scan)
+    autocast = CudaAutocast if device_type == "cuda" else contextlib.nullcontext
     # Permutations for mixup come from numpy and are real; they are as small as a batch.
-    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+    with FakeTensorMode(allow_non_fake_inputs=True), ledger, simulated(scan):
         ledger.part = "parameters"
         how = {"micro_batch": micro_batch, "recompute": recompute, "ranks": ranks}
         rehearsal = Rehearsal(spec, samples=samples, classes=classes, **how)
+        for block in rehearsal.model.blocks:
+            block.forward = _within(autocast, block.forward)
         # The moments are made by the first step; every other step finds them.
         ledger.part = "optimizer"
         for parameter in rehearsal.model.parameters():
@@ -405,7 +452,7 @@ def _simulate(
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
         ledger.part = "activations"
         ledger.forget_peak()
-        logits, calls = rehearsal.model.logits, itertools.count(1)
+        logits, calls = _within(autocast, rehearsal.model.logits), itertools.count(1)
 
         def some_logits(*inputs: Tensor) -> Tensor:
             if next(calls) > passes:
@@ -416,6 +463,16 @@ def _simulate(
         with contextlib.suppress(_Seen):
             rehearsal.step()
     return Prediction(**{field.name: ledger.peak[field.name] for field in dataclasses.fields(Prediction)})
+
+
+def _within(context: Callable[[], contextlib.AbstractContextManager], function: Callable) -> Callable:
+    """The function, called in a context."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return function(*args, **kwargs)
+
+    return called
 
 
 def _extend(points: dict[int, Prediction], tokens: int) -> Prediction:
@@ -450,7 +507,8 @@ def _largest(whole: int, needed: Callable[[int], int], limit_bytes: int) -> int:
 
 def _refusal(spec: TrialSpec, *, samples: int, classes: int, limit_bytes: int, device: Device, ranks: int = 1) -> str:
     def needed(spec: TrialSpec, samples: int) -> int:
-        smallest = predict(spec, samples=samples, classes=classes, micro_batch=1, recompute=True, ranks=ranks)
+        how = {"micro_batch": 1, "recompute": True, "device_type": device, "ranks": ranks}
+        smallest = predict(spec, samples=samples, classes=classes, graphs="off", **how)
         return needed_bytes(smallest, device, compact=True)
 
     def fits(samples: int) -> bool:

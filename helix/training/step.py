@@ -50,6 +50,10 @@ class Inputs:
         return tuple(getattr(self, field.name) for field in fields(self))
 
 
+#: Tokens in flight from which a larger micro-batch makes a step no faster, by the type of device. A core is busy with
+#: one short clip; a GPU needs about these many to hide its launches behind its work.
+FILLED_TOKENS = {"cpu": 256, "cuda": 16_384}
+
 #: The loss, the norm of the gradient before it is clipped, and the number of correct predictions, each a float64 scalar
 #: on the device, all of the whole batch.
 Found = tuple[Tensor, Tensor, Tensor]

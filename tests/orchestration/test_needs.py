@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helix.models.classifier import Cost
-from helix.training.memory import FILLED_TOKENS, GIB
+from helix.training.memory import GIB
+from helix.training.step import FILLED_TOKENS
 from orchestration.grid import Trial, expand, load_grid
 from orchestration.needs import (
     FLOPS_PER_S,

@@ -5,7 +5,7 @@ The interpreter runs what is compiled elsewhere, an operation at a time and slow
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -29,6 +29,7 @@ from helix.models.agreement import (
 )
 from helix.models.blocks.mamba import BiMambaLayer
 from helix.models.scan import conv_silu, scan_backend, selective_scan, selective_scan_sequential
+from helix.training.memory import Ledger
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -106,6 +107,39 @@ def test_a_program_may_run_over_several_tiles_one_state_after_the_other(kernels,
     monkeypatch.setattr(kernels, "ABREAST", 1)
     assert kernels.segments_of(1, 27, 5) == (2, 2)
     within(errors(scan_inputs(1, 27, 5, 3), reverse=False))
+
+
+class Idle:
+    """A kernel that does nothing: the interpreter copies all that it is given."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *_arguments, **_options: None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 200, 160, 6), (2, 27, 5, 3)], ids=str)
+def test_what_an_operator_holds_besides_is_what_is_said_of_it(kernels, monkeypatch, shape, dtype):
+    """For helix.training.memory, which sees shapes alone: all that is allocated while it runs, its results apart."""
+    for name in ("_walk", "_join", "_read", "_backward", "_conv_backward"):
+        monkeypatch.setattr(kernels, name, Idle())
+    with Ledger() as ledger:
+        u, dt, A, B, C, D, z, dt_bias = (x.float() + 0 for x in scan_inputs(*shape))
+        u, dt, B, C, z = (x.to(dtype) for x in (u, dt, B, C, z))
+        inputs = (u, dt, A, B, C, D, z, dt_bias, False)
+        dy, weight_EK, bias_E = torch.ones_like(u), torch.ones(shape[2], 4), torch.zeros(shape[2])
+        starts = kernels.selective_scan_forward._init_fn(*inputs)[1]
+        for operator, given in {
+            kernels.selective_scan_forward: inputs,
+            kernels.selective_scan_backward: (dy, starts, *inputs),
+            kernels.conv_silu_backward: (dy, u, weight_EK, bias_E, False),
+        }.items():
+            before = ledger.live.total()
+            ledger.forget_peak()
+            results = operator._init_fn(*given)
+            held = ledger.peak.total() - before
+            said = sum(x.nbytes for x in results) + kernels.WORKSPACE_BYTES[operator._qualname](*given)
+            assert 0.9 * said <= held <= 1.05 * said, operator
+            del results
 
 
 def test_without_segments_to_join_it_is_the_same_scan(kernels, monkeypatch):

@@ -1,5 +1,6 @@
 """Memory: what is predicted from shapes is what a process then holds, and a batch is cut to fit or refused."""
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from helix.protocol import profile
 from helix.spec import ModelSpec, TrainingSpec, TrialSpec
 from helix.training import memory
 from helix.training.feasibility import Measurement, MeasurementError, measure, table
+from helix.training.graphs import CAPTURES
 from helix.training.memory import BOUNDS, Ledger, Placement, Prediction, choose, needed_bytes, predict
+from helix.training.resident import ResidentStep
 from orchestration.grid import BACKBONES
 
 CLASSES = 50
@@ -109,6 +112,119 @@ def test_the_reference_scan_is_told_from_short_clips(monkeypatch):
     told = predict(spec, **sizes(800))
     counted = memory._simulate(memory.resolve(spec), **sizes(800, micro_batch=1, recompute=False))
     assert told.peak_bytes == pytest.approx(counted.peak_bytes, rel=0.04)
+
+
+# What differs on a GPU.
+
+
+def half(backbone: str, **protocol) -> TrialSpec:
+    spec = spec_of(backbone, **protocol)
+    return replace(spec, training=replace(spec.training, precision="bf16"))
+
+
+def test_on_a_gpu_a_softmax_is_in_float32_whatever_the_precision():
+    """There the weights of attention are kept as they are and as the product takes them: 4 bytes and 2 more."""
+    tokens, layers, heads = 600, 6, 4
+
+    def of_weights(device: str) -> float:
+        """The bytes of each weight that are kept."""
+        kept, none = (
+            predict(half("attention", attn_impl=path), **sizes(tokens, device_type=device)).activations
+            for path in ("weights", "sdpa")
+        )
+        return (kept - none) / (layers * heads * tokens**2)
+
+    assert of_weights("cpu") == pytest.approx(2, rel=0.2)
+    assert of_weights("cuda") == pytest.approx(6, rel=0.2)
+
+
+def test_recomputing_on_a_gpu_is_by_its_rules_too():
+    spec = half("attention", attn_impl="weights")
+    more = {"device_type": "cuda", "recompute": True, "graphs": "off"}
+    on_cpu, on_gpu = predict(spec, **sizes(3_000, recompute=True)), predict(spec, **sizes(3_000, **more))
+    assert 1.4 * on_cpu.peak_bytes < on_gpu.peak_bytes < 2.1 * on_cpu.peak_bytes
+
+
+def test_on_a_gpu_the_scan_keeps_halves_of_what_is_in_bf16():
+    pytest.importorskip("triton", reason="there is no Triton for this platform")
+    spec, alone = half("mamba"), {"device_type": "cuda", "graphs": "off"}
+    on_cpu, on_gpu = predict(spec, **sizes(10_000)), predict(spec, **sizes(10_000, **alone))
+    assert on_gpu.activations < 0.65 * on_cpu.activations
+    assert on_gpu.peak_bytes < 0.75 * on_cpu.peak_bytes
+    # What was told of one device is not told of the other.
+    assert predict(spec, **sizes(10_000)) == on_cpu
+
+
+def test_what_the_backward_of_the_scan_holds_on_a_gpu_is_counted():
+    """A state of every eighth token, N / 8 float32 tensors of the inner width."""
+    pytest.importorskip("triton", reason="there is no Triton for this platform")
+    tokens, state = 10_000, 32
+    spec = replace(half("mamba"), model=ModelSpec(pattern=("mamba",), width=64))
+    found = predict(spec, **sizes(tokens, device_type="cuda"))
+    assert found.transient > state // 8 * tokens * 2 * 64 * 4
+
+
+def test_without_triton_the_operators_of_the_cpu_stand_in_and_triton_is_not_asked_for(monkeypatch):
+    found, loaded = importlib.util.find_spec, memory.kernels
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
+    monkeypatch.setattr(memory, "kernels", lambda name: pytest.fail("loaded") if name == "triton" else loaded(name))
+    on_gpu = predict(half("mamba"), **sizes(2_000, device_type="cuda", graphs="off"))
+    assert on_gpu.activations >= predict(half("mamba"), **sizes(2_000)).activations
+
+
+def test_a_graph_takes_a_step_more_where_one_will_be_recorded(monkeypatch):
+    spec = spec_of("mamba", batch=8)
+
+    def graph(tokens: int, **options) -> int:
+        return predict(spec, **sizes(tokens, **{"device_type": "cuda", **options})).graph
+
+    with_graph = predict(spec, **sizes(500, device_type="cuda"))
+    without = predict(spec, **sizes(500, device_type="cuda", graphs="off"))
+    step = without.gradients + without.activations + without.transient
+    assert replace(with_graph, graph=0) == without
+    assert with_graph.graph == step + 2 * (without.parameters + without.optimizer)
+    assert with_graph.peak_bytes == without.peak_bytes + with_graph.graph
+    # Not on a CPU, among several ranks, or for so many tokens in flight that a step needs none; fewer clips at a time
+    # are fewer tokens.
+    assert graph(500, device_type="cpu") == graph(500, ranks=2) == graph(3_000) == 0
+    assert graph(3_000, graphs="on") > graph(3_000, micro_batch=1) > 0
+    monkeypatch.setenv("HELIX_GRAPHS", "off")
+    assert graph(500) == 0
+
+
+def test_checking_a_recording_holds_what_is_told_of_it(monkeypatch):
+    """By a capture that keeps no memory of its own: all but the step that a graph keeps has to be there."""
+    monkeypatch.setitem(CAPTURES, "cpu", lambda _device, run, _recorded: run)
+    spec, size = spec_of("mamba", batch=4, width=32), {"samples": 160 * 200, "classes": CLASSES}
+    told = predict(spec, **size)
+    assert told.graph > 0
+    with Ledger("numba") as ledger:
+        step = ResidentStep(spec, **size, graphs="on")
+        for _ in range(2):
+            step()
+    kept = told.gradients + told.activations + told.transient
+    assert ledger.peak.total() == pytest.approx(told.peak_bytes - kept, rel=0.1)
+
+
+def test_where_no_graph_fits_the_step_alone_has_to(monkeypatch):
+    spec = spec_of("mamba", batch=1)
+    graph, alone = (predict(spec, **sizes(500, device_type="cuda", graphs=graphs)) for graphs in ("auto", "off"))
+    room = {"limit_bytes": needed_bytes(alone, "cuda", compact=False), "device_type": "cuda"}
+    assert choose(spec, **sizes(500), **room).predicted == alone
+    room["limit_bytes"] = needed_bytes(graph, "cuda", compact=False)
+    assert choose(spec, **sizes(500), **room).predicted == graph
+    # The choice follows the environment, and is not remembered from another.
+    monkeypatch.setenv("HELIX_GRAPHS", "off")
+    assert choose(spec, **sizes(500), **room).predicted == alone
+
+
+def test_a_step_with_its_graph_is_cut_before_the_graph_is_given_up():
+    spec = spec_of("mamba", batch=16)
+    whole = predict(spec, **sizes(500, device_type="cuda"))
+    limit_bytes = needed_bytes(replace(whole, graph=whole.graph // 2), "cuda", compact=False)
+    found = choose(spec, **sizes(500), limit_bytes=limit_bytes, device_type="cuda")
+    assert found.predicted.graph > 0
+    assert found.micro_batch is not None or found.recompute
 
 
 # Choosing: a table of what was asked, with predictions that are made up.
