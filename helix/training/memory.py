@@ -8,11 +8,11 @@ What the ledger cannot see is what allocators lose between blocks and what libra
 bound below is for that.
 
 A GPU is played on the CPU: with CUDA's autocast (helix.training.autocast) and with the operators of
-helix.models.scan_triton, whose shapes need no GPU. mamba-ssm is taken for the same; it keeps transposed copies besides,
-which the bound has to be for. Where Triton is not installed the CPU's operators stand in, which keep more in bf16 and
-hold less in a backward of few tokens. Attention without a matrix of weights is the CPU's, which keeps the same tensors
-as CUDA's. A step that will be recorded as a CUDA graph is counted with the recording. None of it has been held against
-a GPU.
+helix.models.scan_triton, whose shapes need no GPU. mamba-ssm is taken for the same; it keeps its output and copies
+besides, by estimate a fifth more, for which there is the bound. Where Triton is not installed the CPU's operators stand
+in: they keep more in bf16 and hold less in a backward of few tokens, within the bound too. Attention without a matrix
+of weights is the CPU's, which keeps the same tensors as CUDA's. A step that will be recorded as a CUDA graph is counted
+with the recording. None of it has been held against a GPU.
 
 Legend: B batch, T samples.
 """
