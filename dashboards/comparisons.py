@@ -7,7 +7,7 @@ from itertools import combinations
 from dashboards.counts import unknown
 from dashboards.evidence import Evidence, Variant
 from dashboards.tables import Column, Figure, Table, without_gaps
-from dashboards.text import GAP, MINUS, SELECTION_WORDS, plural, points, slug
+from dashboards.text import GAP, MINUS, SELECTION_WORDS, percent, plural, points, slug
 from helix.statistics import (
     ALPHA,
     Effect,
@@ -215,7 +215,7 @@ def statistics_table(evidence: Evidence, dataset: str, *, also: Iterable[Contras
             Column(heading="ahead in", number=True, group="effect"),
             Column(heading="what would settle it"),
         ),
-        rows=tuple(_row(measured, evidence.ddof) for measured in found),
+        rows=tuple(_row(measured) for measured in found),
     )
     if short:
         table = _shortened(table)
@@ -243,17 +243,15 @@ def p_shown(p: float | None) -> str:
     return GAP if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _row(one: Measured, ddof: int) -> tuple[str | Figure, ...]:
+def _row(one: Measured) -> tuple[str | Figure, ...]:
     # One unit is always ahead in 0 or 100 %, and its sign-flip test has p 1 whatever it is.
     ahead, flip = (one.effect.superiority, one.flip.p) if one.paired.n > 1 else (None, None)
     std = one.corrected.std
-    if std is not None and ddof == 0:
-        std *= ((one.paired.n - 1) / one.paired.n) ** 0.5
     return (
         one.contrast.name,
         Figure(one.paired.n, one.counted),
         _points(one.mean),
-        Figure(std, GAP if std is None else f"{100 * std:.2f}"),
+        Figure(None if std is None else 100 * std, percent(std)),
         *(_points(value) for value in (one.paired.low, one.paired.high)),
         *(_points(value) for value in (one.corrected.low, one.corrected.high)),
         *(_points(value) for value in (one.resampled.low, one.resampled.high)),
@@ -276,7 +274,7 @@ def _notes(evidence: Evidence, found: Sequence[Measured], there: Set[str]) -> tu
             "d_z": "mean over standard deviation of the differences.",
             "g": "d_z without its small-sample bias.",
             "the same, bootstrap": "BCa, 9,999 resamples, seed 0; of few units it is too narrow.",
-            "std": "divided by n." if evidence.ddof == 0 else f"divided by n {MINUS} 1.",
+            "std": f"of the differences, divided by n {MINUS} 1 whatever the protocol has, as the t tests and d_z need.",
         }
         named = {"the same, bootstrap": "Bootstrap"}
         said.append(" ".join(f"{named.get(name, name)}: {words}" for name, words in explained.items() if name in there))

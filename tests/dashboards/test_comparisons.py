@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import stdev
 
 import numpy as np
 import pytest
@@ -252,12 +253,15 @@ def test_notes_explain_the_columns_that_are_there_and_no_others(two: Evidence):
     assert {column.group for column in short.columns} == {"", "95 % interval, corrected", "p", "effect"}
 
 
-def test_the_spread_is_divided_as_the_protocol_says(make_evidence: MakeEvidence):
+def test_the_spread_is_that_of_the_effect_beside_it_and_in_points(make_evidence: MakeEvidence):
     cells = {("esc50", MAMBA_RAW): folds(*GAPS), ("esc50", HELIX_RAW): folds(0, 0, 0, 0, 0)}
-    for ddof, wanted, words in ((0, 1.41, "by n."), (1, 1.58, f"by n {MINUS} 1.")):
-        table = statistics_table(make_evidence(cells, ddof=ddof), "esc50")
-        assert [shown(one) for one in cells_of(table, "std")] == [f"{wanted:.2f}"]
-        assert words in table.notes[0]
+    table = statistics_table(make_evidence(cells), "esc50")
+    (mean,), (std,), (effect,) = (cells_of(table, name) for name in ("difference", "std", "effect: d_z"))
+    assert isinstance(mean, Figure) and isinstance(std, Figure) and isinstance(effect, Figure)
+    assert mean.value is not None and std.value is not None
+    assert (std.value, std.shown) == (pytest.approx(100 * stdev(GAPS)), "1.58")
+    assert effect.value == pytest.approx(mean.value / std.value)
+    assert f"divided by n {MINUS} 1" in table.notes[0]
 
 
 def test_one_fold_gives_a_difference_and_no_column_that_would_be_empty(make_view: MakeView):
