@@ -14,7 +14,7 @@ from markupsafe import Markup
 from dashboards import text
 from dashboards.beside import Sheet, feasibility_table, paper_tables, sheets
 from dashboards.certificates import certified
-from dashboards.charts import bars, colours, glyph
+from dashboards.charts import bars, block_marks, colours, glyph
 from dashboards.confusion import PerClass, confusion_tables, per_class
 from dashboards.curves import Panel, panels
 from dashboards.evidence import Evidence, sweep_evidence
@@ -149,7 +149,7 @@ def render_report(view: SweepView, *, files: str | None = None) -> str:
     evidence = sweep_evidence(view)
     summaries = summarise(view)
     unit, over = averaged_over(view)
-    kinds = list(dict.fromkeys(block for cell in view.cells for block in cell.pattern))
+    marks = block_marks(cell.pattern for cell in view.cells)
     return (
         page_environment()
         .get_template(TEMPLATE)
@@ -180,8 +180,8 @@ def render_report(view: SweepView, *, files: str | None = None) -> str:
             word=sampling_word(view),
             unit=unit,
             over=over,
-            glyph=lambda pattern: glyph(pattern, kinds),
-            kinds=kinds,
+            glyph=lambda pattern: glyph(pattern, marks),
+            kinds=list(marks),
             gap=text.GAP,
             paper=PAPER,
             readme=README,
