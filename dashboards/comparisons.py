@@ -7,7 +7,7 @@ from itertools import combinations
 from dashboards.counts import unknown
 from dashboards.evidence import Evidence, Variant
 from dashboards.tables import Column, Figure, Table, without_gaps
-from dashboards.text import GAP, MINUS, SELECTION_WORDS, percent, plural, points, slug
+from dashboards.text import GAP, MINUS, SELECTION_WORDS, number, percent, plural, points, slug
 from helix.statistics import (
     ALPHA,
     Effect,
@@ -256,7 +256,7 @@ def _row(one: Measured) -> tuple[str | Figure, ...]:
         *(_points(value) for value in (one.corrected.low, one.corrected.high)),
         *(_points(value) for value in (one.resampled.low, one.resampled.high)),
         *(Figure(p, p_shown(p)) for p in (one.paired.p, one.corrected.p, one.p_holm, flip)),
-        *(Figure(d, GAP if d is None else f"{d:.2f}".replace("-", MINUS)) for d in (one.effect.d_z, one.effect.g)),
+        *(Figure(d, number(d, ".2f")) for d in (one.effect.d_z, one.effect.g)),
         Figure(ahead, GAP if ahead is None else f"{100 * ahead:.0f} %"),
         one.outlook.said,
     )

@@ -33,7 +33,7 @@ from dashboards.evidence import (
     sweep_evidence,
 )
 from dashboards.tables import FORMATS, Cell, Figure, Table, shown
-from dashboards.text import GAP, MINUS
+from dashboards.text import GAP, MINUS, number, percent
 from dashboards.verdicts import CLAIMS, comparisons_table, ledger
 from dashboards.view import SweepView, TrialEntry
 from helix.protocol import profile
@@ -309,6 +309,11 @@ def test_a_data_set_called_script_names_its_file_harmlessly(make_view: MakeView)
     table = statistics_table(sweep_evidence(view), "<script>/../x")
     assert table.name == "statistics--script-----x"
     assert "<script>" not in FORMATS["tex"](table) and "<script>" not in FORMATS["md"](table)
+
+
+def test_what_is_rounded_to_nothing_has_no_sign():
+    assert [number(value, ".2f") for value in (-0.001, 0.001, -0.0, -0.01)] == ["0.00", "0.00", "0.00", f"{MINUS}0.01"]
+    assert (percent(-0.23, 1), percent(-0.00001)) == (f"{MINUS}23.0", "0.00")
 
 
 def test_negative_effects_have_the_sign_of_the_other_numbers():
