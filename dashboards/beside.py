@@ -159,17 +159,17 @@ def sheet_table(sheet: Sheet) -> Table:
         columns=(
             Column(heading="architecture"),
             Column(heading="what"),
-            Column(heading="mean", number=True, group="ours"),
-            Column(heading="std", number=True, group="ours"),
-            Column(heading="low", number=True, group="ours, 95 % interval"),
-            Column(heading="high", number=True, group="ours, 95 % interval"),
+            Column(heading="mean", number=True, group="ours", unit="%"),
+            Column(heading="std", number=True, group="ours", unit="%"),
+            Column(heading="low", number=True, group="ours, 95 % interval", unit="%"),
+            Column(heading="high", number=True, group="ours, 95 % interval", unit="%"),
             Column(heading="runs", number=True, group="ours, runs"),
             Column(heading="epochs", number=True, group="ours, runs"),
-            Column(heading="best in the paper's epochs", number=True, group="ours, runs"),
-            Column(heading="printed", number=True, group="the paper"),
-            Column(heading="std", number=True, group="the paper"),
+            Column(heading="best in the paper's epochs", number=True, group="ours, runs", unit="%"),
+            Column(heading="printed", number=True, group="the paper", unit="%"),
+            Column(heading="std", number=True, group="the paper", unit="%"),
             Column(heading="epochs", number=True, group="the paper"),
-            Column(heading="on our folds", number=True, group="the paper"),
+            Column(heading="on our folds", number=True, group="the paper", unit="%"),
             Column(heading="points", number=True, group="ours minus theirs"),
             Column(heading="verdict", group="ours minus theirs"),
         ),
@@ -216,8 +216,8 @@ def feasibility_table(view: SweepView) -> Table:
     for name in BACKBONES.values():
         columns += [
             Column(heading="the paper", group=name),
-            Column(heading="authors' attention", number=True, group=name),
-            Column(heading="ours", number=True, group=name),
+            Column(heading="authors' attention", number=True, group=name, unit="bytes"),
+            Column(heading="ours", number=True, group=name, unit="bytes"),
         ]
     return Table(
         name="paper-table-1",

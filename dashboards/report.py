@@ -266,7 +266,7 @@ def _accuracy_table(view: SweepView, dataset: str, summaries: Sequence[CellSumma
             Column(heading="done", number=True),
             Column(heading="asked", number=True),
             *(
-                Column(heading=what, number=True, group=text.SELECTION_WORDS[rule])
+                Column(heading=what, number=True, group=text.SELECTION_WORDS[rule], unit="%")
                 for rule in SELECTIONS
                 for what in ("mean", "std")
             ),
@@ -305,11 +305,9 @@ def _trials_table(view: SweepView) -> Table:
             *(Column(heading=heading) for heading in ("trial", "data set", "variant")),
             *(Column(heading=heading, number=True) for heading in ("fold", "seed")),
             Column(heading="status"),
-            *(Column(heading=heading, number=True) for heading in ("epochs", "asked", *SELECTIONS)),
-            *(
-                Column(heading=heading, number=True)
-                for heading in ("trained, s", "ranks", "attempts", "beyond training, s")
-            ),
+            *(Column(heading=heading, number=True) for heading in ("epochs", "asked")),
+            *(Column(heading=heading, number=True, unit="%") for heading in SELECTIONS),
+            *(Column(heading=heading, number=True) for heading in ("trained, s", "ranks", "attempts", "restarting, s")),
             Column(heading="weights sha256"),
         ),
         rows=tuple(
@@ -335,6 +333,10 @@ def _trials_table(view: SweepView) -> Table:
                 row.weights_sha256[:12],
             )
             for row in rows
+        ),
+        notes=(
+            "Restarting: the time of all attempts less that of the training itself, that is starting again and steps "
+            "trained twice.",
         ),
     )
 

@@ -65,7 +65,7 @@ def claims_table(entries: Sequence[Entry], evidence: Evidence) -> Table:
             Column(heading="verdict"),
             Column(heading="what the paper says"),
             Column(heading="the numbers"),
-            Column(heading="difference", number=True),
+            Column(heading="difference", number=True, unit="points"),
             Column(heading="p", number=True),
             Column(heading="Holm", number=True),
         ),

@@ -73,7 +73,9 @@ class Better(_Pair):
             excludes = f"{_family(found)}, excludes {points(self.at_least, 1)}: {_told(found)}"
             return _judged("contradicted", excludes, found)
         if direction.verdict == "supported" and self.at_least is not None and found.low < self.at_least:
-            shown = f"a difference is shown, its size is not: {_family(found)}, has less than {points(self.at_least, 1)}"
+            shown = (
+                f"a difference is shown, its size is not: {_family(found)}, has less than {points(self.at_least, 1)}"
+            )
             return _judged("underpowered", f"{shown} as well; {_told(found)}", found)
         return direction
 

@@ -1,5 +1,7 @@
 """Every comparison of a data set: paired, tested in all ways, one family; and a table that tells only what is known."""
 
+import csv
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import stdev
@@ -240,6 +242,9 @@ def test_the_table_has_what_was_measured(two: Evidence):
     (gap,) = cells_of(table, "difference")
     assert isinstance(gap, Figure) and gap.value == pytest.approx(6.0) and gap.shown == "+6.00"
     assert [shown(one) for one in cells_of(table, "n") + cells_of(table, "effect: ahead in")] == ["5 folds", "100 %"]
+    (row,) = csv.DictReader(io.StringIO(FORMATS["csv"](table)))
+    assert (row["effect: ahead in, %"], float(row["difference, points"])) == ("100.0", pytest.approx(6.0))
+    assert row["95 % interval, paired t: low, points"] and row["std, points"]
     said = " ".join(table.notes)
     assert "Nadeau and Bengio" in said and "its smallest p is 0.0625" in said
 
