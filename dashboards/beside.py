@@ -258,7 +258,7 @@ def _cell(
     if summary is None:
         return PaperCell(ours=Statistic(n=0), gap=NOT_ASKED, **known)
     if not summary.samples:
-        return PaperCell(ours=Statistic(n=0), epochs=summary.cell.epochs, gap=_why_none(summary), **known)
+        return PaperCell(ours=Statistic(n=0), epochs=summary.cell.epochs, gap=summary.why_none, **known)
     values = {(one.fold, one.seed): one.accuracy[measure] for one in summary.samples if measure in one.accuracy}
     against = target and (target.accuracy if measure == "best_test" else target.last)
     if target is not None and target.per_fold is not None and measure == "best_test":
@@ -274,14 +274,6 @@ def _cell(
         unlike=summary.comparison.unlike if summary.comparison is not None else (),
         **known,
     )
-
-
-def _why_none(summary: CellSummary) -> str:
-    """What to say of a cell that was asked for and has no result."""
-    failed, running = summary.statuses.get("failed", 0), summary.statuses.get("running", 0)
-    if failed == summary.asked:
-        return f"{plural(failed, 'trial')} failed"
-    return f"no result yet, {running} running" if running else "no result yet"
 
 
 def _within(summary: CellSummary, target: Published | None) -> float | None:

@@ -139,7 +139,7 @@ def _bar(summary: CellSummary, select: str, x: Scale, y: float, colour: str) -> 
         drawn.append(
             element(
                 "text",
-                NOT_FINITE if selected.not_finite else "no result yet",
+                NOT_FINITE if selected.not_finite else summary.why_none,
                 x=x.start + 8,
                 y=y - 1,
                 class_="tick halo",

@@ -221,7 +221,7 @@ def statistics_table(evidence: Evidence, dataset: str, *, also: Iterable[Contras
         table = _shortened(table)
     table = without_gaps(table)
     there = {column.heading for column in table.columns} | {column.group for column in table.columns}
-    return replace(table, notes=_notes(evidence, found, there))
+    return replace(table, notes=_notes(found, there))
 
 
 def _shortened(table: Table) -> Table:
@@ -262,7 +262,7 @@ def _row(one: Measured) -> tuple[str | Figure, ...]:
     )
 
 
-def _notes(evidence: Evidence, found: Sequence[Measured], there: Set[str]) -> tuple[str, ...]:
+def _notes(found: Sequence[Measured], there: Set[str]) -> tuple[str, ...]:
     """What has to be known of the columns and groups that are `there`, and of what was compared."""
     if not found:
         return ("No two cells share a finished fold and seed.",)
@@ -274,7 +274,7 @@ def _notes(evidence: Evidence, found: Sequence[Measured], there: Set[str]) -> tu
             "d_z": "mean over standard deviation of the differences.",
             "g": "d_z without its small-sample bias.",
             "the same, bootstrap": "BCa, 9,999 resamples, seed 0; of few units it is too narrow.",
-            "std": f"of the differences, divided by n {MINUS} 1 whatever the protocol has, as the t tests and d_z need.",
+            "std": f"of the differences, divided by n {MINUS} 1 whatever the protocol has, as in t and d_z.",
         }
         named = {"the same, bootstrap": "Bootstrap"}
         said.append(" ".join(f"{named.get(name, name)}: {words}" for name, words in explained.items() if name in there))

@@ -776,6 +776,14 @@ def test_hours_are_of_all_folds_of_runs_like_the_papers(make_evidence: MakeEvide
     assert verdict(rule, hours(0.1, accuracy={"last": {(1, 0): 0.5, (2, 0): 0.5}})) == "underpowered", "2 of 5 folds"
     assert [verdict(rule, hours(time)) for time in (0.9, 1.1, None)] == ["supported", "contradicted", "no data"]
     assert verdict(rule, hours(0.9, other_course=True)) == "no data"
+    said = [
+        because(rule, evidence)
+        for evidence in (hours(None), hours(0.9, other_course=True, less=("3 epochs instead of 100",)))
+    ]
+    assert said == [
+        "no times of esc50 are known",
+        "no times of esc50 are known of runs like the paper's: those here have 3 epochs instead of 100",
+    ]
     about = Takes(dataset="esc50", hours=5, tolerance=0.1)
     assert [verdict(about, hours(time)) for time in (0.5, 1.0, 1.5)] == ["contradicted", "supported", "contradicted"]
 

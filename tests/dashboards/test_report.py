@@ -235,6 +235,14 @@ def test_a_trial_that_several_ranks_trained_says_so_and_names_its_code(make_view
     assert f"commit {code['commit'][:12]} with changes" in " ".join(said.split())
 
 
+def test_a_cell_whose_trials_all_failed_is_not_waited_for(make_view: MakeView):
+    view = make_view(status=lambda name, fold, seed: ("failed", 0) if name == "helix-raw" else ("done", 0))
+    said = page(view).text
+    assert "3 trials failed" in said
+    assert "No result from helix-raw: every trial of it failed." in said
+    assert "no result yet" not in said.lower()
+
+
 def test_colours_and_marks_are_those_of_the_names_whatever_else_a_sweep_has(make_view: MakeView):
     whole, two = make_view(), make_view(variants=[("attention", "raw"), ("mamba", "raw")])
     assert colours(whole.cells) == {"mamba": "k0", "helix": "k1", "attention": "k2"}
