@@ -159,17 +159,17 @@ def sheet_table(sheet: Sheet) -> Table:
         columns=(
             Column(heading="architecture"),
             Column(heading="what"),
-            Column(heading="mean", number=True, group="ours"),
-            Column(heading="std", number=True, group="ours"),
-            Column(heading="low", number=True, group="ours, 95 % interval"),
-            Column(heading="high", number=True, group="ours, 95 % interval"),
+            Column(heading="mean", number=True, group="ours", unit="%"),
+            Column(heading="std", number=True, group="ours", unit="%"),
+            Column(heading="low", number=True, group="ours, 95 % interval", unit="%"),
+            Column(heading="high", number=True, group="ours, 95 % interval", unit="%"),
             Column(heading="runs", number=True, group="ours, runs"),
             Column(heading="epochs", number=True, group="ours, runs"),
-            Column(heading="best in the paper's epochs", number=True, group="ours, runs"),
-            Column(heading="printed", number=True, group="the paper"),
-            Column(heading="std", number=True, group="the paper"),
+            Column(heading="best in the paper's epochs", number=True, group="ours, runs", unit="%"),
+            Column(heading="printed", number=True, group="the paper", unit="%"),
+            Column(heading="std", number=True, group="the paper", unit="%"),
             Column(heading="epochs", number=True, group="the paper"),
-            Column(heading="on our folds", number=True, group="the paper"),
+            Column(heading="on our folds", number=True, group="the paper", unit="%"),
             Column(heading="points", number=True, group="ours minus theirs"),
             Column(heading="verdict", group="ours minus theirs"),
         ),
@@ -216,8 +216,8 @@ def feasibility_table(view: SweepView) -> Table:
     for name in BACKBONES.values():
         columns += [
             Column(heading="the paper", group=name),
-            Column(heading="authors' attention", number=True, group=name),
-            Column(heading="ours", number=True, group=name),
+            Column(heading="authors' attention", number=True, group=name, unit="bytes"),
+            Column(heading="ours", number=True, group=name, unit="bytes"),
         ]
     return Table(
         name="paper-table-1",
@@ -258,7 +258,7 @@ def _cell(
     if summary is None:
         return PaperCell(ours=Statistic(n=0), gap=NOT_ASKED, **known)
     if not summary.samples:
-        return PaperCell(ours=Statistic(n=0), epochs=summary.cell.epochs, gap=_why_none(summary), **known)
+        return PaperCell(ours=Statistic(n=0), epochs=summary.cell.epochs, gap=summary.why_none, **known)
     values = {(one.fold, one.seed): one.accuracy[measure] for one in summary.samples if measure in one.accuracy}
     against = target and (target.accuracy if measure == "best_test" else target.last)
     if target is not None and target.per_fold is not None and measure == "best_test":
@@ -274,14 +274,6 @@ def _cell(
         unlike=summary.comparison.unlike if summary.comparison is not None else (),
         **known,
     )
-
-
-def _why_none(summary: CellSummary) -> str:
-    """What to say of a cell that was asked for and has no result."""
-    failed, running = summary.statuses.get("failed", 0), summary.statuses.get("running", 0)
-    if failed == summary.asked:
-        return f"{plural(failed, 'trial')} failed"
-    return f"no result yet, {running} running" if running else "no result yet"
 
 
 def _within(summary: CellSummary, target: Published | None) -> float | None:

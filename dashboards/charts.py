@@ -5,7 +5,7 @@ with ElementTree, which escapes every text.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -18,6 +18,12 @@ from dashboards.view import CellView
 
 #: Colours of the style sheet; more backbones than this share colours and are told apart by their labels.
 PALETTE = 8
+
+#: The paper's backbones and blocks, whose colours (k0, k1, ...) and marks (b0, b1) are the same on every page.
+BACKBONES, BLOCKS = ("mamba", "helix", "attention"), ("mamba", "attention")
+
+#: Marks of blocks in the style sheet: b0 is hollow.
+MARKS = 4
 
 
 def element(tag: str, /, *children: "ElementTree.Element | str", **attributes: Any) -> ElementTree.Element:
@@ -68,16 +74,28 @@ def ticks(high: float, wanted: int) -> list[float]:
 
 
 def colours(cells: Sequence[CellView]) -> dict[str, str]:
-    """The colour class of each backbone, in order of appearance."""
-    backbones = list(dict.fromkeys(cell.backbone for cell in cells))
-    return {backbone: f"k{index % PALETTE}" for index, backbone in enumerate(backbones)}
+    """The colour class of each backbone: by its name for the paper's, the rest of the palette for the others."""
+    here = list(dict.fromkeys(cell.backbone for cell in cells))
+    found = {name: f"k{index}" for index, name in enumerate(BACKBONES) if name in here}
+    others = [name for name in here if name not in BACKBONES]
+    rest = PALETTE - len(BACKBONES)
+    return {**found, **{name: f"k{len(BACKBONES) + index % rest}" for index, name in enumerate(others)}}
 
 
-def glyph(pattern: Sequence[str], kinds: Sequence[str]) -> Markup:
-    """A pattern as a row of squares, one per layer: hollow for the first of the `kinds` of block, filled for others."""
+def block_marks(patterns: Iterable[Sequence[str]]) -> dict[str, str]:
+    """The class of each kind of block: hollow for mamba, filled for attention, the other two shared by the rest."""
+    here = list(dict.fromkeys(block for pattern in patterns for block in pattern))
+    found = {name: f"b{index}" for index, name in enumerate(BLOCKS) if name in here}
+    others = [name for name in here if name not in BLOCKS]
+    rest = MARKS - len(BLOCKS)
+    return {**found, **{name: f"b{len(BLOCKS) + index % rest}" for index, name in enumerate(others)}}
+
+
+def glyph(pattern: Sequence[str], marks: Mapping[str, str]) -> Markup:
+    """A pattern as a row of squares, one per layer, with the `block_marks` of their kinds."""
     squares = []
     for index, block in enumerate(pattern):
-        square = element("rect", x=index * 9 + 1, y=1, width=7, height=7, class_=f"block b{kinds.index(block) % 4}")
+        square = element("rect", x=index * 9 + 1, y=1, width=7, height=7, class_=f"block {marks[block]}")
         square.append(element("title", f"layer {index}: {block}"))
         squares.append(square)
     width = len(pattern) * 9
@@ -121,7 +139,7 @@ def _bar(summary: CellSummary, select: str, x: Scale, y: float, colour: str) -> 
         drawn.append(
             element(
                 "text",
-                NOT_FINITE if selected.not_finite else "no result yet",
+                NOT_FINITE if selected.not_finite else summary.why_none,
                 x=x.start + 8,
                 y=y - 1,
                 class_="tick halo",

@@ -7,7 +7,7 @@ from itertools import combinations
 from dashboards.counts import unknown
 from dashboards.evidence import Evidence, Variant
 from dashboards.tables import Column, Figure, Table, without_gaps
-from dashboards.text import GAP, MINUS, SELECTION_WORDS, plural, points, slug
+from dashboards.text import GAP, MINUS, SELECTION_WORDS, number, percent, plural, points, slug
 from helix.statistics import (
     ALPHA,
     Effect,
@@ -198,30 +198,30 @@ def statistics_table(evidence: Evidence, dataset: str, *, also: Iterable[Contras
         columns=(
             Column(heading="comparison"),
             Column(heading="n", number=True),
-            Column(heading="difference", number=True),
-            Column(heading="std", number=True),
-            Column(heading="low", number=True, group="95 % interval, paired t"),
-            Column(heading="high", number=True, group="95 % interval, paired t"),
-            Column(heading="low", number=True, group="the same, corrected"),
-            Column(heading="high", number=True, group="the same, corrected"),
-            Column(heading="low", number=True, group="the same, bootstrap"),
-            Column(heading="high", number=True, group="the same, bootstrap"),
+            Column(heading="difference", number=True, unit="points"),
+            Column(heading="std", number=True, unit="points"),
+            Column(heading="low", number=True, group="95 % interval, paired t", unit="points"),
+            Column(heading="high", number=True, group="95 % interval, paired t", unit="points"),
+            Column(heading="low", number=True, group="the same, corrected", unit="points"),
+            Column(heading="high", number=True, group="the same, corrected", unit="points"),
+            Column(heading="low", number=True, group="the same, bootstrap", unit="points"),
+            Column(heading="high", number=True, group="the same, bootstrap", unit="points"),
             Column(heading="paired t", number=True, group="p"),
             Column(heading="corrected", number=True, group="p"),
             Column(heading="Holm", number=True, group="p"),
             Column(heading="sign flip", number=True, group="p"),
             Column(heading="d_z", number=True, group="effect"),
             Column(heading="g", number=True, group="effect"),
-            Column(heading="ahead in", number=True, group="effect"),
+            Column(heading="ahead in", number=True, group="effect", unit="%"),
             Column(heading="what would settle it"),
         ),
-        rows=tuple(_row(measured, evidence.ddof) for measured in found),
+        rows=tuple(_row(measured) for measured in found),
     )
     if short:
         table = _shortened(table)
     table = without_gaps(table)
     there = {column.heading for column in table.columns} | {column.group for column in table.columns}
-    return replace(table, notes=_notes(evidence, found, there))
+    return replace(table, notes=_notes(found, there))
 
 
 def _shortened(table: Table) -> Table:
@@ -243,28 +243,26 @@ def p_shown(p: float | None) -> str:
     return GAP if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _row(one: Measured, ddof: int) -> tuple[str | Figure, ...]:
+def _row(one: Measured) -> tuple[str | Figure, ...]:
     # One unit is always ahead in 0 or 100 %, and its sign-flip test has p 1 whatever it is.
     ahead, flip = (one.effect.superiority, one.flip.p) if one.paired.n > 1 else (None, None)
     std = one.corrected.std
-    if std is not None and ddof == 0:
-        std *= ((one.paired.n - 1) / one.paired.n) ** 0.5
     return (
         one.contrast.name,
         Figure(one.paired.n, one.counted),
         _points(one.mean),
-        Figure(std, GAP if std is None else f"{100 * std:.2f}"),
+        Figure(None if std is None else 100 * std, percent(std)),
         *(_points(value) for value in (one.paired.low, one.paired.high)),
         *(_points(value) for value in (one.corrected.low, one.corrected.high)),
         *(_points(value) for value in (one.resampled.low, one.resampled.high)),
         *(Figure(p, p_shown(p)) for p in (one.paired.p, one.corrected.p, one.p_holm, flip)),
-        *(Figure(d, GAP if d is None else f"{d:.2f}".replace("-", MINUS)) for d in (one.effect.d_z, one.effect.g)),
-        Figure(ahead, GAP if ahead is None else f"{100 * ahead:.0f} %"),
+        *(Figure(d, number(d, ".2f")) for d in (one.effect.d_z, one.effect.g)),
+        Figure(None if ahead is None else 100 * ahead, GAP if ahead is None else f"{100 * ahead:.0f} %"),
         one.outlook.said,
     )
 
 
-def _notes(evidence: Evidence, found: Sequence[Measured], there: Set[str]) -> tuple[str, ...]:
+def _notes(found: Sequence[Measured], there: Set[str]) -> tuple[str, ...]:
     """What has to be known of the columns and groups that are `there`, and of what was compared."""
     if not found:
         return ("No two cells share a finished fold and seed.",)
@@ -276,7 +274,7 @@ def _notes(evidence: Evidence, found: Sequence[Measured], there: Set[str]) -> tu
             "d_z": "mean over standard deviation of the differences.",
             "g": "d_z without its small-sample bias.",
             "the same, bootstrap": "BCa, 9,999 resamples, seed 0; of few units it is too narrow.",
-            "std": "divided by n." if evidence.ddof == 0 else f"divided by n {MINUS} 1.",
+            "std": f"of the differences, divided by n {MINUS} 1 whatever the protocol has, as in t and d_z.",
         }
         named = {"the same, bootstrap": "Bootstrap"}
         said.append(" ".join(f"{named.get(name, name)}: {words}" for name, words in explained.items() if name in there))

@@ -159,7 +159,7 @@ def _classes_table(found: Sequence[Confusion], names: Sequence[str], dataset: st
         columns=(
             Column(heading="class"),
             Column(heading="clips", number=True),
-            *(Column(heading=one.cell.variant, number=True) for one in found),
+            *(Column(heading=one.cell.variant, number=True, unit="%") for one in found),
         ),
         rows=tuple(
             (

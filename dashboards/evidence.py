@@ -82,7 +82,6 @@ class Evidence:
     name: str
     published: bool
     select: Literal["best_test", "last", "validation"]
-    ddof: Literal[0, 1]
     cells: Mapping[tuple[str, str, str], Runs]
     counts: Mapping[str, Counts]
     tokens: Mapping[tuple[str, str], int] = field(default_factory=dict)
@@ -104,7 +103,6 @@ def published_evidence() -> Evidence:
         name="the published numbers",
         published=True,
         select="best_test",
-        ddof=0,
         cells={(cell.dataset, cell.frontend, cell.backbone): _published(cell) for cell in PUBLISHED},
         counts={name: official(name) for name in DATASETS_OF_THE_PAPER},
         tokens={
@@ -126,7 +124,6 @@ def sweep_evidence(view: SweepView) -> Evidence:
         name=f"the sweep {view.grid}",
         published=False,
         select=view.select,
-        ddof=0 if view.std == "population" else 1,
         cells=cells,
         counts=counts_of(view),
         switches=dict(view.switches),

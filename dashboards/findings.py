@@ -213,9 +213,13 @@ def _frontends(view: SweepView, summaries: Sequence[CellSummary], word: str) -> 
 def _cautions(view: SweepView, dataset: str, summaries: Sequence[CellSummary]) -> list[str]:
     facts = view.facts(dataset)
     said = []
-    waiting = [one.cell.variant for one in summaries if not one.accuracy[view.select].n and not one.selected.not_finite]
+    without = [one for one in summaries if not one.accuracy[view.select].n and not one.selected.not_finite]
+    failed = [one.cell.variant for one in without if one.statuses.get("failed", 0) == one.asked]
+    waiting = [one.cell.variant for one in without if one.cell.variant not in failed]
     if waiting:
         said.append(f"No result yet from {listing(waiting)}.")
+    if failed:
+        said.append(f"No result from {listing(failed)}: every trial of it failed.")
     broken = {summary.cell.variant: summary.selected.not_finite for summary in summaries if summary.selected.not_finite}
     if broken:
         names = listing([f"{n} of {variant}" for variant, n in broken.items()])

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from dashboards import text
 from dashboards.beside import Sheet, feasibility_table, paper_tables, sheets
 from dashboards.certificates import certified
-from dashboards.charts import bars, colours, glyph
+from dashboards.charts import bars, block_marks, colours, glyph
 from dashboards.confusion import PerClass, confusion_tables, per_class
 from dashboards.curves import Panel, panels
 from dashboards.evidence import Evidence, sweep_evidence
@@ -149,7 +149,7 @@ def render_report(view: SweepView, *, files: str | None = None) -> str:
     evidence = sweep_evidence(view)
     summaries = summarise(view)
     unit, over = averaged_over(view)
-    kinds = list(dict.fromkeys(block for cell in view.cells for block in cell.pattern))
+    marks = block_marks(cell.pattern for cell in view.cells)
     return (
         page_environment()
         .get_template(TEMPLATE)
@@ -180,8 +180,8 @@ def render_report(view: SweepView, *, files: str | None = None) -> str:
             word=sampling_word(view),
             unit=unit,
             over=over,
-            glyph=lambda pattern: glyph(pattern, kinds),
-            kinds=kinds,
+            glyph=lambda pattern: glyph(pattern, marks),
+            kinds=list(marks),
             gap=text.GAP,
             paper=PAPER,
             readme=README,
@@ -266,7 +266,7 @@ def _accuracy_table(view: SweepView, dataset: str, summaries: Sequence[CellSumma
             Column(heading="done", number=True),
             Column(heading="asked", number=True),
             *(
-                Column(heading=what, number=True, group=text.SELECTION_WORDS[rule])
+                Column(heading=what, number=True, group=text.SELECTION_WORDS[rule], unit="%")
                 for rule in SELECTIONS
                 for what in ("mean", "std")
             ),
@@ -305,11 +305,9 @@ def _trials_table(view: SweepView) -> Table:
             *(Column(heading=heading) for heading in ("trial", "data set", "variant")),
             *(Column(heading=heading, number=True) for heading in ("fold", "seed")),
             Column(heading="status"),
-            *(Column(heading=heading, number=True) for heading in ("epochs", "asked", *SELECTIONS)),
-            *(
-                Column(heading=heading, number=True)
-                for heading in ("trained, s", "ranks", "attempts", "beyond training, s")
-            ),
+            *(Column(heading=heading, number=True) for heading in ("epochs", "asked")),
+            *(Column(heading=heading, number=True, unit="%") for heading in SELECTIONS),
+            *(Column(heading=heading, number=True) for heading in ("trained, s", "ranks", "attempts", "restarting, s")),
             Column(heading="weights sha256"),
         ),
         rows=tuple(
@@ -335,6 +333,10 @@ def _trials_table(view: SweepView) -> Table:
                 row.weights_sha256[:12],
             )
             for row in rows
+        ),
+        notes=(
+            "Restarting: the time of all attempts less that of the training itself, that is starting again and steps "
+            "trained twice.",
         ),
     )
 

@@ -119,6 +119,14 @@ class CellSummary:
     def done(self) -> int:
         return len(self.samples)
 
+    @property
+    def why_none(self) -> str:
+        """What to say of a cell that was asked for and has no result."""
+        failed, running = self.statuses.get("failed", 0), self.statuses.get("running", 0)
+        if failed == self.asked:
+            return f"{plural(failed, 'trial')} failed"
+        return f"no result yet, {running} running" if running else "no result yet"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:

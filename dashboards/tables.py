@@ -21,11 +21,15 @@ from helix.storage import CorruptObjectError, Storage, file_sha256
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One column. Neighbours with the same `group` stand under one heading; `number` sets them to the right."""
+    """One column. Neighbours with the same `group` stand under one heading; `number` sets them to the right.
+
+    `unit`: of its values, which the CSV names in its heading, for it has the values alone.
+    """
 
     heading: str
     number: bool = False
     group: str = ""
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,8 @@ def as_csv(table: Table) -> str:
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([_csv_text(heading) for heading in _flat_headings(table)])
+    units = [f", {column.unit}" if column.unit else "" for column in table.columns]
+    writer.writerow([_csv_text(heading + unit) for heading, unit in zip(_flat_headings(table), units, strict=True)])
     for row in table.rows:
         writer.writerow([_csv_value(cell) for cell in row])
     return out.getvalue()

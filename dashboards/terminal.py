@@ -108,7 +108,8 @@ def _row(summary: CellSummary, many: bool, compared: bool) -> list[Text]:
 def _caption(view: SweepView, compared: bool) -> str:
     chance = ", ".join(f"{facts.name} {percent(facts.chance)} %" for facts in view.data)
     said = [f"guessing: {chance}"] if chance else []
-    said.append("optim.: best minus validation")
+    said.append("best, last, valid.: by the best test epoch, the last, the one chosen by validation")
+    said.append("optim.: best minus valid.")
     if sampling_word(view) == "trial":
         said.append("seeds of a fold are averaged first")
     left_out = sum(summary.selected.not_finite for summary in summarise(view))

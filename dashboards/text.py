@@ -32,7 +32,13 @@ STD_WORDS = {
 
 def number(value: float | None, form: str) -> str:
     """A number as `form` writes it, a gap, or that it is not finite."""
-    return GAP if value is None else format(value, form) if math.isfinite(value) else NOT_FINITE
+    if value is None or not math.isfinite(value):
+        return GAP if value is None else NOT_FINITE
+    said = format(value, form)
+    if not said.startswith("-"):
+        return said
+    # what is rounded to 0 has no sign
+    return said.replace("-", MINUS, 1) if any(digit in said for digit in "123456789") else said[1:]
 
 
 def percent(fraction: float | None, digits: int = 2) -> str:

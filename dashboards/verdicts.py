@@ -47,7 +47,7 @@ def tally(entries: Sequence[Entry]) -> dict[Verdict, int]:
 
 
 def tallied(entries: Sequence[Entry]) -> str:
-    """ "118 claims: 40 supported, 22 contradicted, 26 underpowered, 30 without data"."""
+    """ "118 claims: 39 supported, 22 contradicted, 27 underpowered, 30 without data"."""
     said = ", ".join(
         f"{count} {'without data' if verdict == 'no data' else verdict}" for verdict, count in tally(entries).items()
     )
@@ -65,7 +65,7 @@ def claims_table(entries: Sequence[Entry], evidence: Evidence) -> Table:
             Column(heading="verdict"),
             Column(heading="what the paper says"),
             Column(heading="the numbers"),
-            Column(heading="difference", number=True),
+            Column(heading="difference", number=True, unit="points"),
             Column(heading="p", number=True),
             Column(heading="Holm", number=True),
         ),

@@ -55,7 +55,8 @@ class _Pair(Rule):
 class Better(_Pair):
     """`first` is more accurate, where the paper says so `by` (within `tolerance`) or by `at_least` so much.
 
-    The sign is told by Holm's p; a size is excluded by the interval of the family, and missed by the mean.
+    The sign is told by Holm's p. A size is excluded by the interval of the family; `by` is missed by the mean, and
+    `at_least` is shown where the whole interval is above it.
     """
 
     by: float | None = None
@@ -71,8 +72,11 @@ class Better(_Pair):
         if self.at_least is not None and found.high < self.at_least:
             excludes = f"{_family(found)}, excludes {points(self.at_least, 1)}: {_told(found)}"
             return _judged("contradicted", excludes, found)
-        if direction.verdict == "supported" and self.at_least is not None and found.mean < self.at_least:
-            return _judged("underpowered", f"ahead, by less than {points(self.at_least, 1)}: {_told(found)}", found)
+        if direction.verdict == "supported" and self.at_least is not None and found.low < self.at_least:
+            shown = (
+                f"a difference is shown, its size is not: {_family(found)}, has less than {points(self.at_least, 1)}"
+            )
+            return _judged("underpowered", f"{shown} as well; {_told(found)}", found)
         return direction
 
 

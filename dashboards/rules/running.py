@@ -93,7 +93,13 @@ class Takes(Rule):
             if runs.dataset == self.dataset and runs.hours and not runs.other_course
         ]
         if not known:
-            return Judgement(verdict="no data", because=f"no times of {self.dataset} are known")
+            others = [runs for runs in case.evidence.cells.values() if runs.dataset == self.dataset and runs.hours]
+            course = listing(list(dict.fromkeys(reason for runs in others for reason in runs.less))) or "other epochs"
+            return Judgement(
+                verdict="no data",
+                because=f"no times of {self.dataset} are known"
+                + (f" of runs like the paper's: those here have {course}" if others else ""),
+            )
         took = [hours for hours, _ in known]
         told = f"{min(took):.3g} to {max(took):.3g} hours" if len(took) > 1 else f"{took[0]:.3g} hours"
         told += f" for {plural(folds, 'fold')}"

@@ -210,7 +210,6 @@ def make_evidence(
             "name": "a made-up sweep",
             "published": False,
             "select": "best_test",
-            "ddof": 1,
             "cells": cells,
             "counts": {name: official(name) for name in DATASETS_OF_THE_PAPER},
             "tokens": {},

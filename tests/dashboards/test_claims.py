@@ -171,7 +171,7 @@ def test_what_is_not_tested_says_why(one: Any):
         ("no-small-effect", "underpowered"),
         ("axes-interact", "underpowered"),
         ("mamba-5-above-helix", "underpowered"),
-        ("mamba-10-above-attention", "supported"),
+        ("mamba-10-above-attention", "underpowered"),
         ("attention-hurts-short", "underpowered"),
         # 1.4: 4.4 GB without weights, 86 GB with
         ("attention-cannot-run", "contradicted"),
@@ -252,8 +252,8 @@ def test_the_tally_counts_every_claim_once():
     entries = ledger(published_evidence())
     counted = tally(entries)
     assert tuple(counted) == VERDICTS
-    assert counted == {"supported": 40, "contradicted": 22, "underpowered": 26, "no data": 30}
-    assert tallied(entries) == "118 claims: 40 supported, 22 contradicted, 26 underpowered, 30 without data"
+    assert counted == {"supported": 39, "contradicted": 22, "underpowered": 27, "no data": 30}
+    assert tallied(entries) == "118 claims: 39 supported, 22 contradicted, 27 underpowered, 30 without data"
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,8 @@ def pair(make_evidence: MakeEvidence, gaps: Gaps) -> Evidence:
         ({"by": 0.06}, AHEAD, "supported"),
         ({"by": 0.12}, AHEAD, "contradicted"),
         ({"by": 0.05}, (0.08, 0.14, 0.06, 0.12, 0.10), "underpowered"),
-        ({"at_least": 0.05}, AHEAD, "supported"),
+        ({"at_least": 0.02}, AHEAD, "supported"),
+        ({"at_least": 0.05}, AHEAD, "underpowered"),
         ({"at_least": 0.10}, AHEAD, "contradicted"),
         ({"at_least": 0.11}, (0.08, 0.14, 0.06, 0.12, 0.10), "underpowered"),
     ],
@@ -775,6 +776,14 @@ def test_hours_are_of_all_folds_of_runs_like_the_papers(make_evidence: MakeEvide
     assert verdict(rule, hours(0.1, accuracy={"last": {(1, 0): 0.5, (2, 0): 0.5}})) == "underpowered", "2 of 5 folds"
     assert [verdict(rule, hours(time)) for time in (0.9, 1.1, None)] == ["supported", "contradicted", "no data"]
     assert verdict(rule, hours(0.9, other_course=True)) == "no data"
+    said = [
+        because(rule, evidence)
+        for evidence in (hours(None), hours(0.9, other_course=True, less=("3 epochs instead of 100",)))
+    ]
+    assert said == [
+        "no times of esc50 are known",
+        "no times of esc50 are known of runs like the paper's: those here have 3 epochs instead of 100",
+    ]
     about = Takes(dataset="esc50", hours=5, tolerance=0.1)
     assert [verdict(about, hours(time)) for time in (0.5, 1.0, 1.5)] == ["contradicted", "supported", "contradicted"]
 

@@ -1,7 +1,10 @@
 """Every comparison of a data set: paired, tested in all ways, one family; and a table that tells only what is known."""
 
+import csv
+import io
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import stdev
 
 import numpy as np
 import pytest
@@ -32,7 +35,7 @@ from dashboards.evidence import (
     sweep_evidence,
 )
 from dashboards.tables import FORMATS, Cell, Figure, Table, shown
-from dashboards.text import GAP, MINUS
+from dashboards.text import GAP, MINUS, number, percent
 from dashboards.verdicts import CLAIMS, comparisons_table, ledger
 from dashboards.view import SweepView, TrialEntry
 from helix.protocol import profile
@@ -239,6 +242,9 @@ def test_the_table_has_what_was_measured(two: Evidence):
     (gap,) = cells_of(table, "difference")
     assert isinstance(gap, Figure) and gap.value == pytest.approx(6.0) and gap.shown == "+6.00"
     assert [shown(one) for one in cells_of(table, "n") + cells_of(table, "effect: ahead in")] == ["5 folds", "100 %"]
+    (row,) = csv.DictReader(io.StringIO(FORMATS["csv"](table)))
+    assert (row["effect: ahead in, %"], float(row["difference, points"])) == ("100.0", pytest.approx(6.0))
+    assert row["95 % interval, paired t: low, points"] and row["std, points"]
     said = " ".join(table.notes)
     assert "Nadeau and Bengio" in said and "its smallest p is 0.0625" in said
 
@@ -252,12 +258,15 @@ def test_notes_explain_the_columns_that_are_there_and_no_others(two: Evidence):
     assert {column.group for column in short.columns} == {"", "95 % interval, corrected", "p", "effect"}
 
 
-def test_the_spread_is_divided_as_the_protocol_says(make_evidence: MakeEvidence):
+def test_the_spread_is_that_of_the_effect_beside_it_and_in_points(make_evidence: MakeEvidence):
     cells = {("esc50", MAMBA_RAW): folds(*GAPS), ("esc50", HELIX_RAW): folds(0, 0, 0, 0, 0)}
-    for ddof, wanted, words in ((0, 1.41, "by n."), (1, 1.58, f"by n {MINUS} 1.")):
-        table = statistics_table(make_evidence(cells, ddof=ddof), "esc50")
-        assert [shown(one) for one in cells_of(table, "std")] == [f"{wanted:.2f}"]
-        assert words in table.notes[0]
+    table = statistics_table(make_evidence(cells), "esc50")
+    (mean,), (std,), (effect,) = (cells_of(table, name) for name in ("difference", "std", "effect: d_z"))
+    assert isinstance(mean, Figure) and isinstance(std, Figure) and isinstance(effect, Figure)
+    assert mean.value is not None and std.value is not None
+    assert (std.value, std.shown) == (pytest.approx(100 * stdev(GAPS)), "1.58")
+    assert effect.value == pytest.approx(mean.value / std.value)
+    assert f"divided by n {MINUS} 1" in table.notes[0]
 
 
 def test_one_fold_gives_a_difference_and_no_column_that_would_be_empty(make_view: MakeView):
@@ -305,6 +314,11 @@ def test_a_data_set_called_script_names_its_file_harmlessly(make_view: MakeView)
     table = statistics_table(sweep_evidence(view), "<script>/../x")
     assert table.name == "statistics--script-----x"
     assert "<script>" not in FORMATS["tex"](table) and "<script>" not in FORMATS["md"](table)
+
+
+def test_what_is_rounded_to_nothing_has_no_sign():
+    assert [number(value, ".2f") for value in (-0.001, 0.001, -0.0, -0.01)] == ["0.00", "0.00", "0.00", f"{MINUS}0.01"]
+    assert (percent(-0.23, 1), percent(-0.00001)) == (f"{MINUS}23.0", "0.00")
 
 
 def test_negative_effects_have_the_sign_of_the_other_numbers():

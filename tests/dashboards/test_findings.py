@@ -86,8 +86,9 @@ def test_nothing_finished_is_said_plainly(make_view: MakeView):
 
 
 def test_a_variant_without_a_result_is_named(make_view: MakeView):
-    text = said(make_view(status=lambda variant, *_: ("failed", 2) if variant == "helix-mel" else ("done", 0)))
-    assert "No result yet from helix-mel." in text
+    for status, words in (("running", "No result yet from helix-mel."), ("failed", "No result from helix-mel: every")):
+        text = said(make_view(status=lambda name, *_, now=status: (now, 2) if name == "helix-mel" else ("done", 0)))
+        assert words in text
 
 
 def test_only_one_result_claims_no_order(make_view: MakeView):

@@ -104,6 +104,13 @@ def test_the_page_needs_no_network_and_runs_nothing():
     assert source == render_published()
 
 
+def test_every_table_that_is_written_is_linked_and_no_other(tmp_path: Path):
+    page, *tables = write_published(tmp_path)
+    linked = re.findall(r'href="(published/[^"]*)"', page.read_text())
+    assert sorted(linked) == sorted(str(path.relative_to(tmp_path)) for path in tables)
+    assert 'href="published' not in render_published()
+
+
 def test_the_page_shows_every_claim_and_every_comparison(tmp_path: Path):
     page, *_ = write_published(tmp_path)
     source = page.read_text()

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import pytest
 from rich.console import Console
 
-from dashboards.charts import ticks
+from dashboards.charts import block_marks, colours, glyph, ticks
 from dashboards.confusion import SHADES
 from dashboards.curves import Curve, common_mean, thin
 from dashboards.report import render_report, report_tables, write_report
@@ -233,6 +233,26 @@ def test_a_trial_that_several_ranks_trained_says_so_and_names_its_code(make_view
     assert [row[at].shown for row in table.rows if isinstance(row[at], Figure)][:2] == ["2", GAP]
     said = page(replace(view, cells=cells)).text
     assert f"commit {code['commit'][:12]} with changes" in " ".join(said.split())
+
+
+def test_a_cell_whose_trials_all_failed_is_not_waited_for(make_view: MakeView):
+    view = make_view(status=lambda name, fold, seed: ("failed", 0) if name == "helix-raw" else ("done", 0))
+    said = page(view).text
+    assert "3 trials failed" in said
+    assert "No result from helix-raw: every trial of it failed." in said
+    assert "no result yet" not in said.lower()
+
+
+def test_colours_and_marks_are_those_of_the_names_whatever_else_a_sweep_has(make_view: MakeView):
+    whole, two = make_view(), make_view(variants=[("attention", "raw"), ("mamba", "raw")])
+    assert colours(whole.cells) == {"mamba": "k0", "helix": "k1", "attention": "k2"}
+    assert colours(two.cells) == {"mamba": "k0", "attention": "k2"}
+    strange = tuple(replace(cell, backbone=f"mine {at}") for at, cell in enumerate(whole.cells))
+    assert not set(colours(strange).values()) & {"k0", "k1", "k2"}
+    marks = block_marks([("attention", "mamba", "other"), ("mamba",)])
+    assert marks == {"mamba": "b0", "attention": "b1", "other": "b2"}
+    assert 'class="block b1"' in glyph(("attention",), block_marks([("attention",)]))
+    assert render_report(two).count('class="block b1"') == 6 + 6 + 1, "a row of the table, a panel, the legend"
 
 
 def test_every_chart_says_in_words_what_it_shows(make_view: MakeView):

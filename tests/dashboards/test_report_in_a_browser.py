@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dashboards.paper import write_published
 from dashboards.report import write_report
 from dashboards.view import SweepView
 
@@ -100,6 +101,17 @@ def test_no_table_is_cut_off_on_a_screen_of_1180(open_report: Callable[..., Any]
     cut = "[...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth).length"
     assert page.evaluate(cut) == 0
     assert page.locator("svg.chart").first.bounding_box()["width"] > 1000
+
+
+def test_no_table_of_the_published_numbers_is_cut_off_on_a_screen_of_1280(browser: Any, tmp_path: Path):
+    page_path, *_ = write_published(tmp_path)
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(page_path.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    cut = "[...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth).length"
+    assert page.locator(".scroll").count() > 5
+    assert page.evaluate(cut) == 0
+    page.close()
 
 
 def test_a_chart_on_a_telephone_keeps_letters_that_can_be_read(open_report: Callable[..., Any], make_view: MakeView):

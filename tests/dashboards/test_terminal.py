@@ -52,6 +52,12 @@ def test_what_cells_cost_stands_beside_them_where_it_is_known(make_view: MakeVie
     assert "…" not in text
 
 
+def test_every_short_heading_is_explained(make_view: MakeView):
+    text = " ".join(printed(make_view()).split())
+    assert "valid.: by the best test epoch, the last, the one chosen by validation" in text
+    assert "optim.: best minus valid." in text
+
+
 def test_gaps_are_dashes(make_view: MakeView):
     text = printed(make_view(folds=(1, 2), status=lambda variant, fold, seed: ("done" if fold == 1 else "missing", 0)))
     assert "1/2" in text

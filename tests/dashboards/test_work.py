@@ -1,5 +1,7 @@
 """What a cell took: sums of its attempts, gaps where nothing is known."""
 
+import csv
+import io
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from dashboards.report import render_report, report_tables
-from dashboards.tables import shown
+from dashboards.tables import as_csv, shown
 from dashboards.view import Spent, SweepView
 from dashboards.work import work_of, work_table
 
@@ -56,6 +58,14 @@ def test_hours_and_money_are_added_and_the_lost_part_stands_beside_them(make_vie
     assert (row["cost GPU-hours"], row["cost US$"], row["cost of it lost"]) == ("1.00", "4.00", "1.00")
 
 
+def test_the_file_names_the_units_that_a_page_writes_beside_its_numbers(make_view: MakeView):
+    spent = Spent(hours=1.0, usd=2.0, lost_hours=0.25, lost_usd=0.5)
+    view = with_attempts(make_view(folds=(1,), variants=[("mamba", "raw")]), "done", spent=spent)
+    (row,) = csv.DictReader(io.StringIO(as_csv(work_table(view))))
+    assert (row["time: worked, hours"], row["time: lost, hours"]) == ("1.0", "0.25")
+    assert (row["trials, done"], row["cost: of it lost, US$"]) == ("1", "0.5")
+
+
 def test_what_has_no_price_has_a_gap_and_no_zero(make_view: MakeView):
     spent = Spent(hours=1.0, unpriced_hours=1.0, unpriced=("unknown instance type",))
     view = with_attempts(make_view(folds=(1,)), "done", spent=spent)
@@ -81,7 +91,7 @@ def test_lost_means_one_thing_on_a_page(make_view: MakeView):
     page = render_report(view)
     heads = [text for text in re.findall(r"<th[^>]*>(.*?)</th>", page) if "lost" in text]
     assert heads == ["lost", "of it lost"], "the time and the cost of steps that were trained again"
-    assert "beyond<br>training" in page
+    assert ">restarting</th>" in page
     (trials,) = [table for table in report_tables(view) if table.name == "trials"]
-    assert "beyond training, s" in [column.heading for column in trials.columns]
+    assert "restarting, s" in [column.heading for column in trials.columns]
     assert not any("lost" in column.heading for column in trials.columns)

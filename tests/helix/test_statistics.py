@@ -276,6 +276,16 @@ def test_what_not_all_have_is_counted_and_left_out():
     assert contrast([]) == ({}, 0)
 
 
+def test_a_difference_of_nothing_is_one_however_it_comes_about():
+    cells = [({(1, 0): value}, weight) for value, weight in ((0.55, 1.0), (0.5, -1.0), (0.35, -1.0), (0.3, 1.0))]
+    (tie,) = contrast(cells)[0].values()
+    assert tie == 0.0 and math.copysign(1, tie) == 1
+    noise = 1e-17
+    exact, nearly = ({(1, 0): 0.1, (2, 0): 0.2, (3, 0): -0.3 + off} for off in (-noise, 3 * noise))
+    said = {outlook(one, ratio=RATIO, folds_exist=5).said for one in (exact, nearly, {(1, 0): 0.1, (2, 0): -0.1})}
+    assert said == {"no number can be told: the mean difference is 0"}
+
+
 def test_seeds_of_a_fold_are_one_unit_and_of_one_split_they_are_the_units():
     several = units({(1, 0): 0.1, (1, 1): 0.3, (2, 0): 0.4})
     assert (several.unit, several.values) == ("fold", pytest.approx((0.2, 0.4)))
