@@ -28,18 +28,18 @@ from helix.protocol import PROFILES
 from helix.published import GPU_BYTES
 from helix.registry import DATASETS
 from helix.spec import TrialSpec, apply_overrides, identity
-from helix.storage import open_storage
+from helix.storage import Storage, open_storage
 from helix.training import feasibility as feasible
 from helix.training.feasibility import TOKENS, Cell, table
 from helix.training.memory import GIB, gib
 from orchestration import status, sweep
-from orchestration.asked import read_asked, stored_view
+from orchestration.asked import asked_grids, read_asked, stored_view
 from orchestration.certify import BIT_EXACT, certificate_table, certify, check_wanted
 from orchestration.connection import ClusterError, cpu_count, rehearse
 from orchestration.forecast import Forecast, calibrate, forecasts, measured, shape
 from orchestration.from_mlflow import view_from_mlflow
 from orchestration.grid import BACKBONES, GRIDS, PRESETS, expand, load_grid
-from orchestration.ledger import CERTIFICATES
+from orchestration.ledger import CERTIFICATES, begun_trials
 from orchestration.money import MARKETS, machine_facts, read_prices
 from orchestration.options import add_data_arguments, chosen_storage, names, numbers, sweep_parser
 from orchestration.plan import check_trials, make_plan, with_memory
@@ -312,12 +312,25 @@ def report_stored(arguments: Sequence[str]) -> int:
         storage, _ = chosen_storage(given)
         asked = None if any(chosen) else read_asked(storage, given.grid)
         if asked is None:
+            _check_stored(storage, given.grid, whole=not any(chosen))
             return sweep.main(arguments, train_missing=False)
         storage.check_writable()
         prices = read_prices(given.prices) if given.prices else None
     except (ValueError, OSError) as error:
         return sweep.refuse(error)
     return sweep.finish(storage, lambda: stored_view(storage, asked, now=time.time(), prices=prices), sweep.console())
+
+
+def _check_stored(storage: Storage, grid: str, *, whole: bool) -> None:
+    """ValueError where there is nothing to report on, and a report would only make a new storage.
+
+    `whole`: no options ask for trials, which another grid may have trained.
+    """
+    load_grid(grid)
+    known = asked_grids(storage)
+    anything = known or begun_trials(storage) or storage.children(CERTIFICATES)
+    if not anything or (whole and known):
+        raise ValueError(status.unknown(storage, grid, known))
 
 
 def report_from_mlflow(arguments: Sequence[str]) -> int:

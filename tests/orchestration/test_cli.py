@@ -73,6 +73,19 @@ def test_a_report_of_a_grid_that_nothing_was_asked_of_is_that_of_its_file(
     assert "grids/demo/plan.json: is not JSON" in capsys.readouterr().err
 
 
+def test_a_report_of_what_no_sweep_was_asked_of_is_refused_and_makes_no_storage(
+    demo: Snapshot, storage: FolderStorage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for options in ((), OTHER):
+        assert cli.main(["report", "--grid", "demo", "--storage", str(tmp_path / "mistyped"), *options]) == 2
+        assert f"refused: nothing of a sweep is stored in file://{tmp_path}/mistyped;" in capsys.readouterr().err
+    assert not (tmp_path / "mistyped").exists()
+    before = sorted(storage.keys(""))
+    assert cli.main(["report", "--grid", "esc50", "--storage", repr(storage)]) == 2
+    assert "refused: no sweep of 'esc50' is stored in" in capsys.readouterr().err
+    assert sorted(storage.keys("")) == before
+
+
 def test_tables_that_are_no_part_of_a_report_any_more_go_and_those_of_others_stay(
     demo: Snapshot, storage: FolderStorage
 ):
