@@ -46,7 +46,7 @@ from orchestration.plan import check_trials, make_plan, with_memory
 from orchestration.preprocessing import clip_facts, described, prepare_with_ray, prepared_data, refuse_needless, summary
 from orchestration.progress import ProgressDisplay
 from orchestration.restart import restart
-from orchestration.tracking import tracking_uri
+from orchestration.tracking import check_tracking_uri, tracking_uri
 from orchestration.twin import TwinError, Twins
 from orchestration.verification import verify_storage
 
@@ -314,6 +314,7 @@ def report_stored(arguments: Sequence[str]) -> int:
         if asked is None:
             _check_stored(storage, given.grid, whole=not any(chosen))
             return sweep.main(arguments, train_missing=False)
+        check_tracking_uri(storage)
         storage.check_writable()
         prices = read_prices(given.prices) if given.prices else None
     except (ValueError, OSError) as error:

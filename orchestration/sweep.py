@@ -66,7 +66,7 @@ from orchestration.needs import Need, Room, deal, need_of
 from orchestration.options import chosen_storage, sweep_parser
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, price, with_memory
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
-from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, local_folder
+from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, check_tracking_uri, local_folder
 from orchestration.worker import drive, worker_resources
 
 logger = logging.getLogger(__name__)
@@ -173,6 +173,7 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
     None after a dry run, which prints the plan and writes nothing.
     """
     storage, storage_named = chosen_storage(options)
+    check_tracking_uri(storage)
     grid = load_grid(options.grid)
     trials = expand(
         grid,

@@ -23,9 +23,10 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
@@ -80,6 +81,12 @@ PLAN_FILE, STATE_FILE = "plan.json", "state.json"
 #: What of a row is in no file: a loss for each step is much, and no report shows it.
 LEFT_OUT = ("train_losses",)
 
+#: The schemes of addresses for which MLflow has a store of its own; the empty one is that of a path.
+SCHEMES = (
+    *("", "file", "http", "https", "sqlite", "postgresql", "mysql", "mssql"),
+    *("databricks", "databricks-uc", "uc"),
+)
+
 #: What is remembered of a result.
 KEPT = (
     *("accuracy", "finished", "classes", "confusion", "selected_confusion", "selected_epoch"),
@@ -102,6 +109,17 @@ def tracking_uri(storage: Storage) -> str:
     """MLFLOW_TRACKING_URI, or a SQLite file in the local folder."""
     path = re.sub("[%?#]", lambda odd: quote(odd.group()), str(local_folder(storage) / "mlflow.db"))
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"
+
+
+def check_tracking_uri(storage: Storage) -> None:
+    """ValueError where MLFLOW_TRACKING_URI is an address that MLflow can never use; one that is down is no error."""
+    scheme = urlsplit(tracking_uri(storage)).scheme.partition("+")[0]  # of postgresql+psycopg2 the first
+    known = {*SCHEMES, *(plugin.name for plugin in entry_points(group="mlflow.tracking_store"))}
+    if scheme not in known:
+        raise ValueError(
+            f"MLFLOW_TRACKING_URI begins with {scheme}:, and MLflow knows no such address; known: "
+            f"{', '.join(sorted(known - {''}))}; of a server it is http://HOST:PORT"
+        )
 
 
 def be_brief() -> None:

@@ -19,12 +19,14 @@ import pytest
 import soundfile
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, load_text
+from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 from scipy import stats
 
 from dashboards.confusion import confusion_csv, confusion_of
 from dashboards.summary import SELECTIONS, statistic, summarise
 from helix.data.shards import Recordings
 from helix.storage import FolderStorage, Storage, open_storage, sealed
+from orchestration import sweep as sweep_command
 from orchestration import tracking
 from orchestration.grid import Trial
 from orchestration.plan import Snapshot, make_plan
@@ -223,6 +225,26 @@ def test_a_server_that_is_down_is_reported_in_one_line_and_stops_nothing(sweep, 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert attempt_replay(Tracker(storage), snapshot()) is None
     assert len(runs(storage)["trial"]) == 1
+
+
+def test_an_address_that_mlflow_can_never_use_is_refused_and_one_that_is_down_is_not(
+    storage: FolderStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    place = ["--grid", "demo", "--storage", str(tmp_path / "new")]
+    for uri in ("bogus://bob:s3cret@x", "localhost:5000"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(UnsupportedModelRegistryStoreURIException):
+            MlflowClient(uri)
+        for options in ([], ["--dry-run"]):
+            assert sweep_command.main([*place, *options]) == sweep_command.REFUSED
+            said = capsys.readouterr().err
+            assert f"MLFLOW_TRACKING_URI begins with {uri.partition(':')[0]}:" in said and "s3cret" not in said
+    assert not (tmp_path / "new").exists()
+    for uri in ("http://127.0.0.1:9", "postgresql+psycopg2://host/db", "mlruns", "databricks", f"sqlite:///{tmp_path}/x"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        tracking.check_tracking_uri(storage)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    tracking.check_tracking_uri(storage)
 
 
 def test_passwords_are_not_printed(sweep, tiny_data, storage, monkeypatch):
