@@ -183,7 +183,7 @@ class Tracker:
                     name = f"{CERTIFICATES}/{certificate['certificate_id']}.json"
                     client.log_dict(run.info.run_id, certificate, name)
             links = self.compare_links(view).get(dataset, {})
-            told = [f"{view.question.strip()}", f"`{view.command}`", "report.html is under Artifacts."]
+            told = [f"{view.question.strip()}", f"`{view.command}`", f"{report.name} is under Artifacts."]
             told += [f"[{what}]({link})" for what, link in links.items()]
             self._tag(client, run, "mlflow.note.content", "\n\n".join(told))
             client.set_terminated(run.info.run_id, "FINISHED")
@@ -219,6 +219,7 @@ class Tracker:
         if parent is not None:
             self._parents[summary.cell.dataset, summary.cell.variant] = parent.info.run_id
             self._summary(client, experiment, view, summary, parent)
+            self._status(client, summary.cell, parent)
             self._adopt(client, experiment, parent)
 
     def _report(self, client: MlflowClient, view: SweepView, dataset: str) -> Run:
@@ -435,7 +436,6 @@ class Tracker:
             corrected = f"corrected for shared training clips ({ratio:.3g} test to training), " if folds else ""
             said = f"t over {chosen.counted}, {corrected}{CONFIDENCE:.0%}; seeds of a fold are averaged first"
             self._tag(client, parent, "helix.interval", said)
-            client.set_terminated(parent.info.run_id, "FINISHED", end_time=when)
             self._tag(client, parent, "helix.summary", state)
         if all(trial.state.status == "done" for trial in summary.cell.trials):
             if self._registered.get(parent.info.run_id) == len(found):
@@ -480,6 +480,24 @@ class Tracker:
         )
         self._tag(client, parent, "helix.model", f"models:/{model}/{version}")
         self._tag(client, parent, "helix.model_sha256", sha256)
+
+    def _status(self, client: MlflowClient, cell: CellView, parent: Run) -> None:
+        """Let the run of a cell end as its trials did that anybody began: the worst of their ends is its own."""
+        begun = [trial.state for trial in cell.trials if trial.state.status != "missing"]
+        statuses = {state.status for state in begun}
+        status = next(one for one in ("running", "failed", "partial", "done") if one in statuses)
+        # Of the storage and not of the clock, as the points of the summary are.
+        ends = [state.result["finished"] for state in begun if state.result is not None]
+        ends += [attempt["ended"] for state in begun for attempt in state.attempts if "ended" in attempt]
+        end = int(1000 * max(ends)) if ends and status != "running" else None
+        told = status if end is None else f"{status} {end}"
+        if parent.data.tags.get("helix.status") == told:
+            return
+        if status == "running":
+            client.update_run(parent.info.run_id, status=STATUS[status])
+        else:
+            client.set_terminated(parent.info.run_id, STATUS[status], end_time=end)
+        self._tag(client, parent, "helix.status", told)
 
     def _results(self, key: str) -> dict[str, dict[str, Any]]:
         """The results of every finished trial of the cell `key` in storage, by id; what is read once is remembered."""

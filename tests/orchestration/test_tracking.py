@@ -155,6 +155,33 @@ def test_a_trial_is_followed_while_it_runs_and_after_it_failed(sweep, tiny_data,
     assert [step for step, _ in history(storage, run, "test_loss")] == [1, 2]
 
 
+def test_the_run_of_a_cell_ends_as_its_trials_did(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    snapshot.plan = cell = [entry for entry in plan if entry.trial.variant == plan[0].trial.variant]
+    seen = []
+
+    def stop(row):
+        Tracker(storage).replay(snapshot())
+        seen.append(runs(storage)["cell"][0].info.status)
+        raise ValueError("stop here")
+
+    def status() -> str:
+        Tracker(storage).replay(snapshot())
+        return runs(storage)["cell"][0].info.status
+
+    for entry in cell:
+        train(entry, tiny_data, storage, on_epoch=stop)
+    assert seen == ["RUNNING", "RUNNING"]
+    assert status() == "FAILED"
+    run_trial(cell[0].trial.spec, tiny_data, storage, sweep_id="s2")
+    assert status() == "FAILED", "one of its trials did"
+    run_trial(cell[1].trial.spec, tiny_data, storage, sweep_id="s2")
+    assert status() == "FINISHED"
+    (run,) = runs(storage)["cell"]
+    finished = max(storage.get_json(f"trials/{entry.trial_id}/result.json")["finished"] for entry in cell)
+    assert run.info.end_time >= int(1000 * finished)
+
+
 def test_a_lost_database_is_rebuilt_from_storage(sweep, tiny_data, storage, initialised):
     snapshot, plan = sweep
     train(plan[0], tiny_data, storage)
@@ -545,6 +572,7 @@ def test_the_report_and_the_certificates_lie_beside_the_cells(sweep, tiny_data, 
     found = Path(download_artifacts(f"{run.info.artifact_uri}/certificates"))
     assert [path.name for path in found.iterdir()] == ["c0.json"]
     assert "Does it replay?" in run.data.tags["mlflow.note.content"]
+    assert "test.html is under Artifacts." in run.data.tags["mlflow.note.content"]
 
 
 def test_a_run_that_was_deleted_by_hand_is_made_again_with_everything(sweep, tiny_data, storage):
