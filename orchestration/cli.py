@@ -41,7 +41,7 @@ from orchestration.from_mlflow import view_from_mlflow
 from orchestration.grid import BACKBONES, GRIDS, PRESETS, expand, load_grid
 from orchestration.ledger import CERTIFICATES, begun_trials
 from orchestration.money import MARKETS, machine_facts, read_prices
-from orchestration.options import add_data_arguments, chosen_storage, names, numbers, sweep_parser
+from orchestration.options import add_data_arguments, chosen_storage, names, numbers, report_parser, sweep_parser
 from orchestration.plan import check_trials, make_plan, with_memory
 from orchestration.preprocessing import clip_facts, described, prepare_with_ray, prepared_data, refuse_needless, summary
 from orchestration.progress import ProgressDisplay
@@ -268,16 +268,12 @@ def report(arguments: Sequence[str]) -> int:
     if "--from-mlflow" in arguments:
         return report_from_mlflow(arguments)
     if "--published" not in arguments:
+        if {"-h", "--help"} & set(arguments):
+            forms = (report_parser(), from_mlflow_parser(), published_parser())
+            print("\n".join(form.format_help() for form in forms), end="")  # noqa: T201
+            return 0
         return report_stored(arguments)
-    parser = argparse.ArgumentParser(
-        prog="helix report --published",
-        description="The paper's claims and comparisons, judged by the numbers that are published: a page and tables.",
-    )
-    parser.add_argument("--published", action="store_true", required=True, help="of the paper's own numbers")
-    parser.add_argument(
-        "--storage", help="where reports/published.html and its tables go (default: HELIX_STORAGE, or ./runs)"
-    )
-    given = parser.parse_args(arguments)
+    given = published_parser().parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else sweep.PLAIN_WIDTH)
     try:
         storage, _ = chosen_storage(given)
@@ -297,17 +293,43 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def published_parser() -> argparse.ArgumentParser:
+    """The options of `helix report --published`."""
+    parser = argparse.ArgumentParser(
+        prog="helix report --published",
+        description="The paper's claims and comparisons, judged by the numbers that are published: a page and tables.",
+    )
+    parser.add_argument("--published", action="store_true", required=True, help="of the paper's own numbers")
+    parser.add_argument(
+        "--storage", help="where reports/published.html and its tables go (default: HELIX_STORAGE, or ./runs)"
+    )
+    return parser
+
+
+def from_mlflow_parser() -> argparse.ArgumentParser:
+    """The options of `helix report --from-mlflow`."""
+    parser = argparse.ArgumentParser(
+        prog="helix report --from-mlflow",
+        description="The report of what was asked of a grid last, from MLflow alone: the storage is not read.",
+    )
+    parser.add_argument("--from-mlflow", action="store_true", required=True, help="read MLflow and nothing else")
+    parser.add_argument("--grid", required=True, help="the grid whose report is wanted")
+    parser.add_argument(
+        "--tracking-uri",
+        metavar="URI",
+        help="where MLflow is (default: MLFLOW_TRACKING_URI, or the SQLite file in HELIX_STORAGE or ./runs); "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD sign in",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page (default: reports/GRID.html, in this folder)"
+    )
+    return parser
+
+
 def report_stored(arguments: Sequence[str]) -> int:
     """`helix report --grid esc50`: of what was asked last, or of what the options ask; nothing is trained."""
-    parser = sweep_parser("helix report")
-    parser.description = (
-        "The report of what was asked of a grid last, as it stands now. Options that say which trials (key=value, "
-        "--profile, --preset, --folds, --seeds, --variants) ask for those of the grid's file instead, and so does a "
-        "grid that no sweep was asked of yet."
-    )
-    parser.set_defaults(profile=None)  # to tell whether it was given
-    given = parser.parse_intermixed_args(arguments)
-    chosen = (given.overrides, given.profile, given.preset, given.folds, given.seeds, given.variants, given.dry_run)
+    given = report_parser().parse_intermixed_args(arguments)
+    chosen = (given.overrides, given.profile, given.preset, given.folds, given.seeds, given.variants)
     try:
         storage, _ = chosen_storage(given)
         asked = None if any(chosen) else read_asked(storage, given.grid)
@@ -336,22 +358,7 @@ def _check_stored(storage: Storage, grid: str, *, whole: bool) -> None:
 
 def report_from_mlflow(arguments: Sequence[str]) -> int:
     """`helix report --grid demo --from-mlflow`; 0 every trial is done, 1 some are not, 2 MLflow does not tell."""
-    parser = argparse.ArgumentParser(
-        prog="helix report --from-mlflow",
-        description="The report of what was asked of a grid last, from MLflow alone: the storage is not read.",
-    )
-    parser.add_argument("--from-mlflow", action="store_true", required=True, help="read MLflow and nothing else")
-    parser.add_argument("--grid", required=True, help="the grid whose report is wanted")
-    parser.add_argument(
-        "--tracking-uri",
-        metavar="URI",
-        help="where MLflow is (default: MLFLOW_TRACKING_URI, or the SQLite file in HELIX_STORAGE or ./runs); "
-        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD sign in",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the page (default: reports/GRID.html, in this folder)"
-    )
-    given = parser.parse_args(arguments)
+    given = from_mlflow_parser().parse_args(arguments)
     out = sweep.console()
     page = given.out or Path("reports", f"{given.grid}.html")
     try:

@@ -11,6 +11,7 @@ from helix.data.shards import Recordings
 from helix.storage import FolderStorage, Storage, open_storage
 from orchestration import cli, status, tracking
 from orchestration.asked import Asked, put_asked
+from orchestration.options import report_parser, sweep_parser
 from orchestration.plan import Snapshot
 from orchestration.tracking import Tracker
 from orchestration.worker import run_trial
@@ -80,10 +81,23 @@ def test_a_report_of_what_no_sweep_was_asked_of_is_refused_and_makes_no_storage(
         assert cli.main(["report", "--grid", "demo", "--storage", str(tmp_path / "mistyped"), *options]) == 2
         assert f"refused: nothing of a sweep is stored in file://{tmp_path}/mistyped;" in capsys.readouterr().err
     assert not (tmp_path / "mistyped").exists()
-    before = sorted(storage.keys(""))
+    before = sorted(storage.root.rglob("*"))
     assert cli.main(["report", "--grid", "esc50", "--storage", repr(storage)]) == 2
     assert "refused: no sweep of 'esc50' is stored in" in capsys.readouterr().err
-    assert sorted(storage.keys("")) == before
+    assert sorted(storage.root.rglob("*")) == before
+
+
+def test_the_help_of_a_report_shows_what_it_takes_and_only_that(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["report", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for option in ("--published", "--from-mlflow", "--tracking-uri", "--out", "--grid", "--folds", "--storage"):
+        assert option in shown
+    for option in ("--budget-usd", "--ranks", "--workers", "--deadline", "--threads", "--device", "--dry-run"):
+        assert option not in shown
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["report", "--grid", "demo", option, "1"])
+    helped = {action.dest for action in report_parser()._actions}
+    assert helped <= {action.dest for action in sweep_parser()._actions}, "a sweep plans what a report asks for"
 
 
 def test_tables_that_are_no_part_of_a_report_any_more_go_and_those_of_others_stay(
