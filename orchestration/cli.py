@@ -341,7 +341,12 @@ def report_stored(arguments: Sequence[str]) -> int:
         prices = read_prices(given.prices) if given.prices else None
     except (ValueError, OSError) as error:
         return sweep.refuse(error)
-    return sweep.finish(storage, lambda: stored_view(storage, asked, now=time.time(), prices=prices), sweep.console())
+    return sweep.finish(
+        storage,
+        lambda: stored_view(storage, asked, now=time.time(), prices=prices),
+        sweep.console(),
+        trained=False,
+    )
 
 
 def _check_stored(storage: Storage, grid: str, *, whole: bool) -> None:

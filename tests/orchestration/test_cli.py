@@ -100,6 +100,30 @@ def test_the_help_of_a_report_shows_what_it_takes_and_only_that(capsys: pytest.C
     assert helped <= {action.dest for action in sweep_parser()._actions}, "a sweep plans what a report asks for"
 
 
+def test_a_report_says_which_command_trains_what_is_not_done_and_that_what_failed_fails_again(
+    demo: Snapshot, tiny_data: Recordings, storage: FolderStorage, capsys: pytest.CaptureFixture[str]
+):
+    def stop(row: object) -> None:
+        raise ValueError("stop here")
+
+    def told() -> str:
+        assert report(storage) == 1
+        return next(line for line in capsys.readouterr().out.splitlines() if "are not done" in line)
+
+    first, second = demo.plan[:2]
+    storage.delete_folder(f"trials/{first.trial_id}")
+    assert told() == "1 of 4 trials are not done; the sweep's command (test) goes on with them"
+    storage.delete_folder(f"trials/{second.trial_id}")
+    run_trial(second.trial.spec, tiny_data, storage, sweep_id="s2", on_epoch=stop)
+    end = "what failed fails the same way unless something is changed first"
+    assert (
+        told() == "2 of 4 trials are not done; the sweep's command (test) tries the 1 that failed again "
+        f"and goes on with the others; {end}"
+    )
+    run_trial(first.trial.spec, tiny_data, storage, sweep_id="s3")
+    assert told() == f"1 of 4 trials are not done; the sweep's command (test) tries them again; {end}"
+
+
 def test_tables_that_are_no_part_of_a_report_any_more_go_and_those_of_others_stay(
     demo: Snapshot, storage: FolderStorage
 ):
