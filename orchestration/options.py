@@ -60,9 +60,9 @@ def report_parser() -> argparse.ArgumentParser:
     """The options of a report on what is stored, each of which is one of a sweep too."""
     parser = argparse.ArgumentParser(
         prog="helix report",
-        description="The report of what was asked of a grid last, as it stands now; nothing is trained. Options that say "
-        "which trials (key=value, --profile, --preset, --folds, --seeds, --variants) ask for those of the grid's file "
-        "instead.",
+        description="The report of what was asked of a grid last, as it stands now; nothing is trained. Options that "
+        "say which trials (key=value, --profile, --preset, --folds, --seeds, --variants) ask for those of the grid's "
+        "file instead.",
         allow_abbrev=False,  # what is short for one option here may be short for two of a sweep
     )
     add_trial_arguments(parser)

@@ -464,7 +464,10 @@ def _finish(storage: Storage, view: SweepView, console: Console, *, stopped: str
             console.print(f"stopped: {stopped}; every trial under way was saved", markup=False)
         again = "the same command" if trained else f"the sweep's command ({view.command})"
         failed = sum(trial.state.status == "failed" for _, trial in undone)
-        console.print(f"{len(undone)} of {len(states)} trials are not done; {_what_next(again, len(undone), failed)}", markup=False)
+        console.print(
+            f"{len(undone)} of {len(states)} trials are not done; {_what_next(again, len(undone), failed)}",
+            markup=False,
+        )
     for line in view.damage:
         console.print(f"damaged: {printable(line)}", markup=False)
     if view.damage:

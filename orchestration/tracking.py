@@ -35,6 +35,7 @@ from mlflow.exceptions import MlflowException
 from dashboards.confusion import confusion_csv, confusion_of, pooled_confusion
 from dashboards.counts import counts_of, overlap
 from dashboards.summary import SELECTIONS, CellSummary, statistic, summarise
+from dashboards.text import shortened
 from dashboards.view import CellView, SweepView, TrialView
 from helix.addresses import without_secrets
 from helix.data.shards import Prepared, find
@@ -48,6 +49,9 @@ from orchestration.once import made_once
 from orchestration.records import checked_result
 
 logger = logging.getLogger(__name__)
+
+#: So many characters of what was wrong with MLflow are told.
+MOST_SAID = 200
 
 #: MLflow refuses more than 1000 metrics in one call.
 BATCH = 1000
@@ -593,7 +597,8 @@ def attempt_replay(tracker: Tracker, view: SweepView, report: Path | None = None
             tracker.publish(view, report)
     except Exception as error:  # MLflow is a view: none of its troubles may stop a sweep
         logger.debug("MLflow replay failed", exc_info=True)
-        return without_secrets(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", tracker.uri)[:200]
+        line = without_secrets(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", tracker.uri)
+        return shortened(line, MOST_SAID)
     return None
 
 
