@@ -82,6 +82,15 @@ def listing(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
 
 
+def shortened(text: str, most: int) -> str:
+    """A text of at most `most` characters: cut after a word, where one ends in its second half, and marked as cut."""
+    if len(text) <= most:
+        return text
+    head = text[: most - 1]
+    at = most - 1 if text[most - 1].isspace() else head.rfind(" ")
+    return f"{(head[:at] if at > most // 2 else head).rstrip()}\N{HORIZONTAL ELLIPSIS}"
+
+
 def printable(text: str) -> str:
     """A text that was read from a storage, as a terminal may get it: without what would command it, as escapes do."""
     return CONTROL.sub("", text)

@@ -28,25 +28,25 @@ from helix.protocol import PROFILES
 from helix.published import GPU_BYTES
 from helix.registry import DATASETS
 from helix.spec import TrialSpec, apply_overrides, identity
-from helix.storage import open_storage
+from helix.storage import Storage, open_storage
 from helix.training import feasibility as feasible
 from helix.training.feasibility import TOKENS, Cell, table
 from helix.training.memory import GIB, gib
 from orchestration import status, sweep
-from orchestration.asked import read_asked, stored_view
+from orchestration.asked import asked_grids, read_asked, stored_view
 from orchestration.certify import BIT_EXACT, certificate_table, certify, check_wanted
 from orchestration.connection import ClusterError, cpu_count, rehearse
 from orchestration.forecast import Forecast, calibrate, forecasts, measured, shape
 from orchestration.from_mlflow import view_from_mlflow
 from orchestration.grid import BACKBONES, GRIDS, PRESETS, expand, load_grid
-from orchestration.ledger import CERTIFICATES
+from orchestration.ledger import CERTIFICATES, begun_trials
 from orchestration.money import MARKETS, machine_facts, read_prices
-from orchestration.options import add_data_arguments, chosen_storage, names, numbers, sweep_parser
+from orchestration.options import add_data_arguments, chosen_storage, names, numbers, report_parser, sweep_parser
 from orchestration.plan import check_trials, make_plan, with_memory
 from orchestration.preprocessing import clip_facts, described, prepare_with_ray, prepared_data, refuse_needless, summary
 from orchestration.progress import ProgressDisplay
 from orchestration.restart import restart
-from orchestration.tracking import tracking_uri
+from orchestration.tracking import check_tracking_uri, tracking_uri
 from orchestration.twin import TwinError, Twins
 from orchestration.verification import verify_storage
 
@@ -268,16 +268,12 @@ def report(arguments: Sequence[str]) -> int:
     if "--from-mlflow" in arguments:
         return report_from_mlflow(arguments)
     if "--published" not in arguments:
+        if {"-h", "--help"} & set(arguments):
+            forms = (report_parser(), from_mlflow_parser(), published_parser())
+            print("\n".join(form.format_help() for form in forms), end="")  # noqa: T201
+            return 0
         return report_stored(arguments)
-    parser = argparse.ArgumentParser(
-        prog="helix report --published",
-        description="The paper's claims and comparisons, judged by the numbers that are published: a page and tables.",
-    )
-    parser.add_argument("--published", action="store_true", required=True, help="of the paper's own numbers")
-    parser.add_argument(
-        "--storage", help="where reports/published.html and its tables go (default: HELIX_STORAGE, or ./runs)"
-    )
-    given = parser.parse_args(arguments)
+    given = published_parser().parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else sweep.PLAIN_WIDTH)
     try:
         storage, _ = chosen_storage(given)
@@ -297,31 +293,21 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
-def report_stored(arguments: Sequence[str]) -> int:
-    """`helix report --grid esc50`: of what was asked last, or of what the options ask; nothing is trained."""
-    parser = sweep_parser("helix report")
-    parser.description = (
-        "The report of what was asked of a grid last, as it stands now. Options that say which trials (key=value, "
-        "--profile, --preset, --folds, --seeds, --variants) ask for those of the grid's file instead, and so does a "
-        "grid that no sweep was asked of yet."
+def published_parser() -> argparse.ArgumentParser:
+    """The options of `helix report --published`."""
+    parser = argparse.ArgumentParser(
+        prog="helix report --published",
+        description="The paper's claims and comparisons, judged by the numbers that are published: a page and tables.",
     )
-    parser.set_defaults(profile=None)  # to tell whether it was given
-    given = parser.parse_intermixed_args(arguments)
-    chosen = (given.overrides, given.profile, given.preset, given.folds, given.seeds, given.variants, given.dry_run)
-    try:
-        storage, _ = chosen_storage(given)
-        asked = None if any(chosen) else read_asked(storage, given.grid)
-        if asked is None:
-            return sweep.main(arguments, train_missing=False)
-        storage.check_writable()
-        prices = read_prices(given.prices) if given.prices else None
-    except (ValueError, OSError) as error:
-        return sweep.refuse(error)
-    return sweep.finish(storage, lambda: stored_view(storage, asked, now=time.time(), prices=prices), sweep.console())
+    parser.add_argument("--published", action="store_true", required=True, help="of the paper's own numbers")
+    parser.add_argument(
+        "--storage", help="where reports/published.html and its tables go (default: HELIX_STORAGE, or ./runs)"
+    )
+    return parser
 
 
-def report_from_mlflow(arguments: Sequence[str]) -> int:
-    """`helix report --grid demo --from-mlflow`; 0 every trial is done, 1 some are not, 2 MLflow does not tell."""
+def from_mlflow_parser() -> argparse.ArgumentParser:
+    """The options of `helix report --from-mlflow`."""
     parser = argparse.ArgumentParser(
         prog="helix report --from-mlflow",
         description="The report of what was asked of a grid last, from MLflow alone: the storage is not read.",
@@ -337,7 +323,47 @@ def report_from_mlflow(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the page (default: reports/GRID.html, in this folder)"
     )
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def report_stored(arguments: Sequence[str]) -> int:
+    """`helix report --grid esc50`: of what was asked last, or of what the options ask; nothing is trained."""
+    given = report_parser().parse_intermixed_args(arguments)
+    chosen = (given.overrides, given.profile, given.preset, given.folds, given.seeds, given.variants)
+    try:
+        storage, _ = chosen_storage(given)
+        asked = None if any(chosen) else read_asked(storage, given.grid)
+        if asked is None:
+            _check_stored(storage, given.grid, whole=not any(chosen))
+            return sweep.main(arguments, train_missing=False)
+        check_tracking_uri(storage)
+        storage.check_writable()
+        prices = read_prices(given.prices) if given.prices else None
+    except (ValueError, OSError) as error:
+        return sweep.refuse(error)
+    return sweep.finish(
+        storage,
+        lambda: stored_view(storage, asked, now=time.time(), prices=prices),
+        sweep.console(),
+        trained=False,
+    )
+
+
+def _check_stored(storage: Storage, grid: str, *, whole: bool) -> None:
+    """ValueError where there is nothing to report on, and a report would only make a new storage.
+
+    `whole`: no options ask for trials, which another grid may have trained.
+    """
+    load_grid(grid)
+    known = asked_grids(storage)
+    anything = known or begun_trials(storage) or storage.children(CERTIFICATES)
+    if not anything or (whole and known):
+        raise ValueError(status.unknown(storage, grid, known))
+
+
+def report_from_mlflow(arguments: Sequence[str]) -> int:
+    """`helix report --grid demo --from-mlflow`; 0 every trial is done, 1 some are not, 2 MLflow does not tell."""
+    given = from_mlflow_parser().parse_args(arguments)
     out = sweep.console()
     page = given.out or Path("reports", f"{given.grid}.html")
     try:

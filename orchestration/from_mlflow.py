@@ -23,14 +23,14 @@ from mlflow.entities import Metric, Run, ViewType
 from mlflow.exceptions import MlflowException
 
 from dashboards.summary import SELECTIONS
-from dashboards.text import listing, plural
+from dashboards.text import listing, plural, shortened
 from dashboards.view import SweepView
 from helix.addresses import shown_uri, without_secrets
 from helix.storage import is_sealed
 from orchestration.asked import Asked, asked_from_json
 from orchestration.ledger import CERTIFICATES, Status, TrialState
 from orchestration.records import ATTEMPT, LIST, ROW, TEXT, checked, checked_result
-from orchestration.tracking import ACCURACIES, PLAIN, PLAN_FILE, STATE_FILE, be_brief
+from orchestration.tracking import ACCURACIES, MOST_SAID, PLAIN, PLAN_FILE, STATE_FILE, be_brief
 
 T = TypeVar("T")
 
@@ -113,7 +113,7 @@ class Reader:
         try:
             return ask()
         except (MlflowException, OSError) as error:
-            line = without_secrets(str(error).partition("\n")[0], self.uri)[:200]
+            line = shortened(without_secrets(str(error).partition("\n")[0], self.uri), MOST_SAID)
             refused = any(f"error code {code}" in line for code in (401, 403))
             raise MlflowReadError(f"{self.name}: {SIGN_IN if refused else line}") from None
 

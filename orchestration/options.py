@@ -15,20 +15,7 @@ def sweep_parser(prog: str = "sweep.py") -> argparse.ArgumentParser:
         prog=prog,
         description="Run a grid: train what is missing, track it, and compare. Running it again continues it.",
     )
-    parser.add_argument("--grid", required=True, help=f"the question to ask; known: {', '.join(GRIDS.names())}")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. training.epochs=20 protocol.mel_pad=floor"
-    )
-    parser.add_argument(
-        "--profile", default="paper", help=f"the setting of all protocol switches: {', '.join(PROFILES)}"
-    )
-    parser.add_argument("--preset", help=f"model size, in place of the grid's: {', '.join(PRESETS)}")
-    parser.add_argument("--folds", type=numbers, metavar="1,2", help="these folds instead of the grid's")
-    parser.add_argument("--seeds", type=numbers, metavar="0,1", help="these seeds instead of the grid's")
-    parser.add_argument(
-        "--variants", type=names, metavar="NAME,...", help="these variants only, e.g. mamba-raw,helix-raw"
-    )
-    add_data_arguments(parser)
+    add_trial_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--verbose", action="store_true", help="show what Ray says as well")
     parser.add_argument("--workers", type=int, help="how many trials train at once (default: what the machines hold)")
@@ -59,9 +46,6 @@ def sweep_parser(prog: str = "sweep.py") -> argparse.ArgumentParser:
     parser.add_argument("--deadline", metavar="TIME", help="stop at this time, UTC, e.g. 2026-12-01T08:00")
     parser.add_argument("--hours", type=float, help="stop after so many hours")
     parser.add_argument(
-        "--prices", type=Path, metavar="PATH", help="what machines cost an hour (default: cluster/prices.yaml)"
-    )
-    parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="what a trial trains on (default: cpu)"
     )
     parser.add_argument(
@@ -70,6 +54,41 @@ def sweep_parser(prog: str = "sweep.py") -> argparse.ArgumentParser:
         help="take kernels that give the same bits again, which some of CUDA's do not; a CPU's always do",
     )
     return parser
+
+
+def report_parser() -> argparse.ArgumentParser:
+    """The options of a report on what is stored, each of which is one of a sweep too."""
+    parser = argparse.ArgumentParser(
+        prog="helix report",
+        description="The report of what was asked of a grid last, as it stands now; nothing is trained. Options that "
+        "say which trials (key=value, --profile, --preset, --folds, --seeds, --variants) ask for those of the grid's "
+        "file instead.",
+        allow_abbrev=False,  # what is short for one option here may be short for two of a sweep
+    )
+    add_trial_arguments(parser)
+    parser.set_defaults(profile=None)  # to tell whether it was given
+    return parser
+
+
+def add_trial_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which trials of a grid are meant, the data that they are of, and what machines cost."""
+    parser.add_argument("--grid", required=True, help=f"the question to ask; known: {', '.join(GRIDS.names())}")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. training.epochs=20 protocol.mel_pad=floor"
+    )
+    parser.add_argument(
+        "--profile", default="paper", help=f"the setting of all protocol switches: {', '.join(PROFILES)}"
+    )
+    parser.add_argument("--preset", help=f"model size, in place of the grid's: {', '.join(PRESETS)}")
+    parser.add_argument("--folds", type=numbers, metavar="1,2", help="these folds instead of the grid's")
+    parser.add_argument("--seeds", type=numbers, metavar="0,1", help="these seeds instead of the grid's")
+    parser.add_argument(
+        "--variants", type=names, metavar="NAME,...", help="these variants only, e.g. mamba-raw,helix-raw"
+    )
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--prices", type=Path, metavar="PATH", help="what machines cost an hour (default: cluster/prices.yaml)"
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -66,7 +66,7 @@ from orchestration.needs import Need, Room, deal, need_of
 from orchestration.options import chosen_storage, sweep_parser
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, price, with_memory
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
-from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, local_folder
+from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, check_tracking_uri, local_folder
 from orchestration.worker import drive, worker_resources
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None, *, train_missing: bool = True) 
     except KeyboardInterrupt:
         out.print("interrupted; the same command continues where this one stopped")
         return INTERRUPTED
-    return finish(sweep.storage, sweep.snapshot, out, stopped=stopped)
+    return finish(sweep.storage, sweep.snapshot, out, stopped=stopped, trained=train_missing)
 
 
 def console() -> Console:
@@ -173,6 +173,7 @@ def plan_sweep(options: argparse.Namespace, *, command: Sequence[str], console: 
     None after a dry run, which prints the plan and writes nothing.
     """
     storage, storage_named = chosen_storage(options)
+    check_tracking_uri(storage)
     grid = load_grid(options.grid)
     trials = expand(
         grid,
@@ -425,19 +426,27 @@ def write_page(view: SweepView, page: Path) -> tuple[Path, ...]:
     return page, *tables
 
 
-def finish(storage: Storage, look: Callable[[], SweepView], console: Console, *, stopped: str | None = None) -> int:
+def finish(
+    storage: Storage,
+    look: Callable[[], SweepView],
+    console: Console,
+    *,
+    stopped: str | None = None,
+    trained: bool = True,
+) -> int:
     """Bring MLflow up to date, write the report, print the table and where to look. Returns the exit code.
 
-    `look` gives the view of what is stored. `stopped`: why the sweep stopped, if it had to.
+    `look` gives the view of what is stored. `stopped`: why the sweep stopped, if it had to. `trained`: whether the
+    command that is about to end trains what is missing.
     """
     try:
-        return _finish(storage, with_memory(look()), console, stopped=stopped)
+        return _finish(storage, with_memory(look()), console, stopped=stopped, trained=trained)
     except (OSError, ValueError) as error:  # ValueError: what is stored is not JSON
         console.print(f"no report: {error}; what is stored is not lost, the same command goes on with it", markup=False)
         return unfinished(stopped)
 
 
-def _finish(storage: Storage, view: SweepView, console: Console, *, stopped: str | None) -> int:
+def _finish(storage: Storage, view: SweepView, console: Console, *, stopped: str | None, trained: bool) -> int:
     tracker = Tracker(storage)
     report = put_reports(storage, lambda folder: write_page(view, folder / f"{view.grid}.html"))[0]
     problem = attempt_replay(tracker, view, report)
@@ -453,7 +462,12 @@ def _finish(storage: Storage, view: SweepView, console: Console, *, stopped: str
     if undone:
         if stopped is not None:
             console.print(f"stopped: {stopped}; every trial under way was saved", markup=False)
-        console.print(f"{len(undone)} of {len(states)} trials are not done; the same command goes on with them")
+        again = "the same command" if trained else f"the sweep's command ({view.command})"
+        failed = sum(trial.state.status == "failed" for _, trial in undone)
+        console.print(
+            f"{len(undone)} of {len(states)} trials are not done; {_what_next(again, len(undone), failed)}",
+            markup=False,
+        )
     for line in view.damage:
         console.print(f"damaged: {printable(line)}", markup=False)
     if view.damage:
@@ -477,6 +491,15 @@ def _finish(storage: Storage, view: SweepView, console: Console, *, stopped: str
             for what, link in links.items():
                 console.print(f"{what + ':':9}{at.rstrip('/')}/{link}", markup=False)
     return unfinished(stopped) if undone or view.damage else 0
+
+
+def _what_next(again: str, undone: int, failed: int) -> str:
+    """What becomes of trials that are not done, of which some failed for good, once a sweep is asked for `again`."""
+    if not failed:
+        return f"{again} goes on with them"
+    which = "them" if failed == undone else f"the {failed} that failed"
+    rest = "" if failed == undone else " and goes on with the others"
+    return f"{again} tries {which} again{rest}; what failed fails the same way unless something is changed first"
 
 
 def _mlflow_trouble(uri: str, problem: str) -> str:

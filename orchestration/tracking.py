@@ -23,9 +23,10 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
@@ -34,6 +35,7 @@ from mlflow.exceptions import MlflowException
 from dashboards.confusion import confusion_csv, confusion_of, pooled_confusion
 from dashboards.counts import counts_of, overlap
 from dashboards.summary import SELECTIONS, CellSummary, statistic, summarise
+from dashboards.text import shortened
 from dashboards.view import CellView, SweepView, TrialView
 from helix.addresses import without_secrets
 from helix.data.shards import Prepared, find
@@ -47,6 +49,9 @@ from orchestration.once import made_once
 from orchestration.records import checked_result
 
 logger = logging.getLogger(__name__)
+
+#: So many characters of what was wrong with MLflow are told.
+MOST_SAID = 200
 
 #: MLflow refuses more than 1000 metrics in one call.
 BATCH = 1000
@@ -80,6 +85,12 @@ PLAN_FILE, STATE_FILE = "plan.json", "state.json"
 #: What of a row is in no file: a loss for each step is much, and no report shows it.
 LEFT_OUT = ("train_losses",)
 
+#: The schemes of addresses for which MLflow has a store of its own; the empty one is that of a path.
+SCHEMES = (
+    *("", "file", "http", "https", "sqlite", "postgresql", "mysql", "mssql"),
+    *("databricks", "databricks-uc", "uc"),
+)
+
 #: What is remembered of a result.
 KEPT = (
     *("accuracy", "finished", "classes", "confusion", "selected_confusion", "selected_epoch"),
@@ -102,6 +113,17 @@ def tracking_uri(storage: Storage) -> str:
     """MLFLOW_TRACKING_URI, or a SQLite file in the local folder."""
     path = re.sub("[%?#]", lambda odd: quote(odd.group()), str(local_folder(storage) / "mlflow.db"))
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"
+
+
+def check_tracking_uri(storage: Storage) -> None:
+    """ValueError where MLFLOW_TRACKING_URI is an address that MLflow can never use; one that is down is no error."""
+    scheme = urlsplit(tracking_uri(storage)).scheme.partition("+")[0]  # of postgresql+psycopg2 the first
+    known = {*SCHEMES, *(plugin.name for plugin in entry_points(group="mlflow.tracking_store"))}
+    if scheme not in known:
+        raise ValueError(
+            f"MLFLOW_TRACKING_URI begins with {scheme}:, and MLflow knows no such address; known: "
+            f"{', '.join(sorted(known - {''}))}; of a server it is http://HOST:PORT"
+        )
 
 
 def be_brief() -> None:
@@ -165,7 +187,7 @@ class Tracker:
                     name = f"{CERTIFICATES}/{certificate['certificate_id']}.json"
                     client.log_dict(run.info.run_id, certificate, name)
             links = self.compare_links(view).get(dataset, {})
-            told = [f"{view.question.strip()}", f"`{view.command}`", "report.html is under Artifacts."]
+            told = [f"{view.question.strip()}", f"`{view.command}`", f"{report.name} is under Artifacts."]
             told += [f"[{what}]({link})" for what, link in links.items()]
             self._tag(client, run, "mlflow.note.content", "\n\n".join(told))
             client.set_terminated(run.info.run_id, "FINISHED")
@@ -201,6 +223,7 @@ class Tracker:
         if parent is not None:
             self._parents[summary.cell.dataset, summary.cell.variant] = parent.info.run_id
             self._summary(client, experiment, view, summary, parent)
+            self._status(client, summary.cell, parent)
             self._adopt(client, experiment, parent)
 
     def _report(self, client: MlflowClient, view: SweepView, dataset: str) -> Run:
@@ -417,7 +440,6 @@ class Tracker:
             corrected = f"corrected for shared training clips ({ratio:.3g} test to training), " if folds else ""
             said = f"t over {chosen.counted}, {corrected}{CONFIDENCE:.0%}; seeds of a fold are averaged first"
             self._tag(client, parent, "helix.interval", said)
-            client.set_terminated(parent.info.run_id, "FINISHED", end_time=when)
             self._tag(client, parent, "helix.summary", state)
         if all(trial.state.status == "done" for trial in summary.cell.trials):
             if self._registered.get(parent.info.run_id) == len(found):
@@ -462,6 +484,24 @@ class Tracker:
         )
         self._tag(client, parent, "helix.model", f"models:/{model}/{version}")
         self._tag(client, parent, "helix.model_sha256", sha256)
+
+    def _status(self, client: MlflowClient, cell: CellView, parent: Run) -> None:
+        """Let the run of a cell end as its trials did that anybody began: the worst of their ends is its own."""
+        begun = [trial.state for trial in cell.trials if trial.state.status != "missing"]
+        statuses = {state.status for state in begun}
+        status = next(one for one in ("running", "failed", "partial", "done") if one in statuses)
+        # Of the storage and not of the clock, as the points of the summary are.
+        ends = [state.result["finished"] for state in begun if state.result is not None]
+        ends += [attempt["ended"] for state in begun for attempt in state.attempts if "ended" in attempt]
+        end = int(1000 * max(ends)) if ends and status != "running" else None
+        told = status if end is None else f"{status} {end}"
+        if parent.data.tags.get("helix.status") == told:
+            return
+        if status == "running":
+            client.update_run(parent.info.run_id, status=STATUS[status])
+        else:
+            client.set_terminated(parent.info.run_id, STATUS[status], end_time=end)
+        self._tag(client, parent, "helix.status", told)
 
     def _results(self, key: str) -> dict[str, dict[str, Any]]:
         """The results of every finished trial of the cell `key` in storage, by id; what is read once is remembered."""
@@ -557,7 +597,8 @@ def attempt_replay(tracker: Tracker, view: SweepView, report: Path | None = None
             tracker.publish(view, report)
     except Exception as error:  # MLflow is a view: none of its troubles may stop a sweep
         logger.debug("MLflow replay failed", exc_info=True)
-        return without_secrets(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", tracker.uri)[:200]
+        line = without_secrets(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", tracker.uri)
+        return shortened(line, MOST_SAID)
     return None
 
 

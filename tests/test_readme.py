@@ -11,6 +11,8 @@ import pytest
 from helix.bench import read_options
 from helix.registry import BENCHES, BLOCKS, DATASETS, GRIDS
 from orchestration import cli, sweep
+from orchestration.asked import put_asked
+from orchestration.options import sweep_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -65,8 +67,17 @@ def test_the_report_from_mlflow_of_the_readme_asks_for_an_mlflow(
 
 
 @pytest.mark.parametrize("command", [command for command in REPORTS if "--from-mlflow" not in command])
-def test_every_report_of_the_readme_is_written(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_report_of_the_readme_is_written_once_a_sweep_was_asked_for(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(command)[1:]) == sweep.REFUSED
+    assert "nothing of a sweep is stored" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    options = sweep_parser().parse_intermixed_args(["--grid", "demo"])
+    planned = sweep.plan_sweep(options, command=["sweep.py", "--grid", "demo"], console=sweep.console())
+    assert planned is not None
+    put_asked(planned.storage, planned.snapshot.asked)
     assert cli.main(shlex.split(command)[1:]) == sweep.SOME_FAILED  # nothing is trained here, and the report says so
     assert (tmp_path / "runs" / "reports" / "demo.html").exists()
 

@@ -11,6 +11,7 @@ from helix.data.shards import Recordings
 from helix.storage import FolderStorage, Storage, open_storage
 from orchestration import cli, status, tracking
 from orchestration.asked import Asked, put_asked
+from orchestration.options import report_parser, sweep_parser
 from orchestration.plan import Snapshot
 from orchestration.tracking import Tracker
 from orchestration.worker import run_trial
@@ -71,6 +72,56 @@ def test_a_report_of_a_grid_that_nothing_was_asked_of_is_that_of_its_file(
     storage.put("grids/demo/plan.json", b"{")
     assert report(storage) == 2
     assert "grids/demo/plan.json: is not JSON" in capsys.readouterr().err
+
+
+def test_a_report_of_what_no_sweep_was_asked_of_is_refused_and_makes_no_storage(
+    demo: Snapshot, storage: FolderStorage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for options in ((), OTHER):
+        assert cli.main(["report", "--grid", "demo", "--storage", str(tmp_path / "mistyped"), *options]) == 2
+        assert f"refused: nothing of a sweep is stored in file://{tmp_path}/mistyped;" in capsys.readouterr().err
+    assert not (tmp_path / "mistyped").exists()
+    before = sorted(storage.root.rglob("*"))
+    assert cli.main(["report", "--grid", "esc50", "--storage", repr(storage)]) == 2
+    assert "refused: no sweep of 'esc50' is stored in" in capsys.readouterr().err
+    assert sorted(storage.root.rglob("*")) == before
+
+
+def test_the_help_of_a_report_shows_what_it_takes_and_only_that(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["report", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for option in ("--published", "--from-mlflow", "--tracking-uri", "--out", "--grid", "--folds", "--storage"):
+        assert option in shown
+    for option in ("--budget-usd", "--ranks", "--workers", "--deadline", "--threads", "--device", "--dry-run"):
+        assert option not in shown
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["report", "--grid", "demo", option, "1"])
+    helped = {action.dest for action in report_parser()._actions}
+    assert helped <= {action.dest for action in sweep_parser()._actions}, "a sweep plans what a report asks for"
+
+
+def test_a_report_says_which_command_trains_what_is_not_done_and_that_what_failed_fails_again(
+    demo: Snapshot, tiny_data: Recordings, storage: FolderStorage, capsys: pytest.CaptureFixture[str]
+):
+    def stop(row: object) -> None:
+        raise ValueError("stop here")
+
+    def told() -> str:
+        assert report(storage) == 1
+        return next(line for line in capsys.readouterr().out.splitlines() if "are not done" in line)
+
+    first, second = demo.plan[:2]
+    storage.delete_folder(f"trials/{first.trial_id}")
+    assert told() == "1 of 4 trials are not done; the sweep's command (test) goes on with them"
+    storage.delete_folder(f"trials/{second.trial_id}")
+    run_trial(second.trial.spec, tiny_data, storage, sweep_id="s2", on_epoch=stop)
+    end = "what failed fails the same way unless something is changed first"
+    assert (
+        told() == "2 of 4 trials are not done; the sweep's command (test) tries the 1 that failed again "
+        f"and goes on with the others; {end}"
+    )
+    run_trial(first.trial.spec, tiny_data, storage, sweep_id="s3")
+    assert told() == f"1 of 4 trials are not done; the sweep's command (test) tries them again; {end}"
 
 
 def test_tables_that_are_no_part_of_a_report_any_more_go_and_those_of_others_stay(

@@ -19,12 +19,14 @@ import pytest
 import soundfile
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, load_text
+from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 from scipy import stats
 
 from dashboards.confusion import confusion_csv, confusion_of
 from dashboards.summary import SELECTIONS, statistic, summarise
 from helix.data.shards import Recordings
 from helix.storage import FolderStorage, Storage, open_storage, sealed
+from orchestration import sweep as sweep_command
 from orchestration import tracking
 from orchestration.grid import Trial
 from orchestration.plan import Snapshot, make_plan
@@ -153,6 +155,33 @@ def test_a_trial_is_followed_while_it_runs_and_after_it_failed(sweep, tiny_data,
     assert [step for step, _ in history(storage, run, "test_loss")] == [1, 2]
 
 
+def test_the_run_of_a_cell_ends_as_its_trials_did(sweep, tiny_data, storage):
+    snapshot, plan = sweep
+    snapshot.plan = cell = [entry for entry in plan if entry.trial.variant == plan[0].trial.variant]
+    seen = []
+
+    def stop(row):
+        Tracker(storage).replay(snapshot())
+        seen.append(runs(storage)["cell"][0].info.status)
+        raise ValueError("stop here")
+
+    def status() -> str:
+        Tracker(storage).replay(snapshot())
+        return runs(storage)["cell"][0].info.status
+
+    for entry in cell:
+        train(entry, tiny_data, storage, on_epoch=stop)
+    assert seen == ["RUNNING", "RUNNING"]
+    assert status() == "FAILED"
+    run_trial(cell[0].trial.spec, tiny_data, storage, sweep_id="s2")
+    assert status() == "FAILED", "one of its trials did"
+    run_trial(cell[1].trial.spec, tiny_data, storage, sweep_id="s2")
+    assert status() == "FINISHED"
+    (run,) = runs(storage)["cell"]
+    finished = max(storage.get_json(f"trials/{entry.trial_id}/result.json")["finished"] for entry in cell)
+    assert run.info.end_time >= int(1000 * finished)
+
+
 def test_a_lost_database_is_rebuilt_from_storage(sweep, tiny_data, storage, initialised):
     snapshot, plan = sweep
     train(plan[0], tiny_data, storage)
@@ -220,9 +249,36 @@ def test_a_server_that_is_down_is_reported_in_one_line_and_stops_nothing(sweep, 
     problem = attempt_replay(Tracker(storage), snapshot())
     assert problem is not None
     assert "\n" not in problem
+    assert len(problem) <= tracking.MOST_SAID and problem.endswith("\N{HORIZONTAL ELLIPSIS}")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert attempt_replay(Tracker(storage), snapshot()) is None
     assert len(runs(storage)["trial"]) == 1
+
+
+def test_an_address_that_mlflow_can_never_use_is_refused_and_one_that_is_down_is_not(
+    storage: FolderStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    place = ["--grid", "demo", "--storage", str(tmp_path / "new")]
+    for uri in ("bogus://bob:s3cret@x", "localhost:5000"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(UnsupportedModelRegistryStoreURIException):
+            MlflowClient(uri)
+        for options in ([], ["--dry-run"]):
+            assert sweep_command.main([*place, *options]) == sweep_command.REFUSED
+            said = capsys.readouterr().err
+            assert f"MLFLOW_TRACKING_URI begins with {uri.partition(':')[0]}:" in said and "s3cret" not in said
+    assert not (tmp_path / "new").exists()
+    for uri in (
+        "http://127.0.0.1:9",
+        "postgresql+psycopg2://host/db",
+        "mlruns",
+        "databricks",
+        f"sqlite:///{tmp_path}/x",
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        tracking.check_tracking_uri(storage)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    tracking.check_tracking_uri(storage)
 
 
 def test_passwords_are_not_printed(sweep, tiny_data, storage, monkeypatch):
@@ -523,6 +579,7 @@ def test_the_report_and_the_certificates_lie_beside_the_cells(sweep, tiny_data, 
     found = Path(download_artifacts(f"{run.info.artifact_uri}/certificates"))
     assert [path.name for path in found.iterdir()] == ["c0.json"]
     assert "Does it replay?" in run.data.tags["mlflow.note.content"]
+    assert "test.html is under Artifacts." in run.data.tags["mlflow.note.content"]
 
 
 def test_a_run_that_was_deleted_by_hand_is_made_again_with_everything(sweep, tiny_data, storage):
