@@ -410,5 +410,5 @@ def _finite(values: Sequence[float]) -> None:
 
 
 def _flat(values: Sequence[float]) -> bool:
-    """Whether the values differ by rounding alone."""
-    return max(values) - min(values) <= 1e-12 * max(1e-300, *(abs(value) for value in values))
+    """Whether the values differ by rounding alone, or by so little that the square of it is no number but 0."""
+    return max(values) - min(values) <= 1e-12 * max(1e-140, *(abs(value) for value in values))

@@ -315,8 +315,9 @@ def our_epoch(stage: Stage, spec: TrialSpec, recordings: Recordings, folder: Pat
 
     def on_epoch(row: dict[str, Any]) -> None:
         seconds.append(row["seconds"])
-        if parts.trained_at is not None:
-            evaluated_s.append(row["time"] - parts.trained_at)
+        # A row is told when its checkpoint is written, which may be while the steps of the next epoch run.
+        if row["step"] in parts.trained_at:
+            evaluated_s.append(row["time"] - parts.trained_at[row["step"]])
 
     placement = "device" if stage.device.type == "cuda" else "host"
     how = Fit(
@@ -325,7 +326,7 @@ def our_epoch(stage: Stage, spec: TrialSpec, recordings: Recordings, folder: Pat
         placement=placement,
         on_step=parts.on_step,
         on_epoch=on_epoch,
-        clock=time.time,
+        clock=time.perf_counter,
     )
     began = time.perf_counter()
     result = fit(spec, recordings, how)
@@ -346,14 +347,14 @@ class _Parts:
 
     def __init__(self, device: torch.device):
         self.device, self.last, self.per_epoch = device, 0, 0
-        self.trained_at: float | None = None
+        self.trained_at: dict[int, float] = {}  # by the number of steps until then
 
     def on_step(self, total: int) -> None:
         if total == self.last:
             self.per_epoch = self.per_epoch or total
         elif self.per_epoch and total % self.per_epoch == 0:
             synchronize(self.device)  # what was launched is a step's still
-            self.trained_at = time.time()
+            self.trained_at[total] = time.perf_counter()
         self.last = total
 
 

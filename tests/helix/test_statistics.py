@@ -440,3 +440,9 @@ def test_what_is_settled_asks_for_nothing():
 def test_a_negative_ratio_is_refused():
     with pytest.raises(ValueError, match=r"ratio is -0\.1"):
         t_test([0.1, 0.2], ratio=-0.1)
+
+
+def test_differences_too_small_to_be_squared_are_no_spread():
+    tiny = (2.2e-309, 0.0)
+    assert t_test(tiny).t is None and "no spread" in t_test(tiny).why
+    assert effect(tiny).d_z is None

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from helix.gpu.steps import (
 )
 from helix.storage import FolderStorage
 from helix.training import graphs
+from helix.training.trainer import Fit
 from tests.helix.test_training_peers import clone  # noqa: F401  (a fixture)
 
 SIZES = Sizes(
@@ -97,13 +99,37 @@ def test_the_papers_schedule_is_extrapolated_by_steps_and_test_clips():
 
 def test_an_epoch_is_parted_where_its_last_step_was_done(monkeypatch: pytest.MonkeyPatch):
     now = iter(range(100, 200))
-    monkeypatch.setattr(module.time, "time", lambda: next(now))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(now))
     parts = module._Parts(torch.device("cpu"))
-    found = []
     for total in (1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 6):  # two steps and some evaluated batches in each epoch
         parts.on_step(total)
-        found.append(parts.trained_at)
-    assert found == [None, None, None, None, None, 100, 100, 100, 100, 101, 101]
+    assert parts.trained_at == {4: 100, 6: 101}
+
+
+def test_a_row_that_is_told_late_is_measured_by_its_own_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Rows wait for their checkpoints, which may take as long as the next epoch."""
+
+    def late(_spec: object, _recordings: object, how: Fit) -> dict[str, Any]:
+        now, rows = 0.0, []
+        for epoch in range(1, 4):
+            for step in (2 * epoch - 1, 2 * epoch):
+                now += 1
+                clock[0] = now
+                how.on_step(step)
+            clock[0] = now = now + 0.5
+            how.on_step(2 * epoch)
+            rows.append({"step": 2 * epoch, "seconds": 2.5, "time": now})
+        for row in rows:
+            how.on_epoch(row)
+        return {"rows": rows, "test_clips": 2}
+
+    source = write_noise(tmp_path / "noise", 10)
+    files = module._files(stage(), replace(SIZES, source=str(source)), tmp_path / "files")
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(module, "fit", late)
+    epoch = module.our_epoch(stage(), spec_of(SIZES, "raw", "fp32"), files.recordings, tmp_path / "trial")
+    assert (epoch.seconds, epoch.train_s) == (2.5, 2.0)
 
 
 def test_our_epoch_leaves_out_the_first_and_counts_its_steps(tmp_path: Path):
