@@ -54,7 +54,7 @@ def run(
     function: Callable[..., Tensor],
     inputs: Sequence[Tensor],
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
     """The output of `function(*inputs)` and the gradients of all its inputs for one fixed gradient of the output."""

@@ -101,6 +101,12 @@ def test_the_scan_equals_the_recurrence_with_all_gradients(shape, reverse):
     within({name: error for name, error in found.items() if shape[1] > 1 or name != "A"})
 
 
+@pytest.mark.skipif(not ON_GPU, reason="Triton's interpreter takes half an hour; BENCHMARKS.md has what it gave once")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_scan_equals_the_recurrence_over_30000_tokens(reverse):
+    within(errors(scan_inputs(1, 30_000, 64, 16), reverse=reverse))
+
+
 def test_a_program_may_run_over_several_tiles_one_state_after_the_other(kernels, monkeypatch):
     """As on a GPU, where there are fewer programs than tiles."""
     monkeypatch.setattr(kernels, "PROGRAMS", 2)
