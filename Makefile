@@ -18,11 +18,11 @@ help:
 sweep: $(VENV)/.ready
 	@$(BIN)/python orchestration/sweep.py --grid $(GRID) $(ARGS)
 
-# Three at a time, since many only wait: first files, then, test by test, what starts Ray or a browser.
+# File by file, so that what a file starts for its tests is started once; then what starts Ray or a browser.
 test: $(VENV)/.ready-dev
 ifeq ($(ARGS),)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile -m "not ray and not browser" --durations 10
-	@$(BIN)/python -m pytest -n 3 --dist loadgroup -m "ray or browser" --durations 20
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "ray or browser" --durations 20
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif

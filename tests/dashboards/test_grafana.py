@@ -36,9 +36,6 @@ EXPRESSIONS = [
 #: What only a machine with a GPU tells; here they have to be understood and cannot have a value.
 NEED_A_GPU = ("ray_node_gram_used", "ray_node_gpus_utilization", 'ray_resources{Name="GPU"}')
 
-#: All of this file in one process: the sweep that is looked at runs once.
-pytestmark = pytest.mark.xdist_group("grafana")
-
 RAY = "import sys; from ray.scripts.scripts import main; sys.argv[0] = 'ray'; main()"
 SMALL = (
     *("--grid", "demo", "--variants", "mamba-mel,attention-mel", "--folds", "1", "training.epochs=2"),
@@ -197,7 +194,7 @@ def observed() -> Iterator[Observed]:
                 env={**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"},
                 capture_output=True,
                 text=True,
-                timeout=150,
+                timeout=300,
             )
             assert sweep.returncode == 0, sweep.stdout[-3000:] + sweep.stderr[-3000:]
             yield Observed(url=url, began=began, ended=time.time())

@@ -50,7 +50,7 @@ class Head:
             env=named,
             capture_output=True,
             text=True,
-            timeout=140,
+            timeout=300,
         )
 
     def jobs(self, **headers: str) -> Any:

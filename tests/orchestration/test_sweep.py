@@ -328,7 +328,7 @@ def test_processes_of_ray_that_are_killed_on_a_machine_that_is_full_do_not_keep_
         _named(driver.pid, "ray::TrainController").kill()
         working(2)
         _named(driver.pid, "ray::ImplicitFunc").kill()
-        assert driver.wait(timeout=150) == 0, (tmp_path / "output").read_text()
+        assert driver.wait(timeout=300) == 0, (tmp_path / "output").read_text()
     finally:
         driver.kill()
         driver.wait()
