@@ -371,7 +371,7 @@ def test_a_sweep_and_its_models_reach_a_server_on_postgresql_that_wants_a_passwo
     monkeypatch: pytest.MonkeyPatch,
 ):
     url, log = server
-    # One fold: the server takes a tenth of a second for a password, which comes with each of many hundred requests.
+    # One fold: two models are read from the server at the end, which takes seconds for each.
     tiny_sweep.plan = tiny_sweep.plan[:2]
     for entry in tiny_sweep.plan:
         run_trial(entry.trial.spec, tiny_data, storage, sweep_id="s1")
