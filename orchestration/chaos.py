@@ -37,7 +37,7 @@ ON_RAY = ("data.options.clips_per_class=140", "training.epochs=4", "training.bat
 SHORT_ON_RAY = ("data.options.clips_per_class=80", "training.epochs=8", "training.batch_size=2")
 RAY_VARIANTS = ("mamba-mel", "helix-mel")
 SHORT_KILLS = 8
-SHORT_OUTAGE_S = 5.0
+SHORT_OUTAGE_S = 10.0
 
 HEADINGS = ("fault", "trial", "times", "steps lost", "seconds to the next step", "verdict")
 

@@ -60,14 +60,20 @@ def connect(*, storage_named: bool) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not joins_cluster():
-        ray.init(
-            address="local",
-            num_cpus=cpu_count(),
-            resources={"trial_driver": 1024},
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
+        # Nobody drains the one machine, so no pack needs a process of Ray's that asks every second whether it is. The
+        # raylet hands this on to its workers; a cluster that this process knows later is another matter.
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpu_count(),
+                resources={"trial_driver": 1024},
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        finally:
+            del os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"]
         return
     _probe(os.environ.get("RAY_ADDRESS", ""))
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ

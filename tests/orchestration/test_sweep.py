@@ -183,7 +183,7 @@ def test_a_need_that_no_pool_holds_is_named_with_the_pools_before_anything_is_sp
 @pytest.mark.ray
 def test_one_trial_that_fails_does_not_stop_the_others_and_mlflow_may_be_away(tmp_path):
     storage = FolderStorage(tmp_path / "runs")
-    arguments = [*SMALL, "training.epochs=1"]
+    arguments = [*SMALL, "--workers", "1", "training.epochs=1"]
     first = run([*arguments, "--variants", "mamba-mel"], cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert first.returncode == 0, first.stdout + first.stderr
     assert "does not answer" in first.stdout
@@ -238,7 +238,7 @@ def test_a_sweep_reads_from_a_bucket_and_writes_to_it_and_running_it_again_train
 ):
     work, cache = tmp_path / "work", tmp_path / "cache"
     work.mkdir()
-    arguments = [*SMALL, "training.epochs=1", "--storage", s3_address]
+    arguments = [*SMALL, "--workers", "1", "training.epochs=1", "--storage", s3_address]
     first = run(arguments, cwd=work, HELIX_CACHE=str(cache))
     assert first.returncode == 0, first.stdout + first.stderr
     assert "2 trials: 0 done, 2 to train" in first.stdout
