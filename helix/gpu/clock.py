@@ -113,11 +113,13 @@ def peak_of(device: torch.device, function: Callable[[], object]) -> Peak:
 def known_objects_aside() -> Iterator[None]:
     """What is there now is not looked at by the collections to come, of which there is one before every sample."""
     gc.collect()
+    frozen = gc.get_freeze_count() > 0  # by whoever runs this; that stays so
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 def synchronize(device: torch.device) -> None:
