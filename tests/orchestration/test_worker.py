@@ -364,7 +364,7 @@ def test_ray_s_count_of_lost_machines_starts_anew_while_a_trial_moves_forward(mo
         assert trainer.fits == 1
 
 
-#: How long the storage fails, and how long in each way (a minute, 5 s each, was tried by hand: it only takes longer). It
+#: How long the storage fails, and how long in each way (a minute, 5 s each, was tried by hand: it takes longer). It
 #: goes on, for so many times as long at most, until a request has met each way: a client that was refused waits.
 OUTAGE_S, EACH_S, LATEST = 10.0, 1.0, 4
 
