@@ -357,6 +357,13 @@ def test_the_server_serves_whoever_signs_in_and_nobody_else(
     bucket = s3_address.removeprefix("s3://").partition("/")[0]
     keys = [entry["Key"] for entry in stored.list_objects_v2(Bucket=bucket, Prefix="mlflow/")["Contents"]]
     assert len(keys) == 1 and keys[0].endswith("report.html")
+    # A password that was right is remembered for a minute, but not once it was changed.
+    assert ask(url + search, user="sweeper:sweeper-password-of-a-test") == 200
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRETS["admin_password"])
+    get_app_client("basic-auth", tracking_uri=url).update_user_password("sweeper", "a-later-password-of-a-test")
+    assert ask(url + search, user="sweeper:sweeper-password-of-a-test") == 401
+    assert ask(url + search, user="sweeper:a-later-password-of-a-test") == 200
     assert not [value for value in SECRETS.values() if value in log.read_text()]
 
 
