@@ -123,7 +123,7 @@ def certify(
         whole = finished(twins.run(order))
         steps, pace = whole.steps[-1][0], Pace.of(whole)
         say(f"undisturbed: {steps} steps in {pace.whole_s:.1f} s on {whole.scan}")
-        most_s = pace.whole_s / (PER_KILL * kills)
+        most_s = (pace.whole_s - pace.start_s) / (PER_KILL * kills)
         order = replace(order, storage=repr(twin), steps=steps, save_every_s=most_s)
         attempts, restarts = disturb(twins, order, moments(kills, seed, steps, pace), twin, name, say=say)
         compared = compare(one, twin, name)

@@ -24,7 +24,7 @@ import torch
 
 from helix.data.shards import open_prepared
 from helix.determinism import ask_for_the_same_bits
-from helix.models.scan import scan_backend
+from helix.models.scan import kernels, scan_backend
 from helix.spec import from_json, trial_id
 from helix.storage import Storage, json_bytes, open_storage
 from helix.training.checkpoint import committed
@@ -377,7 +377,7 @@ def main() -> int:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the listener hears it too, and ends its attempt
-    scan_backend(torch.device("cpu"), torch.float32)  # imports its kernels
+    kernels("numba")  # imported once for all; whichever scan is asked for, a fork imports that of a GPU
 
     def tell(**event: Any) -> None:
         out.write(json.dumps(event) + "\n")

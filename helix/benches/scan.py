@@ -25,7 +25,7 @@ from helix.bench import (
     require_positive,
     timing_row,
 )
-from helix.models.agreement import SCAN_NAMES, compile_kernels, relative_errors, run, scan_inputs, scanned
+from helix.models.agreement import SCAN_BOUNDS, SCAN_NAMES, compile_kernels, relative_errors, run, scan_inputs, scanned
 from helix.models.scan import scan_backend, selective_scan, selective_scan_sequential
 from helix.peers import MissingPeerError, Peer, peers
 from helix.process import forget_peak, held_bytes, in_own_process, peak_bytes
@@ -45,7 +45,6 @@ RATIO_TARGETS = (
     ("forward+backward", 3000, "mambapy pscan", "reference", 5.0),
 )
 MEMORY_TARGET_MIB, MEMORY_TOKENS = 550.0, 30_000
-ERROR_TARGET = 5e-7
 STRETCH_PS = 500.0
 
 
@@ -174,7 +173,7 @@ class ScanBench:
                 each = found[backend]
                 worst = max(each.values()) if isinstance(each, dict) else None
                 name = f"relative error of {backend}, output and all gradients, L={tokens:,}"
-                targets.append(Target(name=name, wanted=ERROR_TARGET, found=worst, unit="", at_most=True))
+                targets.append(Target(name=name, wanted=SCAN_BOUNDS["cpu"], found=worst, unit="", at_most=True))
         return targets
 
 

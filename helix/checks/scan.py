@@ -12,6 +12,7 @@ from torch import Tensor
 from helix.doctor import Asked, Check
 from helix.models.agreement import (
     CONV_NAMES,
+    SCAN_BOUNDS,
     SCAN_NAMES,
     conv_inputs,
     explicit_conv_silu,
@@ -33,10 +34,8 @@ from helix.registry import CHECKS
 #: Each backend, and the type of device that it is for ("" any).
 SUITS = {"reference": "", **{name: backend.device for name, backend in BACKENDS.items()}}
 
-#: The relative error, in the Euclidean norm, that an output or a gradient may have. The kernels of CUDA take a GPU's
-#: fast approximation of exp.
-BOUNDS = {torch.float64: 1e-12, torch.float32: 5e-7}
-CUDA_BOUND = 1e-5
+#: The relative error, in the Euclidean norm, that an output or a gradient may have on a CPU.
+BOUNDS = {torch.float64: 1e-12, torch.float32: SCAN_BOUNDS["cpu"]}
 
 #: The same for the convolution, whose bias torch sums over all tokens in one go.
 CONV_BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -105,7 +104,7 @@ def self_tests(backend: str, device: str) -> Iterable[Check]:
         fast = suits_cuda(backend)
         with forced(backend):
             for what, errors, bounds in (("scan", scan_errors, BOUNDS), ("conv", conv_errors, CONV_BOUNDS)):
-                bound = CUDA_BOUND if fast else bounds[dtype]
+                bound = SCAN_BOUNDS["cuda"] if fast else bounds[dtype]
                 yield judge_errors(f"{what} {said}", functools.partial(errors, device, dtype), bound, device)
 
 

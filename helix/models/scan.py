@@ -178,6 +178,15 @@ def forced(backend: str) -> Iterator[None]:
 
 
 @contextmanager
+def chosen_for_a_cpu() -> Iterator[None]:
+    """What HELIX_SCAN asks of a GPU is set aside: for a figure of a CPU beside those of the GPU that trains."""
+    wanted = wanted_backend()
+    of_a_gpu = wanted in BACKENDS and BACKENDS[wanted].device != "cpu"
+    with forced("auto" if of_a_gpu else wanted):
+        yield
+
+
+@contextmanager
 def simulated(backend: str) -> Iterator[None]:
     """Everything in this process scans and convolves by this backend, on whatever device and whatever else is asked.
 

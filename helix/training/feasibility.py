@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from helix.models.scan import chosen_for_a_cpu
 from helix.process import forget_peak, held_bytes, in_own_process, peak_bytes
 from helix.protocol import profile
 from helix.published import FEASIBILITY
@@ -127,6 +128,8 @@ def table(
                 )
                 for recompute in recomputing:
                     step = {"samples": length * SAMPLES_PER_TOKEN, "classes": CLASSES, "recompute": recompute}
+                    with chosen_for_a_cpu():
+                        predicted = predict(spec, **step)
                     cells.append(
                         Cell(
                             backbone=backbone,
@@ -134,7 +137,7 @@ def table(
                             attn_impl=attn_impl,
                             recompute=recompute,
                             spec=spec,
-                            predicted=predict(spec, **step),
+                            predicted=predicted,
                             # A graph makes a step quicker, and no step feasible.
                             on_gpu=predict(spec, **step, device_type="cuda", graphs="off"),
                             paper=FEASIBILITY.get(length, {}).get(backbone, ""),
@@ -154,7 +157,8 @@ def measured(cell: Cell, *, steps: int = 2) -> Cell:
     if needed > available:
         return dataclasses.replace(cell, why_not=f"needs {gib(needed)}; this machine has {gib(available)} free")
     try:
-        found = measure(cell.spec, samples=cell.samples, classes=CLASSES, recompute=cell.recompute, steps=steps)
+        with chosen_for_a_cpu():
+            found = measure(cell.spec, samples=cell.samples, classes=CLASSES, recompute=cell.recompute, steps=steps)
     except MeasurementError as error:
         return dataclasses.replace(cell, why_not=str(error))
     return dataclasses.replace(cell, measured=found)

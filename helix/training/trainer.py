@@ -365,7 +365,8 @@ class _Trial:
         return progress
 
     def _due(self) -> bool:
-        """Whether to save now. Rows wait for a checkpoint, but none holds up the training by more than 1 % of it."""
+        """Whether to save now. Rows wait for a checkpoint, but none holds up the training by more than 1 % of it,
+        unless `save_every_s` asks for that."""
         if self.how.save_now():
             return True
         if self.saver.busy or not self.ranks.first:
@@ -376,7 +377,9 @@ class _Trial:
             between_losses_s=self.how.between_losses_s,
             most_s=self.how.save_every_s,
         )
-        return self.how.clock() - self.saved >= (100 * self.saver.hold_s if self.pending else interval_s)
+        if self.pending:
+            interval_s = min(100 * self.saver.hold_s, self.how.save_every_s)
+        return self.how.clock() - self.saved >= interval_s
 
     def _save(self, progress: Progress) -> None:
         """Hand the state to the saver, with the rows that it makes safe."""

@@ -50,6 +50,15 @@ def left(storage: Storage) -> dict[str, set[str]]:
     return {**found, "rows": set(storage.children(f"{folder}/metrics")), "trial": set(storage.children(folder))}
 
 
+@pytest.mark.parametrize("backend", ["triton", "mamba_ssm"])
+def test_the_template_starts_also_where_a_scan_of_a_gpu_is_asked_for(backend, order, monkeypatch):
+    """It trains nothing itself; the attempt is told that this scan is none of a CPU."""
+    monkeypatch.setenv("HELIX_SCAN", backend)
+    with Twins() as started:
+        attempt = started.run(order)
+    assert attempt.error is not None and f"{backend!r} cannot scan" in attempt.error
+
+
 @pytest.mark.parametrize("name", MOMENTS)
 def test_every_moment_can_be_met_and_is_ended_by_a_real_kill(name, order, twins, storage):
     step = {twin.START: 0, twin.EVALUATION: 3, twin.ROW: 3}.get(name, STEPS if name == twin.LAST_STEP else 2)

@@ -20,6 +20,7 @@ from torch import Tensor
 import helix.models.scan as scan
 from helix.models.agreement import (
     CONV_NAMES,
+    SCAN_BOUNDS,
     SCAN_NAMES,
     conv_inputs,
     explicit_conv_silu,
@@ -35,8 +36,7 @@ from helix.training.memory import Ledger
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
-#: Relative errors in the Euclidean norm; a GPU's exponential is an approximation.
-BOUND = 1e-5 if ON_GPU else 5e-7
+BOUND = SCAN_BOUNDS[DEVICE]
 HALF_BOUNDS = {torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 
 #: States, of shapes that fill no tile and no warp.

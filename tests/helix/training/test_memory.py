@@ -11,7 +11,7 @@ from torch import Tensor
 from helix.protocol import profile
 from helix.spec import ModelSpec, TrainingSpec, TrialSpec
 from helix.training import memory
-from helix.training.feasibility import Measurement, MeasurementError, measure, table
+from helix.training.feasibility import Cell, Measurement, MeasurementError, measure, table
 from helix.training.graphs import CAPTURES
 from helix.training.memory import BOUNDS, Ledger, Placement, Prediction, choose, needed_bytes, predict
 from helix.training.resident import ResidentStep
@@ -311,6 +311,15 @@ def test_a_container_may_have_less_than_its_machine(tmp_path: Path):
 def test_a_process_that_fails_to_measure_says_why():
     with pytest.raises(MeasurementError, match="width"):
         measure(replace(spec_of("mamba"), model=ModelSpec(width=66, pattern=("attention",))), **sizes(500))
+
+
+def test_the_table_has_its_figures_of_a_cpu_also_where_a_scan_of_a_gpu_is_asked_for(monkeypatch):
+    def cells() -> list[Cell]:
+        return table({"mamba": ("mamba",)}, tokens=(500,), width=32, recomputing=(False,))
+
+    wanted = cells()
+    monkeypatch.setenv("HELIX_SCAN", "mamba_ssm")
+    assert cells() == wanted
 
 
 def test_the_table_of_the_paper_says_where_memory_is_quadratic():

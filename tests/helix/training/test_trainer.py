@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +168,20 @@ def test_saving_holds_up_the_training_by_a_hundredth_at_most(tiny_spec, tiny_dat
     assert len(while_training) >= 4
     # A busy machine may hold up a single one, for which there is no time left to make up.
     assert sum(while_training) - max(while_training) <= 0.01 * took, held
+
+
+@pytest.mark.parametrize("pending", [[], [{"epoch": 1}]])
+@pytest.mark.parametrize(("save_every_s", "due"), [(0.5, True), (300.0, False)])
+def test_rows_that_wait_for_a_checkpoint_wait_no_longer_than_was_asked_for(pending, save_every_s, due, storage):
+    """A second after the last save, where one holds up the training for a twentieth of that."""
+    trial: Any = SimpleNamespace(
+        how=Fit(storage=storage, save_every_s=save_every_s, clock=lambda: 11.0, between_losses_s=1e9),
+        saver=SimpleNamespace(busy=False, hold_s=0.05, write_s=0.0),
+        ranks=SimpleNamespace(first=True),
+        pending=pending,
+        saved=10.0,
+    )
+    assert trainer._Trial._due(trial) == due
 
 
 def test_a_row_lost_between_checkpoint_and_row_comes_back(tiny_spec, tiny_data, storage, undisturbed):
