@@ -29,7 +29,7 @@ from helix.addresses import shown_uri, without_secrets
 from helix.storage import is_sealed
 from orchestration.asked import Asked, asked_from_json
 from orchestration.ledger import CERTIFICATES, Status, TrialState
-from orchestration.records import ATTEMPT, LIST, ROW, TEXT, checked, checked_result
+from orchestration.records import ATTEMPT, LIST, ROW, TEXT, checked, checked_result_fields
 from orchestration.tracking import ACCURACIES, MOST_SAID, PLAIN, PLAN_FILE, STATE_FILE, be_brief
 
 T = TypeVar("T")
@@ -265,8 +265,8 @@ def _state(trial_id: str, value: Any) -> TrialState | None:
         if not is_sealed(value) or checked(STATE_FILE, value, STATE)["trial_id"] != trial_id:
             return None
         result, heard, error = value.get("result"), value.get("heard"), value.get("error")
-        if result is not None:  # its own seal is of rows that had more in them
-            checked_result(STATE_FILE, {name: one for name, one in result.items() if name != "sha256"})
+        if result is not None:  # the seal of the state vouches for it; its own is of rows that had more in them
+            checked_result_fields(STATE_FILE, result)
         rows = value.get("rows", []) if result is None else result["rows"]
         for found, fields in ((rows, ROW), (value["attempts"], ATTEMPT)):
             for one in found:

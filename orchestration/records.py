@@ -1,7 +1,7 @@
 """What the records of trials have to hold, in one place: every field that is read anywhere, and of which kind it is.
 
-A record that does not is damaged, and `CorruptRecordError` names its key and the field. So is one whose checksum is
-not its own; results from before they had one stay readable.
+A record that does not is damaged, and `CorruptRecordError` names its key and the field. So is a result without a
+checksum of itself, or with another's: what `helix verify` calls damaged counts nowhere.
 """
 
 import math
@@ -147,11 +147,21 @@ def checked(key: str, value: Any, fields: Fields) -> Any:
 
 
 def checked_result(key: str, value: Any) -> Any:
-    """A result as it was read from `key`, its seal where it has one, its fields and its rows; None is none."""
+    """A result as it was read from `key`: its seal, its fields and its rows; None is none."""
+    if isinstance(value, dict) and (wrong := unsealed(value)) is not None:
+        raise CorruptRecordError(key, wrong)
+    return None if value is None else checked_result_fields(key, value)
+
+
+def unsealed(value: Any) -> str | None:
+    """Why `value` is not what was sealed, None where it is."""
+    return None if is_sealed(value) else "does not match its own checksum"
+
+
+def checked_result_fields(key: str, value: Any) -> Any:
+    """A result that something else vouches for than its own seal: its fields and its rows."""
     if value is None:
-        return None
-    if isinstance(value, dict) and "sha256" in value and not is_sealed(value):
-        raise CorruptRecordError(key, "does not match its own checksum")
+        raise CorruptRecordError(key, "is no JSON object but null")
     checked(key, value, RESULT)
     if not value["rows"]:
         raise CorruptRecordError(key, "has no rows")

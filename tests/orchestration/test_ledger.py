@@ -31,7 +31,8 @@ def rows(count: int) -> dict[str, Any]:
 
 
 def result(epochs: int) -> dict[str, Any]:
-    return {"result.json": {"rows": list(rows(epochs).values()), "accuracy": {"last": 0.5}, "finished": LATELY}}
+    told = {"rows": list(rows(epochs).values()), "accuracy": {"last": 0.5}, "finished": LATELY}
+    return {"result.json": sealed(told)}
 
 
 FAILED = {"ended": LATELY, "outcome": "failed", "error": "OSError: no space"}
@@ -265,14 +266,15 @@ def test_of_a_trial_with_damaged_records_the_rest_is_told(tmp_path: Path):
 def test_a_trial_with_a_damaged_result_is_not_done_and_says_why(tmp_path: Path):
     contents = attempt("1", **DONE) | rows(3) | result(3)
     storage = write(tmp_path, contents)
-    storage.put_json(f"trials/{TRIAL}/result.json", sealed(contents["result.json"]))
     assert read(storage, TRIAL, now=NOW).status == "done"
-    storage.put_json(f"trials/{TRIAL}/result.json", sealed(contents["result.json"]) | {"accuracy": {"last": 0.99}})
-    with pytest.raises(CorruptRecordError, match=f"trials/{TRIAL}/result.json: does not match its own checksum"):
-        read(storage, TRIAL, now=NOW)
-    state, named = damaged(storage)
-    assert (state.status, state.result, state.epochs_done, named) == ("failed", None, 3, ["result.json"])
-    assert state.error == state.damage[0] == f"trials/{TRIAL}/result.json: does not match its own checksum"
+    changed = contents["result.json"] | {"accuracy": {"last": 0.99}}
+    for broken in (changed, {name: value for name, value in changed.items() if name != "sha256"}):
+        storage.put_json(f"trials/{TRIAL}/result.json", broken)
+        with pytest.raises(CorruptRecordError, match=f"trials/{TRIAL}/result.json: does not match its own checksum"):
+            read(storage, TRIAL, now=NOW)
+        state, named = damaged(storage)
+        assert (state.status, state.result, state.epochs_done, named) == ("failed", None, 3, ["result.json"])
+        assert state.error == state.damage[0] == f"trials/{TRIAL}/result.json: does not match its own checksum"
 
 
 def test_a_damaged_attempt_of_a_trial_that_is_done_is_looked_at_again(tmp_path: Path):
