@@ -29,7 +29,7 @@ from helix.addresses import shown_uri, without_secrets
 from helix.storage import is_sealed
 from orchestration.asked import Asked, asked_from_json
 from orchestration.ledger import CERTIFICATES, Status, TrialState
-from orchestration.records import ATTEMPT, LIST, ROW, TEXT, checked, checked_result_fields
+from orchestration.records import ATTEMPT, CERTIFICATE, LIST, ROW, TEXT, checked, checked_result_fields, lacking
 from orchestration.tracking import ACCURACIES, MOST_SAID, PLAIN, PLAN_FILE, STATE_FILE, be_brief
 
 T = TypeVar("T")
@@ -98,13 +98,16 @@ class Reader:
                 deleted.add(trial_id)
         with ThreadPoolExecutor(READERS) as readers:
             told = dict(zip(runs, readers.map(lambda name: self._told(name, runs[name]), runs), strict=True))
-            certificates = [one for found in readers.map(self._certificates, _of(grid, reports)) for one in found]
+            found = [one for some in readers.map(self._certificates, _of(grid, reports)) for one in some]
+        certificates = [one for _, one in found if lacking(one, CERTIFICATE) is None]
+        damage = [f"{place}: {wrong}" for place, one in found if (wrong := lacking(one, CERTIFICATE)) is not None]
         missing = {name: TrialState(trial_id=name, status="missing") for name in wanted - told.keys()}
         view = asked.view(
             {name: one.state for name, one in told.items()} | missing,
             storage=f"{self.name}; the storage of the sweep was not read",
             now=now,
             certificates={one["certificate_id"]: one for one in certificates}.values(),
+            damage=damage,
         )
         return replace(view, gaps=_gaps(told, deleted - told.keys()))
 
@@ -178,11 +181,10 @@ class Reader:
             except (MlflowException, OSError, ValueError, RecursionError):
                 return None
 
-    def _certificates(self, run: Run) -> list[dict[str, Any]]:
-        """The certificates beside a report that are whole."""
+    def _certificates(self, run: Run) -> list[tuple[str, Any]]:
+        """The certificates beside a report, each with its place; None is what cannot be read."""
         names = [file.path for file in self._asked(lambda: self.client.list_artifacts(run.info.run_id, CERTIFICATES))]
-        found = [self._file(run, name) for name in names if name.endswith(".json")]
-        return [one for one in found if isinstance(one, dict) and isinstance(one.get("certificate_id"), str)]
+        return [(f"{name} of run {run.info.run_id}", self._file(run, name)) for name in names if name.endswith(".json")]
 
     def _told(self, trial_id: str, runs: Sequence[Run]) -> Told:
         """The state of a trial. Of several runs, which replays at once make for a moment, the first that is told of."""

@@ -12,7 +12,7 @@ from helix.training.checkpoint import committed, damage, load_best
 from orchestration.asked import GRIDS
 from orchestration.ledger import CERTIFICATES, begun_trials
 from orchestration.preprocessing import FACTS, summary
-from orchestration.records import unsealed
+from orchestration.records import CERTIFICATE, lacking, unsealed
 
 #: The files of a trial (orchestration/ledger.py) that are JSON by themselves, and those that a manifest vouches for;
 #: what `helix restart` moved aside has the same names.
@@ -53,7 +53,9 @@ def verify_storage(
         found.damaged.extend(unreadable if wrong is None else [f"{key}: {wrong}"])
     for key in storage.keys(CERTIFICATES) if dataset is None else []:
         if key.endswith(".json"):
-            found.damaged.extend(_read_json(storage, key)[1])
+            value, unreadable = _read_json(storage, key)
+            wrong = None if unreadable else lacking(value, CERTIFICATE)
+            found.damaged.extend(unreadable if wrong is None else [f"{key}: {wrong}"])
     for trial_id in begun_trials(storage) if dataset is None else []:
         say(f"trials/{trial_id}")
         problems = _trial_problems(storage, trial_id)

@@ -111,13 +111,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_finished_sweep_gives_the_same_page_and_the_same_tables_without_its_storage(
-    train: Train, sweep: Snapshot, tmp_path: Path, storage: Storage
+    train: Train,
+    sweep: Snapshot,
+    tmp_path: Path,
+    storage: Storage,
+    make_certificate: Callable[..., dict[str, Any]],
 ):
     train(sweep, range(4))
     for number, trial in enumerate((sweep.plan[0].trial_id, "of-another-setting")):
-        body = {"certificate_id": f"c{number}", "trial_id": trial, "grid": "test", "made": 1.0 + number}
-        body |= {"science_version": 0, "scan": "reference", "device": "cpu", "versions": {"torch": "1"}}
-        storage.put_json(f"certificates/c{number}.json", body)
+        storage.put_json(f"certificates/c{number}.json", make_certificate(f"c{number}", trial, grid="test"))
     stored = replay(sweep, tmp_path)
     for folder in ("trials", "grids", "certificates", "tracking"):
         storage.delete_folder(folder)

@@ -1,12 +1,25 @@
 """What a record has to hold: each field that is read is looked at, and a wrong one is named with its key."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from helix.storage import CorruptRecordError, is_sealed, sealed
-from orchestration.records import ATTEMPT, OBJECT, RESULT, ROW, Fields, checked, checked_result, checked_result_fields, lacking, unknown_or
+from orchestration.records import (
+    ATTEMPT,
+    CERTIFICATE,
+    OBJECT,
+    RESULT,
+    ROW,
+    Fields,
+    checked,
+    checked_result,
+    checked_result_fields,
+    lacking,
+    unknown_or,
+)
 
 ROW_OF_NOW = {
     "epoch": 1,
@@ -136,6 +149,26 @@ def test_a_result_without_a_seal_or_with_a_broken_one_is_damaged():
         with pytest.raises(CorruptRecordError, match=r"^k: does not match its own checksum"):
             checked_result("k", broken)
     assert checked_result("k", None) is None
+
+
+def test_a_certificate_has_all_that_a_report_shows_of_it(make_certificate: Callable[..., dict[str, Any]]):
+    whole = make_certificate("c1", "0123456789abcdef")
+    assert lacking(whole, CERTIFICATE) is None
+    drift = whole | {"largest_difference": {"weights": 1e-6, "rows": 0.0}, "commit": None}
+    assert lacking(drift, CERTIFICATE) is None
+    for name in CERTIFICATE:
+        less = {key: value for key, value in whole.items() if key != name}
+        assert lacking(less, CERTIFICATE) == f"has no {name}"
+        assert str(lacking(whole | {name: [{}]}, CERTIFICATE)).startswith(f"has [{{}}] for {name}, ") == (
+            name != "kills"
+        )
+    for name, value in {
+        "made": 1e308,
+        "rows": {"problems": [1]},
+        "versions": {"torch": None},
+        "largest_difference": {"weights": "0"},
+    }.items():
+        assert str(lacking(whole | {name: value}, CERTIFICATE)).startswith(f"has {value!r} for {name}, wanted ")
 
 
 @pytest.mark.parametrize("accuracy", [{"best_test": float("nan")}, {"last": 55.1}, {"last": "0.5"}, [0.5], None])
