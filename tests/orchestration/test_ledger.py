@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from helix.storage import CorruptRecordError, FolderStorage, Storage, sealed
+from orchestration.lease import EXPIRY_S
 from orchestration.ledger import SILENCE_S, TrialState, attempts_at, begun_trials, is_done, read, read_all
 
 TRIAL = "0123456789abcdef"
@@ -117,6 +118,12 @@ def test_time_alone_turns_running_into_partial(tmp_path: Path):
     storage = write(tmp_path, attempt(started=NOW))
     states = [read(storage, TRIAL, now=NOW + after).status for after in (0, SILENCE_S - 1, SILENCE_S, 1e6)]
     assert states == ["running", "running", "partial", "partial"]
+
+
+def test_a_trial_is_shown_as_running_for_as_long_as_its_lease_holds(tmp_path: Path):
+    storage = write(tmp_path, attempt() | beat(time=NOW) | rows(1))
+    shown = [read(storage, TRIAL, now=NOW + after).status for after in (EXPIRY_S - 0.01, EXPIRY_S)]
+    assert shown == ["running", "partial"] and EXPIRY_S == 60, "the README says: a minute"
 
 
 def test_other_trials_have_no_say(tmp_path: Path):
