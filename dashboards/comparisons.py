@@ -66,7 +66,7 @@ class Contrast:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One contrast in numbers. `paired` is the plain t test, `corrected` that of Nadeau and Bengio: none on one of folds.
+    """One contrast in numbers. `paired` is the plain t test, `corrected` that of Nadeau and Bengio, over folds.
 
     `p_holm` is the corrected p and `low` to `high` the corrected interval, both adjusted for a family of so many (Holm;
     Bonferroni, for Holm has no intervals). `outlook` is of that Holm p. `ratio`: test clips over training clips.

@@ -49,6 +49,9 @@ NAMED = 5
 #: What states are read for everywhere.
 STATE = {"trial_id": TEXT, "status": TEXT, "attempts": LIST}
 
+#: What brings back what MLflow has lost of a sweep.
+AGAIN = "the same sweep again sends it, and trains nothing that is done"
+
 #: How MLflow refuses: the words of its answer, and what to do about it.
 SIGN_IN = "it wants another user or password: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say them"
 
@@ -86,7 +89,7 @@ class Reader:
         """As `view_from_mlflow`."""
         experiments = {one.name: one.experiment_id for one in self._asked(self._experiments)}
         reports = self._asked(lambda: list(self._runs([*experiments.values()], "report")))
-        asked = self._plan(grid, reports)
+        asked = self._plan(grid, reports, [*experiments.values()])
         there = [experiments[name] for facts in asked.data if (name := f"helix-{facts.name}") in experiments]
         wanted = {one.trial_id for one in asked.trials}
         runs, deleted = defaultdict(list), set()
@@ -146,7 +149,7 @@ class Reader:
             if not (token := page.token):
                 return
 
-    def _plan(self, grid: str, reports: Sequence[Run]) -> Asked:
+    def _plan(self, grid: str, reports: Sequence[Run], experiments: Sequence[str]) -> Asked:
         """What was asked of the grid last; ValueError where MLflow does not know."""
         ours = _of(grid, reports)
         known = [run for run in ours if "helix.plan" in run.data.tags]
@@ -157,12 +160,14 @@ class Reader:
             if ours:
                 raise ValueError(
                     f"{self.name} has the report of {grid}, but not what was asked for, which earlier versions did not "
-                    "send; the same sweep again sends it, and trains nothing that is done"
+                    f"send; {AGAIN}"
                 )
-            raise ValueError(
-                f"{self.name} holds no sweep of {grid!r}; "
-                + (f"it holds: {listing(grids)}" if grids else "it holds none at all; is the address right?")
-            )
+            held = f"it holds: {listing(grids)}" if grids else "it holds none at all; is the address right?"
+            if any(run.data.tags.get("helix.grid") == grid for run in reports):
+                held = f"the run of its report, which says what was asked, was deleted; {AGAIN}"
+            elif not grids and self._asked(lambda: any(self._runs(experiments, "trial"))):
+                held = f"there are runs of trials, and no run of a report, which says what was asked; {AGAIN}"
+            raise ValueError(f"{self.name} holds no sweep of {grid!r}; {held}")
         newest = max(known, key=lambda run: _number(run.data.tags.get("helix.plan_time")) or 0.0)
         value, place = self._file(newest, PLAN_FILE), f"{PLAN_FILE} of run {newest.info.run_id}"
         asked = asked_from_json(value, place)

@@ -295,6 +295,26 @@ def test_a_grid_that_mlflow_does_not_know_is_refused_with_those_that_it_knows(tr
         view_from_mlflow(uri_of(sweep), "test", now=NOW)
 
 
+@pytest.mark.parametrize(
+    ("told", "gone"),
+    [("the run of its report, .* was deleted", False), ("there are runs of trials, and no run of a report", True)],
+)
+def test_a_deleted_report_is_told_and_the_next_sweep_puts_it_back(train: Train, sweep: Snapshot, told: str, gone: bool):
+    train(sweep, range(1))
+    stored = replay(sweep)
+    client = MlflowClient(uri_of(sweep))
+    (run,) = client.search_runs(["1"], "tags.`helix.level` = 'report'")
+    if gone:  # as mlflow gc leaves it: nothing says any more that there was a report
+        client.delete_tag(run.info.run_id, "helix.level")
+    client.delete_run(run.info.run_id)
+    with pytest.raises(ValueError, match=f"no sweep of 'test'; {told}.*; the same sweep again sends it"):
+        view_from_mlflow(uri_of(sweep), "test", now=NOW)
+    with pytest.raises(ValueError, match="no sweep of 'tset'; "):
+        view_from_mlflow(uri_of(sweep), "tset", now=NOW)
+    replay(sweep)
+    assert view_from_mlflow(uri_of(sweep), "test", now=stored.created).grid == "test"
+
+
 def test_no_database_is_made_where_there_is_none(tmp_path: Path):
     with pytest.raises(MlflowReadError, match="is no database"):
         view_from_mlflow(f"sqlite:///{tmp_path}/mlflow.db", "demo", now=NOW)
