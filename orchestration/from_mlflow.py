@@ -50,7 +50,7 @@ NAMED = 5
 STATE = {"trial_id": TEXT, "status": TEXT, "attempts": LIST}
 
 #: What brings back what MLflow has lost of a sweep.
-AGAIN = "the same sweep again sends it, and trains nothing that is done"
+AGAIN = "helix report from the storage sends it, and so does the same sweep again, which trains nothing that is done"
 
 #: How MLflow refuses: the words of its answer, and what to do about it.
 SIGN_IN = "it wants another user or password: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say them"

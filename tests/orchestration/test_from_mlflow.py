@@ -291,7 +291,7 @@ def test_a_grid_that_mlflow_does_not_know_is_refused_with_those_that_it_knows(tr
     client = MlflowClient(uri_of(sweep))
     (run,) = client.search_runs(["1"], "tags.`helix.level` = 'report'")
     client.delete_tag(run.info.run_id, "helix.plan")
-    with pytest.raises(ValueError, match="earlier versions did not send; the same sweep again sends it"):
+    with pytest.raises(ValueError, match="earlier versions did not send; helix report from the storage sends it"):
         view_from_mlflow(uri_of(sweep), "test", now=NOW)
 
 
@@ -307,7 +307,7 @@ def test_a_deleted_report_is_told_and_the_next_sweep_puts_it_back(train: Train, 
     if gone:  # as mlflow gc leaves it: nothing says any more that there was a report
         client.delete_tag(run.info.run_id, "helix.level")
     client.delete_run(run.info.run_id)
-    with pytest.raises(ValueError, match=f"no sweep of 'test'; {told}.*; the same sweep again sends it"):
+    with pytest.raises(ValueError, match=f"no sweep of 'test'; {told}.*; helix report from the storage sends it"):
         view_from_mlflow(uri_of(sweep), "test", now=NOW)
     with pytest.raises(ValueError, match="no sweep of 'tset'; "):
         view_from_mlflow(uri_of(sweep), "tset", now=NOW)

@@ -117,7 +117,7 @@ def test_a_sweep_half_way_is_told_trial_by_trial_and_nothing_is_written(storage:
     assert told["mamba-mel fold 1 seed 0"] == (
         "running, epoch 3 of 8, best test accuracy 50.0 %, 10.0 s an epoch (1.30 steps/s), 50 s left, on node-7"
     )
-    assert told["helix-raw fold 1 seed 0"].endswith("silent since 2026-03-22 11:56 UTC on node-7")
+    assert told["helix-raw fold 1 seed 0"].endswith("silent since 2026-03-22 11:58 UTC on node-7")
     assert told["helix-mel fold 1 seed 0"].endswith("OSError: no space")
     assert told["attention-raw fold 1 seed 0"] == "waiting"
 
