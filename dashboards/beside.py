@@ -113,7 +113,7 @@ class Sheet:
         shared = [phrase for phrase in measured[0].unlike if all(phrase in cell.unlike for cell in measured)]
         said = [
             f"Within: at most {points(self.cells[0].tolerance, 1).lstrip('+')} points from the paper's number, a "
-            "tolerance of ours. Inside the interval: further away, but in the 95 % interval of our mean."
+            "tolerance of ours. Inside the interval: further away, but in the 95 % interval of our mean, if it has one."
         ]
         if any(cell.ours.n > cell.ours.units for cell in measured):
             said.append("Seeds of a fold are averaged first: mean, std and interval are over folds.")
@@ -264,7 +264,7 @@ def _cell(
     if target is not None and target.per_fold is not None and measure == "best_test":
         values = {key: value for key, value in values.items() if 1 <= key[0] <= target.folds}
         against = mean([target.per_fold[fold - 1] for fold in sorted({fold for fold, _ in values})])
-    ours = statistic(values, std, ratio=summary.ratio)
+    ours = statistic(values, std, ratio=summary.ratio, folds=summary.folds)
     return PaperCell(
         ours=replace(ours, not_finite=summary.accuracy[measure].not_finite),
         gap=NOT_FINITE if not values and summary.accuracy[measure].not_finite else "",

@@ -39,6 +39,9 @@ ONLY_IN_FILES = {
     ("effect", "ahead in"),
 }
 
+#: Why seeds have no corrected test where their data set has more folds than theirs.
+OF_ONE_FOLD = "seeds of one fold show no spread between folds, which is what is corrected"
+
 
 @dataclass(frozen=True)
 class Contrast:
@@ -63,7 +66,7 @@ class Contrast:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One contrast in numbers. `paired` is the plain t test, `corrected` that of Nadeau and Bengio.
+    """One contrast in numbers. `paired` is the plain t test, `corrected` that of Nadeau and Bengio, over folds.
 
     `p_holm` is the corrected p and `low` to `high` the corrected interval, both adjusted for a family of so many (Holm;
     Bonferroni, for Holm has no intervals). `outlook` is of that Holm p. `ratio`: test clips over training clips.
@@ -128,17 +131,18 @@ def measure_family(asked: Iterable[Contrast], evidence: Evidence) -> dict[Contra
     pairs = {one: found for one, found in every.items() if found is not None}
     if len({one.dataset for one in pairs}) > 1:
         raise ValueError("a family is of one data set; given contrasts of several")
-    tested: dict[Contrast, TTest] = {}
+    tests: dict[Contrast, TTest] = {}
     for one, found in pairs.items():
-        tested.setdefault(one.canonical, found.corrected)
-    adjusted = dict(zip(tested, holm([test.p for test in tested.values()]), strict=True))
+        tests.setdefault(one.canonical, found.corrected)
+    adjusted = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
     size = sum(p is not None for p in adjusted.values())
     # Holm goes on with those that are open, and each of them is settled by a p below this.
     left = ALPHA / max(sum(p >= ALPHA for p in adjusted.values() if p is not None), 1)
 
     def measured(one: Contrast, found: _Paired) -> Measured:
         values = found.units.values
-        wide = t_test(values, ratio=found.ratio, confidence=1 - ALPHA / max(size, 1))
+        tested = found.corrected.p is not None
+        wide = t_test(values if tested else (), ratio=found.ratio, confidence=1 - ALPHA / max(size, 1))
         return Measured(
             contrast=one,
             units=found.units,
@@ -268,16 +272,16 @@ def _notes(found: Sequence[Measured], there: Set[str]) -> tuple[str, ...]:
         return ("No two cells share a finished fold and seed.",)
     size = max(one.family for one in found)
     said = []
-    if size:
-        explained = {
-            "Holm": f"adjusted over the {plural(size, 'comparison')} of this table that could be tested.",
-            "d_z": "mean over standard deviation of the differences.",
-            "g": "d_z without its small-sample bias.",
-            "the same, bootstrap": "BCa, 9,999 resamples, seed 0; of few units it is too narrow.",
-            "std": f"of the differences, divided by n {MINUS} 1 whatever the protocol has, as in t and d_z.",
-        }
-        named = {"the same, bootstrap": "Bootstrap"}
-        said.append(" ".join(f"{named.get(name, name)}: {words}" for name, words in explained.items() if name in there))
+    explained = {
+        "Holm": f"adjusted over the {plural(size, 'comparison')} of this table that could be tested.",
+        "d_z": "mean over standard deviation of the differences.",
+        "g": "d_z without its small-sample bias.",
+        "the same, bootstrap": "BCa, 9,999 resamples, seed 0; of few units it is too narrow.",
+        "std": f"of the differences, divided by n {MINUS} 1 whatever the protocol has, as in t and d_z.",
+    }
+    named = {"the same, bootstrap": "Bootstrap"}
+    words = " ".join(f"{named.get(name, name)}: {words}" for name, words in explained.items() if name in there)
+    said += [words] if words else []
     if ratio := max(one.ratio for one in found):
         said.append(
             f"Corrected: by Nadeau and Bengio, for folds share training clips (test to training {ratio:.3g}); "
@@ -299,7 +303,7 @@ def _notes(found: Sequence[Measured], there: Set[str]) -> tuple[str, ...]:
     if unpaired:
         said.append("Folds and seeds that not all cells of a comparison have finished are left out of it.")
     whys = dict.fromkeys(one.corrected.why for one in found if one.corrected.why)
-    said += [f"No test: {why}." for why in whys]
+    said += [f"Not corrected: {why}." if why == OF_ONE_FOLD else f"No test: {why}." for why in whys]
     return tuple(said)
 
 
@@ -317,10 +321,13 @@ def _paired(asked: Contrast, evidence: Evidence) -> _Paired | None:
     sample = units(differences, unpaired)
     counts = evidence.counts.get(asked.dataset) or unknown(len({fold for fold, _ in differences}))
     ratio = counts.ratio if sample.unit == "fold" else 0.0
+    corrected = t_test(sample.values, ratio=ratio)
+    if sample.unit == "seed" and counts.folds > 1 and corrected.p is not None:
+        corrected = TTest(n=corrected.n, mean=corrected.mean, std=corrected.std, why=OF_ONE_FOLD)
     return _Paired(
         differences=differences,
         units=sample,
-        corrected=t_test(sample.values, ratio=ratio),
+        corrected=corrected,
         ratio=ratio,
         folds_exist=counts.folds,
     )

@@ -59,6 +59,8 @@ class Section:
     class_files: tuple[str, ...]
     accuracy_file: str
     columns: int
+    unit: str
+    over: str
     comparison_note: str
     shared_unlike: tuple[str, ...]
     has_published: bool
@@ -148,7 +150,6 @@ def render_report(view: SweepView, *, files: str | None = None) -> str:
     """The whole page as text. Everything that comes from the view is escaped. `files` as in `write_report`."""
     evidence = sweep_evidence(view)
     summaries = summarise(view)
-    unit, over = averaged_over(view)
     marks = block_marks(cell.pattern for cell in view.cells)
     return (
         page_environment()
@@ -178,8 +179,6 @@ def render_report(view: SweepView, *, files: str | None = None) -> str:
             selection_words=text.SELECTION_WORDS,
             std_words=text.STD_WORDS,
             word=sampling_word(view),
-            unit=unit,
-            over=over,
             glyph=lambda pattern: glyph(pattern, marks),
             kinds=list(marks),
             gap=text.GAP,
@@ -198,6 +197,7 @@ def _section(view: SweepView, dataset: str, every: Sequence[CellSummary]) -> Sec
     palette = colours(view.cells)
     drawn = tuple(panels(summaries, chance, palette))
     backbones = len({panel.cell.backbone for panel in drawn})
+    unit, over = averaged_over(view, dataset)
     return Section(
         dataset=dataset,
         facts=facts,
@@ -212,6 +212,8 @@ def _section(view: SweepView, dataset: str, every: Sequence[CellSummary]) -> Sec
         class_files=tuple(table.name for table in confusion_tables(view, dataset)),
         accuracy_file=_accuracy_name(dataset),
         columns=backbones if 2 <= backbones <= 4 else 3,
+        unit=unit,
+        over=over,
         comparison_note=comparison_note(view, summaries),
         shared_unlike=shared_unlike(summaries),
         has_published=any(summary.comparison is not None for summary in summaries),
@@ -260,7 +262,7 @@ def _accuracy_table(view: SweepView, dataset: str, summaries: Sequence[CellSumma
     return Table(
         name=_accuracy_name(dataset),
         caption=f"Test accuracy on {dataset} in %, by the rule that chooses the epoch; {text.STD_WORDS[view.std]} "
-        "over folds, the seeds of a fold averaged first",
+        f"over {averaged_over(view, dataset)[1]}",
         columns=(
             Column(heading="variant"),
             Column(heading="done", number=True),

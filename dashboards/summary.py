@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dashboards.counts import counts_of
+from dashboards.counts import Counts, counts_of
 from dashboards.text import NOT_FINITE, TIMES, mean_std, percent, plural
 from dashboards.view import CellView, DataFacts, SweepView, TrialView
 from helix.protocol import PROFILES, SWITCHES
 from helix.published import Published, published
-from helix.statistics import Key, contrast, deviation, mean, t_test, units
+from helix.statistics import Key, Units, contrast, deviation, mean, t_test, units
 
 SELECTIONS = ("best_test", "last", "validation")
 
@@ -25,7 +25,7 @@ PARAMETER_BAND = 0.001
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic:
-    """`n` trials as one number: the mean over folds, the seeds of a fold averaged first; over seeds where there is one.
+    """`n` trials as one number: the mean over folds, the seeds of a fold averaged first; over seeds of a single split.
 
     `std` is the spread of those `units`, and `low` to `high` the 95 % interval of their mean, corrected for training
     clips that folds share (Nadeau and Bengio). None where there is nothing to take it of. `not_finite`: so many trials
@@ -97,8 +97,9 @@ class Comparison:
 class CellSummary:
     """One row of the main table. `accuracy` holds all three selections; `selected` is the one that the protocol rules.
 
-    `ratio`: test clips over training clips of its data set, which corrects intervals over folds. `at_chance`: the mean
-    is not above guessing by two binomial standard errors of the clips tested (None where that cannot be said).
+    `ratio`: test clips over training clips of its data set, which corrects intervals over folds, and `folds`: how many
+    that has, run or not. `at_chance`: the mean is not above guessing by two binomial standard errors of the clips
+    tested (None where that cannot be said).
     """
 
     cell: CellView
@@ -114,6 +115,7 @@ class CellSummary:
     comparison: Comparison | None
     at_chance: bool | None
     ratio: float = 0.0
+    folds: int = 1
 
     @property
     def done(self) -> int:
@@ -156,14 +158,17 @@ class Progress:
         return self.statuses.get("done", 0) == self.asked
 
 
-def statistic(values: Mapping[Key, float], rule: str, *, ratio: float = 0.0) -> Statistic:
+def statistic(values: Mapping[Key, float], rule: str, *, ratio: float = 0.0, folds: int = 1) -> Statistic:
     """Values by (fold, seed) as one number: the one rule for every cell, in a report, a ledger or MLflow.
 
     `rule` "population" divides the variance by the number of folds and "sample" by one less; one value has no spread.
-    `ratio`: test clips over training clips.
+    `ratio`: test clips over training clips. `folds`: of the data set, run or not. Where there are several, a spread is
+    one over folds: that of the seeds of a single fold says nothing of the others and would stand among theirs.
     """
     finite = {key: value for key, value in values.items() if math.isfinite(value)}
     sample = units(finite)
+    if sample.unit == "seed" and folds > 1 and finite:
+        sample = Units(unit="fold", values=(math.fsum(sample.values) / len(sample.values),))
     tested = t_test(sample.values, ratio=ratio if sample.unit == "fold" else 0.0)
     return Statistic(
         n=len(finite),
@@ -179,14 +184,15 @@ def statistic(values: Mapping[Key, float], rule: str, *, ratio: float = 0.0) -> 
 
 def summarise(view: SweepView) -> tuple[CellSummary, ...]:
     """Every cell of the view, in its order."""
-    ratios = {dataset: counts.ratio for dataset, counts in counts_of(view).items()}
-    return tuple(summarise_cell(view, cell, ratio=ratios[cell.dataset]) for cell in view.cells)
+    known = counts_of(view)
+    return tuple(summarise_cell(view, cell, counts=known[cell.dataset]) for cell in view.cells)
 
 
-def summarise_cell(view: SweepView, cell: CellView, *, ratio: float) -> CellSummary:
+def summarise_cell(view: SweepView, cell: CellView, *, counts: Counts) -> CellSummary:
     """One cell under the selection rule and the standard deviation that the view's protocol asks for."""
     samples = tuple(sample for trial in cell.trials if (sample := _sample(trial)) is not None)
-    accuracy = {rule: statistic(_given(samples, rule), view.std, ratio=ratio) for rule in SELECTIONS}
+    ratio, folds = counts.ratio, counts.folds
+    accuracy = {rule: statistic(_given(samples, rule), view.std, ratio=ratio, folds=folds) for rule in SELECTIONS}
     optimism = {
         (sample.fold, sample.seed): sample.accuracy["best_test"] - sample.accuracy["validation"]
         for sample in samples
@@ -203,13 +209,14 @@ def summarise_cell(view: SweepView, cell: CellView, *, ratio: float) -> CellSumm
         statuses=dict(Counter(trial.state.status for trial in cell.trials)),
         accuracy=accuracy,
         selected=accuracy[view.select],
-        optimism=statistic(optimism, view.std, ratio=ratio),
+        optimism=statistic(optimism, view.std, ratio=ratio, folds=folds),
         train_seconds=math.fsum(seconds) / len(seconds) if seconds else None,
         parameters=parameters,
         tokens=cell.tokens or _first(result.get("tokens") for result in results),
         comparison=_compare(cell, samples, facts, parameters, view.std),
         at_chance=_at_chance(accuracy, cell, facts),
         ratio=ratio,
+        folds=folds,
     )
 
 
@@ -277,10 +284,12 @@ def sampling_word(view: SweepView) -> str:
     return "fold" if len(seeds) <= 1 else "seed" if len(folds) <= 1 else "trial"
 
 
-def averaged_over(view: SweepView) -> tuple[str, str]:
-    """The unit of all means and spreads ("fold", or "seed" where there is but one fold), and what is done to get it."""
-    word = sampling_word(view)
-    return ("fold", "folds, the seeds of a fold averaged first") if word == "trial" else (word, f"{word}s")
+def averaged_over(view: SweepView, dataset: str) -> tuple[str, str]:
+    """The unit of means and spreads on a data set ("fold", or "seed" of a single split), and what is done to get it."""
+    if counts_of(view)[dataset].folds < 2:
+        return "seed", "seeds"
+    seeds = {trial.seed for cell, trial in view.trials() if cell.dataset == dataset}
+    return "fold", "folds, the seeds of a fold averaged first" if len(seeds) > 1 else "folds"
 
 
 def changed_switches(view: SweepView) -> dict[str, str]:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import math
 import re
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -48,13 +49,27 @@ Cell = str | Figure
 #: Text of more letters than this wraps in LaTeX.
 LATEX_WRAPS = 24
 
-#: (letters in a line, on a landscape page, size of letters), the best first. A line is that of LaTeX's own article.
+
+@dataclass(frozen=True)
+class Page:
+    """A page that tables are laid out for: its text is so many points high; letters in a line of a caption, a note."""
+
+    name: str
+    height: float
+    caption: int
+    note: int
+
+
+PORTRAIT = Page("an A4 page with the margins of article", 598, 68, 82)
+LANDSCAPE = Page("a landscape A4 page with margins of at most 25 mm", 455, 135, 160)
+
+#: (letters in a line, page, size of letters, points from line to line), the best first.
 LATEX_LINES = (
-    (68, False, ""),
-    (82, False, r"\footnotesize\setlength{\tabcolsep}{3pt}"),
-    (92, False, r"\scriptsize\setlength{\tabcolsep}{3pt}"),
-    (140, True, r"\footnotesize\setlength{\tabcolsep}{3pt}"),
-    (160, True, r"\scriptsize\setlength{\tabcolsep}{3pt}"),
+    (68, PORTRAIT, "", 12.0),
+    (82, PORTRAIT, r"\footnotesize\setlength{\tabcolsep}{3pt}", 9.5),
+    (92, PORTRAIT, r"\scriptsize\setlength{\tabcolsep}{3pt}", 8.0),
+    (140, LANDSCAPE, r"\footnotesize\setlength{\tabcolsep}{3pt}", 9.5),
+    (160, LANDSCAPE, r"\scriptsize\setlength{\tabcolsep}{3pt}", 8.0),
 )
 
 #: The file beside the tables of a report that says which they are: name -> sha256.
@@ -63,8 +78,11 @@ TABLES_KEPT = "tables.json"
 #: A letter with an index, as statistics are named: d_z.
 INDEXED = re.compile(r"\b([a-z])(?:_|\\_)([a-z])\b")
 
-#: A table of more rows than this may not fit a printed page.
-PAGE_ROWS = 30
+#: From line to line of a caption and of a note, and the rules and gaps of a table in LaTeX, in points.
+CAPTION_LINE, NOTE_LINE, RULES = 12.0, 9.5, 40.0
+
+#: So much of a page a table may fill by the estimate of its height and yet not break: letters differ in width.
+FILLED = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,14 +186,15 @@ def as_markdown(table: Table) -> str:
 def as_latex(table: Table) -> str:
     """A table in the style of booktabs, which may break over pages where one may be too short; long text wraps.
 
-    It needs no encoding and no package but those it names, and a landscape page where its first line says so.
+    It needs no encoding and no package but those it names, and is laid out for the page that its first line names.
     """
-    spec, size, landscape = _layout(table)
+    laid = _layout(table)
+    spec, size = laid.spec, laid.size
     titles = [f"\\caption{{{_latex(table.caption)}}}", f"\\label{{tab:{table.name}}}"]
-    many = len(table.rows) > PAGE_ROWS
+    many = laid.height > FILLED * laid.page.height
     packages = ["booktabs", *(["array"] if "p{" in spec else []), *(["longtable"] if many else [])]
     needs = f"% needs \\usepackage{{{', '.join(packages)}}}"
-    lines = [needs + (" and a landscape page" if landscape else "")]
+    lines = [f"{needs}; laid out for {laid.page.name}"]
     if many:
         lines += [f"{{{size}", f"\\begin{{longtable}}{{{spec}}}", *titles, r"\\"]
     else:
@@ -198,8 +217,18 @@ def as_latex(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _layout(table: Table) -> tuple[str, str, bool]:
-    """The columns of a tabular, the size of its letters, and whether only a landscape page is wide enough."""
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """The columns of a tabular, the size of its letters, the page that is wide enough, and its height in points."""
+
+    spec: str
+    size: str
+    page: Page
+    height: float
+
+
+def _layout(table: Table) -> _Layout:
+    """How a table is set. Its height is an estimate by letters of average width."""
 
     def widest(index: int) -> int:
         return max(map(len, [table.columns[index].heading, *(shown(row[index]) for row in table.rows)]))
@@ -207,7 +236,7 @@ def _layout(table: Table) -> tuple[str, str, bool]:
     wraps = {index for index, column in enumerate(table.columns) if not column.number and widest(index) > LATEX_WRAPS}
     narrow = sum(widest(index) + 2 for index in range(len(table.columns)) if index not in wraps)
     wanted = narrow + (LATEX_WRAPS + 2) * len(wraps)
-    letters, landscape, size = next((one for one in LATEX_LINES if wanted <= one[0]), LATEX_LINES[-1])
+    letters, page, size, line = next((one for one in LATEX_LINES if wanted <= one[0]), LATEX_LINES[-1])
     share = max((letters - narrow) / letters / max(len(wraps), 1) - 0.03, 0.1)
     spec = "".join(
         f">{{\\raggedright\\arraybackslash}}p{{{share:.2f}\\linewidth}}"
@@ -217,7 +246,21 @@ def _layout(table: Table) -> tuple[str, str, bool]:
         else "l"
         for index, column in enumerate(table.columns)
     )
-    return spec, size, landscape
+
+    def high(texts: Sequence[str]) -> int:
+        """The lines of a row."""
+        return max(_lines(text, share * letters) if index in wraps else 1 for index, text in enumerate(texts))
+
+    rows = [[column.heading for column in table.columns], *([shown(cell) for cell in row] for row in table.rows)]
+    lines = sum(map(high, rows)) + any(column.group for column in table.columns)
+    height = RULES + line * lines + CAPTION_LINE * _lines(table.caption, page.caption)
+    height += NOTE_LINE * sum(_lines(note, page.note) for note in table.notes)
+    return _Layout(spec=spec, size=size, page=page, height=height)
+
+
+def _lines(text: str, letters: float) -> int:
+    """The lines of a text in a column of so many letters."""
+    return max(len(textwrap.wrap(text, max(int(letters), 1))), 1)
 
 
 #: Ending of a file -> how a table is written in it.

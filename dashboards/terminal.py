@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dashboards.claim import Entry
-from dashboards.summary import CellSummary, sampling_word, summarise
+from dashboards.summary import CellSummary, averaged_over, sampling_word, summarise
 from dashboards.tables import Table as AnyTable
 from dashboards.tables import shown
 from dashboards.text import GAP, NOT_FINITE, SELECTION_WORDS, percent, plural, points
@@ -110,8 +110,9 @@ def _caption(view: SweepView, compared: bool) -> str:
     said = [f"guessing: {chance}"] if chance else []
     said.append("best, last, valid.: by the best test epoch, the last, the one chosen by validation")
     said.append("optim.: best minus valid.")
-    if sampling_word(view) == "trial":
-        said.append("seeds of a fold are averaged first")
+    datasets = dict.fromkeys(cell.dataset for cell in view.cells)
+    overs = dict.fromkeys(averaged_over(view, dataset)[1] for dataset in datasets)
+    said += [f"\N{PLUS-MINUS SIGN} over {' or '.join(overs)}"] if overs else []
     left_out = sum(summary.selected.not_finite for summary in summarise(view))
     if left_out:
         said.append(f"{plural(left_out, 'accuracy', 'accuracies')} {NOT_FINITE}, in no mean")

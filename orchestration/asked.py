@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from dashboards.counts import official
 from dashboards.view import DataFacts, SweepView, TrialEntry
+from helix.registry import DATASETS
 from helix.spec import TrialSpec, from_json, to_json
 from helix.storage import CorruptObjectError, Storage, is_sealed, json_bytes, sealed
 from orchestration.ledger import SILENCE_S, Records, TrialState, read_all, read_certificates
 from orchestration.money import Prices, spent_on_trial
-from orchestration.records import DRIVER, checked
+from orchestration.records import DRIVER, PLAN, PLAN_CELL, PLAN_DATA, PLAN_MODEL, Fields, checked, lacking
 
 logger = logging.getLogger(__name__)
 
@@ -170,15 +172,22 @@ def asked_from_json(value: Any, place: str) -> Asked:
         )
     try:
         return _asked(value)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{place} is no plan ({type(error).__name__}: {error}); a sweep writes it again") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{place} is no plan: {error}; a sweep of the grid writes it again") from error
 
 
 def _asked(value: dict[str, Any]) -> Asked:
-    """What a plan says, whose seal is whole."""
+    """What a plan says, whose seal is whole. ValueError says what it should have and has not."""
+    _require("it", value, PLAN)
+    for number, facts in enumerate(value["data"], 1):
+        _require(f"its data set {number}", facts, PLAN_DATA)
     trials = []
-    for cell in value["cells"]:
+    for number, cell in enumerate(value["cells"], 1):
+        _require(f"its cell {number}", cell, PLAN_CELL)
         shared = from_json(cell["spec"])
+        _require(f"the model of its cell {number}", to_json(shared)["model"], PLAN_MODEL)
+        if shared.data.dataset in DATASETS.names():
+            official(shared.data.dataset, shared.data.options)
         said = {name: cell[name] for name in ("variant", "backbone", "parameters", "tokens")}
         for trial_id, fold, seed in cell["trials"]:
             spec = replace(shared, data=replace(shared.data, fold=fold), seed=seed)
@@ -196,6 +205,12 @@ def _asked(value: dict[str, Any]) -> Asked:
         trials=tuple(trials),
         prices=Prices(usd={(name, market): usd for name, market, usd in value["prices"]}),
     )
+
+
+def _require(what: str, value: Any, fields: Fields) -> None:
+    """ValueError where `value` has not these `fields`."""
+    if (wrong := lacking(value, fields)) is not None:
+        raise ValueError(f"{what} {wrong}")
 
 
 class DriverRecord:

@@ -151,8 +151,8 @@ def moved(view: SweepView, last: Mapping[str, Any], storage: Storage, *, now: fl
 
 def _moved(view: SweepView, cell: CellView, olds: Sequence[TrialView]) -> Moved:
     old_cell = CellView(**{**vars(cell), "trials": tuple(olds)})
-    ratio = counts_of(view)[cell.dataset].ratio
-    old, new = (summarise_cell(view, one, ratio=ratio) for one in (old_cell, cell))
+    counts = counts_of(view)[cell.dataset]
+    old, new = (summarise_cell(view, one, counts=counts) for one in (old_cell, cell))
     pairs = paired(new, old, view.select)
     differences = units(pairs).values
     means = [

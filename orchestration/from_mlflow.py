@@ -29,7 +29,7 @@ from helix.addresses import shown_uri, without_secrets
 from helix.storage import is_sealed
 from orchestration.asked import Asked, asked_from_json
 from orchestration.ledger import CERTIFICATES, Status, TrialState
-from orchestration.records import ATTEMPT, LIST, ROW, TEXT, checked, checked_result
+from orchestration.records import ATTEMPT, CERTIFICATE, LIST, ROW, TEXT, checked, checked_result_fields, lacking
 from orchestration.tracking import ACCURACIES, MOST_SAID, PLAIN, PLAN_FILE, STATE_FILE, be_brief
 
 T = TypeVar("T")
@@ -48,6 +48,9 @@ NAMED = 5
 
 #: What states are read for everywhere.
 STATE = {"trial_id": TEXT, "status": TEXT, "attempts": LIST}
+
+#: What brings back what MLflow has lost of a sweep.
+AGAIN = "helix report from the storage sends it, and so does the same sweep again, which trains nothing that is done"
 
 #: How MLflow refuses: the words of its answer, and what to do about it.
 SIGN_IN = "it wants another user or password: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say them"
@@ -86,7 +89,7 @@ class Reader:
         """As `view_from_mlflow`."""
         experiments = {one.name: one.experiment_id for one in self._asked(self._experiments)}
         reports = self._asked(lambda: list(self._runs([*experiments.values()], "report")))
-        asked = self._plan(grid, reports)
+        asked = self._plan(grid, reports, [*experiments.values()])
         there = [experiments[name] for facts in asked.data if (name := f"helix-{facts.name}") in experiments]
         wanted = {one.trial_id for one in asked.trials}
         runs, deleted = defaultdict(list), set()
@@ -98,13 +101,16 @@ class Reader:
                 deleted.add(trial_id)
         with ThreadPoolExecutor(READERS) as readers:
             told = dict(zip(runs, readers.map(lambda name: self._told(name, runs[name]), runs), strict=True))
-            certificates = [one for found in readers.map(self._certificates, _of(grid, reports)) for one in found]
+            found = [one for some in readers.map(self._certificates, _of(grid, reports)) for one in some]
+        certificates = [one for _, one in found if lacking(one, CERTIFICATE) is None]
+        damage = [f"{place}: {wrong}" for place, one in found if (wrong := lacking(one, CERTIFICATE)) is not None]
         missing = {name: TrialState(trial_id=name, status="missing") for name in wanted - told.keys()}
         view = asked.view(
             {name: one.state for name, one in told.items()} | missing,
             storage=f"{self.name}; the storage of the sweep was not read",
             now=now,
             certificates={one["certificate_id"]: one for one in certificates}.values(),
+            damage=damage,
         )
         return replace(view, gaps=_gaps(told, deleted - told.keys()))
 
@@ -143,7 +149,7 @@ class Reader:
             if not (token := page.token):
                 return
 
-    def _plan(self, grid: str, reports: Sequence[Run]) -> Asked:
+    def _plan(self, grid: str, reports: Sequence[Run], experiments: Sequence[str]) -> Asked:
         """What was asked of the grid last; ValueError where MLflow does not know."""
         ours = _of(grid, reports)
         known = [run for run in ours if "helix.plan" in run.data.tags]
@@ -154,12 +160,14 @@ class Reader:
             if ours:
                 raise ValueError(
                     f"{self.name} has the report of {grid}, but not what was asked for, which earlier versions did not "
-                    "send; the same sweep again sends it, and trains nothing that is done"
+                    f"send; {AGAIN}"
                 )
-            raise ValueError(
-                f"{self.name} holds no sweep of {grid!r}; "
-                + (f"it holds: {listing(grids)}" if grids else "it holds none at all; is the address right?")
-            )
+            held = f"it holds: {listing(grids)}" if grids else "it holds none at all; is the address right?"
+            if any(run.data.tags.get("helix.grid") == grid for run in reports):
+                held = f"the run of its report, which says what was asked, was deleted; {AGAIN}"
+            elif not grids and self._asked(lambda: any(self._runs(experiments, "trial"))):
+                held = f"there are runs of trials, and no run of a report, which says what was asked; {AGAIN}"
+            raise ValueError(f"{self.name} holds no sweep of {grid!r}; {held}")
         newest = max(known, key=lambda run: _number(run.data.tags.get("helix.plan_time")) or 0.0)
         value, place = self._file(newest, PLAN_FILE), f"{PLAN_FILE} of run {newest.info.run_id}"
         asked = asked_from_json(value, place)
@@ -178,11 +186,10 @@ class Reader:
             except (MlflowException, OSError, ValueError, RecursionError):
                 return None
 
-    def _certificates(self, run: Run) -> list[dict[str, Any]]:
-        """The certificates beside a report that are whole."""
+    def _certificates(self, run: Run) -> list[tuple[str, Any]]:
+        """The certificates beside a report, each with its place; None is what cannot be read."""
         names = [file.path for file in self._asked(lambda: self.client.list_artifacts(run.info.run_id, CERTIFICATES))]
-        found = [self._file(run, name) for name in names if name.endswith(".json")]
-        return [one for one in found if isinstance(one, dict) and isinstance(one.get("certificate_id"), str)]
+        return [(f"{name} of run {run.info.run_id}", self._file(run, name)) for name in names if name.endswith(".json")]
 
     def _told(self, trial_id: str, runs: Sequence[Run]) -> Told:
         """The state of a trial. Of several runs, which replays at once make for a moment, the first that is told of."""
@@ -265,8 +272,8 @@ def _state(trial_id: str, value: Any) -> TrialState | None:
         if not is_sealed(value) or checked(STATE_FILE, value, STATE)["trial_id"] != trial_id:
             return None
         result, heard, error = value.get("result"), value.get("heard"), value.get("error")
-        if result is not None:  # its own seal is of rows that had more in them
-            checked_result(STATE_FILE, {name: one for name, one in result.items() if name != "sha256"})
+        if result is not None:  # the seal of the state vouches for it; its own is of rows that had more in them
+            checked_result_fields(STATE_FILE, result)
         rows = value.get("rows", []) if result is None else result["rows"]
         for found, fields in ((rows, ROW), (value["attempts"], ATTEMPT)):
             for one in found:

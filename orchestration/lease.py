@@ -22,7 +22,7 @@ import psutil
 
 from helix.storage import CorruptObjectError, Storage, json_bytes
 from helix.training.trainer import trial_folder
-from orchestration.ledger import heartbeat_of
+from orchestration.ledger import SILENCE_S, heartbeat_of
 from orchestration.stop import asked
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 BEAT_S = 2.0
 
 #: A holder whose heartbeat did not change for so long is dead.
-EXPIRY_S = 60.0
+EXPIRY_S = SILENCE_S
 
 #: What a lease has to say of its holder.
 HOLDER = {"host": str, "pid": int, "born": (int, float), "sweep_id": str}

@@ -26,8 +26,8 @@ from orchestration.records import ATTEMPT, BEAT, CERTIFICATE, NUMBER, ROW, TEXT,
 #: Where certificates lie (orchestration/certify.py).
 CERTIFICATES = "certificates"
 
-#: An attempt that has not been heard of for this long is taken for dead when the state is shown.
-SILENCE_S = 120.0
+#: Who has not been heard of for this long is dead: where the state is shown, and where its lease is taken over.
+SILENCE_S = 60.0
 
 #: What files of a trial are called; others in its folders are somebody's own and are not read.
 TRIAL_ID = r"[0-9a-f]{16}"

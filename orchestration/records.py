@@ -1,7 +1,7 @@
 """What the records of trials have to hold, in one place: every field that is read anywhere, and of which kind it is.
 
-A record that does not is damaged, and `CorruptRecordError` names its key and the field. So is one whose checksum is
-not its own; results from before they had one stay readable.
+A record that does not is damaged, and `CorruptRecordError` names its key and the field. So is a result without a
+checksum of itself, or with another's: what `helix verify` calls damaged counts nowhere.
 """
 
 import math
@@ -47,10 +47,37 @@ def _all(item: Kind) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(item.holds, value.values()))
 
 
+def list_of(item: Kind) -> Kind:
+    """A list of values of this kind."""
+    return Kind(f"a list, each {item.what}", lambda value: isinstance(value, list) and all(map(item.holds, value)))
+
+
+def row_of(*items: Kind) -> Kind:
+    """A list of as many values, each of its own kind."""
+
+    def holds(value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and len(value) == len(items)
+            and all(item.holds(one) for item, one in zip(items, value, strict=True))
+        )
+
+    return Kind(f"[{', '.join(item.what for item in items)}]", holds)
+
+
+def with_fields(fields: "Fields") -> Kind:
+    """An object with these fields."""
+    said = ", ".join(f"{name}: {kind.what}" for name, kind in fields.items())
+    return Kind(f"an object with {said}", lambda value: lacking(value, fields) is None)
+
+
 COUNT = Kind("a whole number, 0 or more", _is_count)
 NUMBER = Kind("a finite number", _is_number)
 FRACTION = Kind("a fraction from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+#: Unix seconds that a date can be made of: up to the year 9999.
+TIME = Kind("a time in seconds since 1970", lambda value: _is_number(value) and 0 <= value < 253_402_300_800)
 TEXT = Kind("a text", lambda value: isinstance(value, str))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 LIST = Kind("a list", lambda value: isinstance(value, list))
 HITS = Kind("two whole numbers: clips that were right, and clips", _tuples_of(2))
@@ -129,7 +156,65 @@ RESULT: Fields = {
 }
 
 BEAT: Fields = {"attempt_id": TEXT, "time": NUMBER, "step": COUNT}
-CERTIFICATE: Fields = {"certificate_id": TEXT}
+
+#: What killing a trial changed (orchestration/certify.py): what a report shows of it.
+CERTIFICATE: Fields = {
+    "certificate_id": TEXT,
+    "grid": TEXT,
+    "trial": TEXT,
+    "trial_id": TEXT,
+    "science_version": COUNT,
+    "scan": TEXT,
+    "device": TEXT,
+    "device_name": TEXT,
+    "threads": COUNT,
+    "versions": with_fields({"torch": TEXT}),
+    "commit": replace(unknown_or(TEXT), needed=True),
+    "made": TIME,
+    "steps": COUNT,
+    "kills_asked": COUNT,
+    "kills": LIST,
+    "steps_lost": COUNT,
+    "seconds_lost": NUMBER,
+    "restarts_at_step_0": COUNT,
+    "rows": with_fields({"problems": list_of(TEXT)}),
+    "largest_difference": replace(unknown_or(with_fields({"weights": NUMBER, "rows": NUMBER})), needed=True),
+    "verdict": TEXT,
+}
+
+#: What was asked of a grid (orchestration/asked.py), its data sets (dashboards/view.py), and its variants, whose trials
+#: are told by id, fold and seed. The spec is looked at where it is read, but for what stands in its pattern.
+PLAN: Fields = {
+    "grid": TEXT,
+    "question": TEXT,
+    "command": TEXT,
+    "data": LIST,
+    "cells": LIST,
+    "prices": list_of(row_of(TEXT, TEXT, NUMBER)),
+}
+PLAN_DATA: Fields = {
+    "name": TEXT,
+    "classes": COUNT,
+    "recordings": COUNT,
+    "chance": FRACTION,
+    "expected": unknown_or(COUNT),
+    "partial": FLAG,
+    "seconds": NUMBER,
+    "licence": TEXT,
+    "caveat": TEXT,
+    "manifest_sha256": TEXT,
+    "notes": list_of(TEXT),
+    "class_names": list_of(TEXT),
+}
+PLAN_MODEL: Fields = {"pattern": list_of(TEXT)}
+PLAN_CELL: Fields = {
+    "variant": TEXT,
+    "backbone": TEXT,
+    "parameters": replace(unknown_or(COUNT), needed=True),
+    "tokens": replace(unknown_or(COUNT), needed=True),
+    "spec": OBJECT,
+    "trials": list_of(row_of(TEXT, COUNT, COUNT)),
+}
 DRIVER: Fields = {
     "time": NUMBER,
     "waiting": TEXT,
@@ -147,11 +232,21 @@ def checked(key: str, value: Any, fields: Fields) -> Any:
 
 
 def checked_result(key: str, value: Any) -> Any:
-    """A result as it was read from `key`, its seal where it has one, its fields and its rows; None is none."""
+    """A result as it was read from `key`: its seal, its fields and its rows; None is none."""
+    if isinstance(value, dict) and (wrong := unsealed(value)) is not None:
+        raise CorruptRecordError(key, wrong)
+    return None if value is None else checked_result_fields(key, value)
+
+
+def unsealed(value: Any) -> str | None:
+    """Why `value` is not what was sealed, None where it is."""
+    return None if is_sealed(value) else "does not match its own checksum"
+
+
+def checked_result_fields(key: str, value: Any) -> Any:
+    """A result that something else vouches for than its own seal: its fields and its rows."""
     if value is None:
-        return None
-    if isinstance(value, dict) and "sha256" in value and not is_sealed(value):
-        raise CorruptRecordError(key, "does not match its own checksum")
+        raise CorruptRecordError(key, "is no JSON object but null")
     checked(key, value, RESULT)
     if not value["rows"]:
         raise CorruptRecordError(key, "has no rows")

@@ -23,7 +23,7 @@ import ray.tune
 
 from helix.data.shards import Recordings, open_prepared, prepare
 from helix.spec import TrialSpec, trial_id
-from helix.storage import FolderStorage, json_bytes
+from helix.storage import FolderStorage, json_bytes, sealed
 from helix.training.trainer import Fit, trial_folder
 from orchestration import sweep
 from orchestration.connection import connect, driver_resources
@@ -47,7 +47,7 @@ def nothing(spec: TrialSpec, recordings: Recordings, how: Fit) -> None:
     now = time.time()
     row = {"epoch": 1, "step": 1, "test_accuracy": 0.0, "seconds": 0.0, "time": now}
     result = {"trial_id": name, "rows": [row], "accuracy": {}, "train_seconds": 0.0, "finished": now}
-    how.storage.put_if_absent(f"{trial_folder(name)}/result.json", json_bytes(result))
+    how.storage.put_if_absent(f"{trial_folder(name)}/result.json", json_bytes(sealed(result)))
 
 
 def planned(storage: FolderStorage, trials: int) -> sweep.Sweep:

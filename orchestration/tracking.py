@@ -416,10 +416,14 @@ class Tracker:
             specs = {name: self._specs[name]["spec"] for name in found}
             keys = {name: (spec["data"]["fold"], spec["seed"]) for name, spec in specs.items()}
             ratio = overlap((keys[name][0], result) for name, result in found.items())
-            ratio = counts_of(view)[summary.cell.dataset].ratio if ratio is None else ratio
+            counts = counts_of(view)[summary.cell.dataset]
+            ratio = counts.ratio if ratio is None else ratio
             over = {
                 rule: statistic(
-                    {keys[name]: result["accuracy"][rule] for name, result in found.items()}, view.std, ratio=ratio
+                    {keys[name]: result["accuracy"][rule] for name, result in found.items()},
+                    view.std,
+                    ratio=ratio,
+                    folds=counts.folds,
                 )
                 for rule in SELECTIONS
             }

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from helix.data.shards import prepared_prefixes, verify
-from helix.storage import CorruptObjectError, Storage, is_sealed, json_bytes
+from helix.storage import CorruptObjectError, Storage, json_bytes
 from helix.training.checkpoint import committed, damage, load_best
 from orchestration.asked import GRIDS
 from orchestration.ledger import CERTIFICATES, begun_trials
 from orchestration.preprocessing import FACTS, summary
+from orchestration.records import CERTIFICATE, lacking, unsealed
 
 #: The files of a trial (orchestration/ledger.py) that are JSON by themselves, and those that a manifest vouches for;
 #: what `helix restart` moved aside has the same names.
@@ -48,10 +49,13 @@ def verify_storage(
     plans = [key for key in storage.keys(GRIDS) if key.endswith("/plan.json")] if dataset is None else []
     for key in [*storage.keys(FACTS), *plans] if dataset is None else []:
         value, unreadable = _read_json(storage, key)
-        found.damaged.extend(unreadable or ([] if is_sealed(value) else [f"{key}: does not match its own checksum"]))
+        wrong = None if unreadable else unsealed(value)
+        found.damaged.extend(unreadable if wrong is None else [f"{key}: {wrong}"])
     for key in storage.keys(CERTIFICATES) if dataset is None else []:
         if key.endswith(".json"):
-            found.damaged.extend(_read_json(storage, key)[1])
+            value, unreadable = _read_json(storage, key)
+            wrong = None if unreadable else lacking(value, CERTIFICATE)
+            found.damaged.extend(unreadable if wrong is None else [f"{key}: {wrong}"])
     for trial_id in begun_trials(storage) if dataset is None else []:
         say(f"trials/{trial_id}")
         problems = _trial_problems(storage, trial_id)
@@ -110,9 +114,8 @@ def _wrong(name: str, value: Any, trial_id: str) -> str | None:
     if name == "spec.json":
         return None if _names(trial_id, value) else f"is not the spec that {trial_id} is the hash of"
     if name == "result.json":
-        if not is_sealed(value):
-            return "does not match its own checksum"
-        return None if value.get("trial_id") == trial_id else f"is of trial {value.get('trial_id')}"
+        of = value.get("trial_id")
+        return unsealed(value) or (None if of == trial_id else f"is of trial {of}")
     place, _, stem = name.removesuffix(".json").rpartition("/")
     if place.endswith("metrics") and stem != f"epoch-{value.get('epoch')!s:0>4}":
         return f"is the row of epoch {value.get('epoch')}"

@@ -85,6 +85,15 @@ def test_seeds_of_one_fold_are_no_folds(make_view: MakeView):
     assert any("Seeds of a fold are averaged first" in note for note in laid_out(view)[2].notes)
 
 
+def test_seeds_of_one_of_several_folds_are_no_interval_beside_the_papers_folds(make_view: MakeView):
+    view = make_view(folds=(1, 2), seeds=(0, 1), status=lambda _, fold, __: ("done" if fold == 1 else "missing", 0))
+    found = cell_of(view, 2, "Pure Mamba", "Raw")
+    assert (found.ours.n, found.ours.counted) == (2, "2 runs in 1 fold")
+    assert (found.ours.std, found.ours.low, found.ours.high) == (None, None, None)
+    (row,) = [row for row in sheet_table(laid_out(view)[2]).rows if row[:2] == ("Pure Mamba", "Raw")]
+    assert [cell.value for cell in row[3:6] if isinstance(cell, Figure)] == [None] * 3
+
+
 def test_a_cell_has_one_interval_in_table_and_ledger(make_view: MakeView):
     values = {1: 0.50, 2: 0.51, 3: 0.53, 4: 0.54, 5: 0.54}
     view = make_view(folds=tuple(values), epochs=100, variants=[("mamba", "raw")], facts=None)

@@ -281,6 +281,24 @@ def test_one_fold_gives_a_difference_and_no_column_that_would_be_empty(make_view
 def test_seeds_of_one_fold_are_units_that_say_nothing_of_other_clips(make_view: MakeView):
     table = statistics_table(sweep_evidence(make_view(folds=(1,), seeds=(0, 1, 2))), "esc50")
     assert {shown(one) for one in cells_of(table, "n")} == {"3 seeds"}
+    assert not {"corrected", "Holm"} & {column.heading for column in table.columns}, "nothing was"
+    assert not any("the same, corrected" in column.group for column in table.columns)
+    assert GAP not in map(shown, cells_of(table, "p: paired t"))
+    assert any(note.startswith("Not corrected: seeds of one fold show no spread") for note in table.notes)
+    split = make_view(dataset="speech_commands", folds=(1,), seeds=(0, 1, 2), facts=None)
+    whole = statistics_table(sweep_evidence(split), "speech_commands")
+    assert {"corrected", "Holm"} <= {column.heading for column in whole.columns}, "a single split is all there is"
+
+
+def test_a_comparison_on_one_fold_has_no_corrected_p_beside_those_that_have(make_view: MakeView):
+    def status(variant: str, fold: int, seed: int):
+        return ("done" if variant != "helix-raw" or fold == 1 else "missing"), 0
+
+    table = statistics_table(sweep_evidence(make_view(folds=(1, 2, 3), seeds=(0, 1), status=status)), "esc50")
+    corrected = dict(zip(cells_of(table, "comparison"), map(shown, cells_of(table, "p: corrected")), strict=True))
+    assert corrected[f"mamba raw {MINUS} helix raw"] == GAP != corrected[f"mamba raw {MINUS} attention raw"]
+    holm = dict(zip(cells_of(table, "comparison"), map(shown, cells_of(table, "p: Holm")), strict=True))
+    assert {name for name, p in holm.items() if p == GAP} == {name for name, p in corrected.items() if p == GAP}
     assert any("nothing is said of other test clips" in note for note in table.notes)
 
 

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dashboards.report import report_tables
 from dashboards.summary import (
     Statistic,
     attempts,
+    averaged_over,
     changed_switches,
     fold_mean,
     overhead_seconds,
@@ -23,6 +25,8 @@ from dashboards.summary import (
     summarise,
     unlike_authors,
 )
+from dashboards.tables import shown
+from dashboards.text import GAP
 from dashboards.view import SweepView, TrialView
 from helix.published import published
 from helix.statistics import t_test
@@ -87,6 +91,31 @@ def test_the_number_of_a_cell_is_that_of_its_fold_means(values: dict[tuple[int, 
     assert found.mean == pytest.approx(fmean(sample))
     assert found.units == len(sample)
     assert (found.low, found.high) == (pytest.approx(wanted.low), pytest.approx(wanted.high))
+
+
+def test_the_spread_of_seeds_stands_nowhere_among_spreads_over_folds(make_view: MakeView):
+    def status(variant: str, fold: int, seed: int) -> tuple[str, int]:
+        return ("done" if variant == "helix-raw" or fold == 1 else "missing"), 0
+
+    view = make_view(folds=(1, 2), seeds=(0, 1), status=status)
+    by_name = {one.cell.variant: one for one in summarise(view)}
+    whole, half = by_name["helix-raw"], by_name["mamba-mel"]
+    assert whole.selected.std is not None and whole.selected.counted == "4 runs in 2 folds"
+    assert half.selected.mean is not None and half.selected.counted == "2 runs in 1 fold"
+    assert (half.selected.std, half.selected.low, half.optimism.std) == (None, None, None)
+    assert averaged_over(view, "esc50") == ("fold", "folds, the seeds of a fold averaged first")
+    (table,) = [one for one in report_tables(view) if one.name == "accuracy-esc50"]
+    stds = {row[0]: row[4] for row in table.rows}
+    assert shown(stds["mamba-mel"]) == GAP != shown(stds["helix-raw"])
+
+
+def test_a_single_split_has_its_spread_over_seeds(make_view: MakeView):
+    view = make_view(dataset="speech_commands", folds=(1,), seeds=(0, 1, 2), facts=None)
+    found = summarise(view)[0].selected
+    assert found.std is not None and found.low is not None and found.counted == "3 seeds"
+    assert averaged_over(view, "speech_commands") == ("seed", "seeds")
+    (table,) = [one for one in report_tables(view) if one.name == "accuracy-speech_commands"]
+    assert table.caption.endswith("over seeds")
 
 
 def test_the_interval_of_folds_is_corrected_and_that_of_seeds_is_not():

@@ -215,22 +215,42 @@ def test_a_gap_is_a_dash_where_people_read():
     assert r" & \textendash{} & " in as_latex(make_table())
 
 
+#: What pages are called in the first line of a table -> how they are made.
+PAGES = {
+    "an A4 page with the margins of article": "",
+    "a landscape A4 page with margins of at most 25 mm": "\\usepackage[margin=25mm,landscape]{geometry}\n",
+}
+
+
 def compiled(sources: Iterable[str], folder: Path) -> str:
-    """What pdflatex said of a document of these tables, each on its own page; what is needed is what they name."""
+    """What pdflatex said of these tables, each on a page of its own such as it names, with the packages that it names.
+
+    The documents are called page-0.pdf and so on.
+    """
     if shutil.which("pdflatex") is None:
         pytest.skip("no pdflatex here (Debian: apt-get install texlive-latex-base texlive-latex-recommended)")
-    tables = list(sources)
-    packages = sorted({name for one in tables for name in re.findall(r"usepackage{(.*)}", one)[0].split(", ")})
-    body = "\n\\clearpage\n".join(tables)
-    page = "\\documentclass[a4paper]{article}\n\\usepackage[margin=25mm,landscape]{geometry}\n"
-    page += f"\\usepackage{{{','.join(packages)}}}\n\\begin{{document}}\n{body}\n\\end{{document}}\n"
-    (folder / "page.tex").write_text(page, encoding="utf-8")
-    command = ["pdflatex", "-no-shell-escape", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
-    for _ in range(2):  # longtable learns its widths from the first
-        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=120, check=False)
-    said = done.stdout.decode(errors="replace")
-    assert done.returncode == 0, said[-2000:]
-    return said
+    by_page: dict[str, list[str]] = {}
+    for one in sources:
+        by_page.setdefault(PAGES[one.partition("\n")[0].partition("; laid out for ")[2]], []).append(one)
+    every = ""
+    for number, (geometry, tables) in enumerate(by_page.items()):
+        packages = sorted({name for one in tables for name in re.findall(r"usepackage{(.*?)}", one)[0].split(", ")})
+        body = "\n\\clearpage\n".join(tables)
+        page = f"\\documentclass[a4paper]{{article}}\n{geometry}\\usepackage{{{','.join(packages)}}}\n"
+        page += f"\\begin{{document}}\n{body}\n\\end{{document}}\n"
+        (folder / f"page-{number}.tex").write_text(page, encoding="utf-8")
+        command = ["pdflatex", "-no-shell-escape", "-interaction=nonstopmode", "-halt-on-error", f"page-{number}.tex"]
+        for _ in range(2):  # longtable learns its widths from the first
+            done = subprocess.run(command, cwd=folder, capture_output=True, timeout=120, check=False)
+        said = done.stdout.decode(errors="replace")
+        assert done.returncode == 0, said[-2000:]
+        every += said
+    return every
+
+
+def too_high(said: str) -> list[str]:
+    """What is said of tables that no page holds, and of pages that more stands on than they hold."""
+    return re.findall(r"Float too large[^\n]*|Overfull \\vbox \([^\n]*", said)
 
 
 def too_wide(said: str) -> list[float]:
@@ -263,4 +283,5 @@ def test_every_table_of_a_report_and_of_the_published_numbers_compiles_and_fits_
     odd = make_view(folds=(1, 2), dataset="<script> 50% a_b & #1 ^~\\ {x} ±é中", facts=None)
     said = compiled(map(as_latex, [*tables, *report_tables(odd)]), tmp_path)
     assert max(too_wide(said), default=0.0) < 40, "points of a landscape page of 700"
-    assert (tmp_path / "page.pdf").stat().st_size > 50_000
+    assert too_high(said) == []
+    assert sum(page.stat().st_size for page in tmp_path.glob("page-*.pdf")) > 50_000

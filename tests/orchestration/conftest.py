@@ -1,12 +1,13 @@
-"""MLflow for the tests: a database with its tables, and a server on it."""
+"""What several tests of orchestration share: MLflow, as a database and as a server, and a certificate."""
 
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -48,3 +49,35 @@ def mlflow_server(initialised: Path, tmp_path: Path) -> Iterator[str]:
         process.terminate()
         process.wait(30)
         log.close()
+
+
+@pytest.fixture
+def make_certificate() -> Callable[..., dict[str, Any]]:
+    """A certificate as orchestration/certify.py puts it, of a trial that nothing changed."""
+
+    def make(certificate_id: str, trial_id: str, *, grid: str = "demo") -> dict[str, Any]:
+        return {
+            "certificate_id": certificate_id,
+            "grid": grid,
+            "trial": "mamba-raw fold 1 seed 0",
+            "trial_id": trial_id,
+            "science_version": 0,
+            "scan": "reference",
+            "device": "cpu",
+            "device_name": "cpu (x86_64)",
+            "threads": 1,
+            "versions": {"torch": "1"},
+            "commit": "0123456789ab+",
+            "made": 1.0,
+            "steps": 50,
+            "kills_asked": 12,
+            "kills": [],
+            "steps_lost": 0,
+            "seconds_lost": 0.0,
+            "restarts_at_step_0": 0,
+            "rows": {"count": 4, "problems": []},
+            "largest_difference": None,
+            "verdict": "bit-exact",
+        }
+
+    return make

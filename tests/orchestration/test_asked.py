@@ -1,8 +1,10 @@
 """What storage keeps of what was asked and of who drives it: whole, small, and without secrets."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,6 +90,41 @@ def test_a_plan_that_was_changed_or_is_of_another_version_is_refused(storage: St
     body = {key: value for key, value in whole.items() if key != "sha256"}
     storage.put_json("grids/demo/plan.json", sealed(body | {"format": 99}))
     with pytest.raises(ValueError, match="is of format 99, and this version reads 1"):
+        read_asked(storage, "demo")
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (lambda plan: plan.update(command=["rm"]), "it has ['rm'] for command, wanted a text"),
+        (lambda plan: plan.pop("question"), "it has no question"),
+        (lambda plan: plan["data"][0].update(recordings=[]), "its data set 1 has [] for recordings, wanted a whole"),
+        (
+            lambda plan: plan["data"][0].update(notes=[1]),
+            "its data set 1 has [1] for notes, wanted a list, each a text",
+        ),
+        (lambda plan: plan["data"].append(None), "its data set 2 is no JSON object but NoneType"),
+        (lambda plan: plan["cells"][1].update(variant=["a"]), "its cell 2 has ['a'] for variant, wanted a text"),
+        (lambda plan: plan["cells"][0].update(backbone={}), "its cell 1 has {} for backbone, wanted a text"),
+        (lambda plan: plan["cells"][0].pop("tokens"), "its cell 1 has no tokens"),
+        (lambda plan: plan["cells"][0].update(parameters="1"), "its cell 1 has '1' for parameters, wanted a whole"),
+        (lambda plan: plan["cells"][0]["trials"].append([1, 2]), "for trials, wanted a list, each [a text, a whole"),
+        (lambda plan: plan["cells"][0]["spec"]["data"].update(options=None), "data.options"),
+        (lambda plan: plan["cells"][0]["spec"]["data"]["options"].update(clips_per_class=10**30), "too large"),
+        (lambda plan: plan["cells"][0]["spec"]["protocol"].update(select="luck"), "Invalid value 'luck'"),
+        (
+            lambda plan: plan["cells"][0]["spec"]["model"].update(pattern=[["mamba"]]),
+            "the model of its cell 1 has [['mamba']] for pattern, wanted a list, each a text",
+        ),
+        (lambda plan: plan.update(prices=[["g5.xlarge", "spot", "0.4"]]), "for prices, wanted a list, each [a text, a"),
+        (lambda plan: plan.update(cells=[]), "it has no trials"),
+    ],
+)
+def test_a_plan_of_wrong_types_is_none_though_its_seal_is_whole(storage: Storage, change: Any, wrong: str):
+    plan = {name: value for name, value in asked().as_json().items() if name != "sha256"}
+    change(plan)
+    storage.put_json("grids/demo/plan.json", sealed(plan))
+    with pytest.raises(ValueError, match=f"^grids/demo/plan.json is no plan: .*{re.escape(wrong)}.* writes it again$"):
         read_asked(storage, "demo")
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 from dashboards.view import SweepView, TrialEntry
 from helix.protocol import profile
 from helix.spec import DataSpec, ModelSpec, TrialSpec
-from helix.storage import FolderStorage
+from helix.storage import FolderStorage, sealed
 from orchestration.changes import as_markdown, moved
 from orchestration.ledger import TrialState
 
@@ -30,7 +30,7 @@ def compared(tmp_path: Path, before: list[float], after: list[float], *, same: b
     for at, accuracy in enumerate(before, 1):
         row = {"epoch": 1, "step": 1, "test_accuracy": accuracy, "seconds": 1.0, "time": 1.0}
         result = {"accuracy": {"best_test": accuracy}, "rows": [row], "finished": 1.0}
-        storage.put_json(f"trials/{at:016d}/result.json", result)
+        storage.put_json(f"trials/{at:016d}/result.json", sealed(result))
         where = {"fold": 1 + (at - 1) // seeds, "seed": (at - 1) % seeds}
         trials.append({"variant": "mamba-raw", **where, "trial_id": f"{at:016d}"})
     view = SweepView.build(

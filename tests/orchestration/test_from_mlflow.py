@@ -111,13 +111,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_finished_sweep_gives_the_same_page_and_the_same_tables_without_its_storage(
-    train: Train, sweep: Snapshot, tmp_path: Path, storage: Storage
+    train: Train,
+    sweep: Snapshot,
+    tmp_path: Path,
+    storage: Storage,
+    make_certificate: Callable[..., dict[str, Any]],
 ):
     train(sweep, range(4))
     for number, trial in enumerate((sweep.plan[0].trial_id, "of-another-setting")):
-        body = {"certificate_id": f"c{number}", "trial_id": trial, "grid": "test", "made": 1.0 + number}
-        body |= {"science_version": 0, "scan": "reference", "device": "cpu", "versions": {"torch": "1"}}
-        storage.put_json(f"certificates/c{number}.json", body)
+        storage.put_json(f"certificates/c{number}.json", make_certificate(f"c{number}", trial, grid="test"))
     stored = replay(sweep, tmp_path)
     for folder in ("trials", "grids", "certificates", "tracking"):
         storage.delete_folder(folder)
@@ -289,8 +291,28 @@ def test_a_grid_that_mlflow_does_not_know_is_refused_with_those_that_it_knows(tr
     client = MlflowClient(uri_of(sweep))
     (run,) = client.search_runs(["1"], "tags.`helix.level` = 'report'")
     client.delete_tag(run.info.run_id, "helix.plan")
-    with pytest.raises(ValueError, match="earlier versions did not send; the same sweep again sends it"):
+    with pytest.raises(ValueError, match="earlier versions did not send; helix report from the storage sends it"):
         view_from_mlflow(uri_of(sweep), "test", now=NOW)
+
+
+@pytest.mark.parametrize(
+    ("told", "gone"),
+    [("the run of its report, .* was deleted", False), ("there are runs of trials, and no run of a report", True)],
+)
+def test_a_deleted_report_is_told_and_the_next_sweep_puts_it_back(train: Train, sweep: Snapshot, told: str, gone: bool):
+    train(sweep, range(1))
+    stored = replay(sweep)
+    client = MlflowClient(uri_of(sweep))
+    (run,) = client.search_runs(["1"], "tags.`helix.level` = 'report'")
+    if gone:  # as mlflow gc leaves it: nothing says any more that there was a report
+        client.delete_tag(run.info.run_id, "helix.level")
+    client.delete_run(run.info.run_id)
+    with pytest.raises(ValueError, match=f"no sweep of 'test'; {told}.*; helix report from the storage sends it"):
+        view_from_mlflow(uri_of(sweep), "test", now=NOW)
+    with pytest.raises(ValueError, match="no sweep of 'tset'; "):
+        view_from_mlflow(uri_of(sweep), "tset", now=NOW)
+    replay(sweep)
+    assert view_from_mlflow(uri_of(sweep), "test", now=stored.created).grid == "test"
 
 
 def test_no_database_is_made_where_there_is_none(tmp_path: Path):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from helix.storage import CorruptRecordError, FolderStorage, Storage, sealed
+from orchestration.lease import EXPIRY_S
 from orchestration.ledger import SILENCE_S, TrialState, attempts_at, begun_trials, is_done, read, read_all
 
 TRIAL = "0123456789abcdef"
@@ -31,7 +32,8 @@ def rows(count: int) -> dict[str, Any]:
 
 
 def result(epochs: int) -> dict[str, Any]:
-    return {"result.json": {"rows": list(rows(epochs).values()), "accuracy": {"last": 0.5}, "finished": LATELY}}
+    told = {"rows": list(rows(epochs).values()), "accuracy": {"last": 0.5}, "finished": LATELY}
+    return {"result.json": sealed(told)}
 
 
 FAILED = {"ended": LATELY, "outcome": "failed", "error": "OSError: no space"}
@@ -116,6 +118,12 @@ def test_time_alone_turns_running_into_partial(tmp_path: Path):
     storage = write(tmp_path, attempt(started=NOW))
     states = [read(storage, TRIAL, now=NOW + after).status for after in (0, SILENCE_S - 1, SILENCE_S, 1e6)]
     assert states == ["running", "running", "partial", "partial"]
+
+
+def test_a_trial_is_shown_as_running_for_as_long_as_its_lease_holds(tmp_path: Path):
+    storage = write(tmp_path, attempt() | beat(time=NOW) | rows(1))
+    shown = [read(storage, TRIAL, now=NOW + after).status for after in (EXPIRY_S - 0.01, EXPIRY_S)]
+    assert shown == ["running", "partial"] and EXPIRY_S == 60, "the README says: a minute"
 
 
 def test_other_trials_have_no_say(tmp_path: Path):
@@ -265,14 +273,15 @@ def test_of_a_trial_with_damaged_records_the_rest_is_told(tmp_path: Path):
 def test_a_trial_with_a_damaged_result_is_not_done_and_says_why(tmp_path: Path):
     contents = attempt("1", **DONE) | rows(3) | result(3)
     storage = write(tmp_path, contents)
-    storage.put_json(f"trials/{TRIAL}/result.json", sealed(contents["result.json"]))
     assert read(storage, TRIAL, now=NOW).status == "done"
-    storage.put_json(f"trials/{TRIAL}/result.json", sealed(contents["result.json"]) | {"accuracy": {"last": 0.99}})
-    with pytest.raises(CorruptRecordError, match=f"trials/{TRIAL}/result.json: does not match its own checksum"):
-        read(storage, TRIAL, now=NOW)
-    state, named = damaged(storage)
-    assert (state.status, state.result, state.epochs_done, named) == ("failed", None, 3, ["result.json"])
-    assert state.error == state.damage[0] == f"trials/{TRIAL}/result.json: does not match its own checksum"
+    changed = contents["result.json"] | {"accuracy": {"last": 0.99}}
+    for broken in (changed, {name: value for name, value in changed.items() if name != "sha256"}):
+        storage.put_json(f"trials/{TRIAL}/result.json", broken)
+        with pytest.raises(CorruptRecordError, match=f"trials/{TRIAL}/result.json: does not match its own checksum"):
+            read(storage, TRIAL, now=NOW)
+        state, named = damaged(storage)
+        assert (state.status, state.result, state.epochs_done, named) == ("failed", None, 3, ["result.json"])
+        assert state.error == state.damage[0] == f"trials/{TRIAL}/result.json: does not match its own checksum"
 
 
 def test_a_damaged_attempt_of_a_trial_that_is_done_is_looked_at_again(tmp_path: Path):

@@ -218,7 +218,7 @@ def finished(*epochs: int) -> dict[str, Any]:
     """A result, as far as it is read."""
     said = {"test_accuracy": 0.5, "seconds": 1.0, "time": 1.0}
     rows = [{"epoch": epoch, "step": 13 * epoch, **said} for epoch in epochs]
-    return {"rows": rows, "accuracy": {"best_test": 0.5}, "finished": 1.0}
+    return sealed({"rows": rows, "accuracy": {"best_test": 0.5}, "finished": 1.0})
 
 
 def test_what_is_damaged_stops_a_training_and_no_report(tmp_path: Path):
@@ -226,7 +226,7 @@ def test_what_is_damaged_stops_a_training_and_no_report(tmp_path: Path):
     snap = snapshot(storage, expand(load_grid("demo"), variants=["mamba-raw"]), prepared())
     whole, broken = [entry.trial_id for entry in snap.plan]
     storage.put_json(f"trials/{whole}/result.json", finished(1))
-    changed = sealed(finished(1)) | {"accuracy": {"best_test": 0.99}}
+    changed = finished(1) | {"accuracy": {"best_test": 0.99}}
     storage.put_json(f"trials/{broken}/result.json", changed)
     storage.put("certificates/0123.json", b"{")
     with pytest.raises(CorruptRecordError, match=f"{broken}/result.json: does not match its own checksum"):
@@ -242,7 +242,7 @@ def test_what_is_damaged_stops_a_training_and_no_report(tmp_path: Path):
         ]
     with pytest.raises(CorruptRecordError, match=broken):
         snap.states()
-    storage.put_json(f"trials/{broken}/result.json", sealed(finished(1)))
+    storage.put_json(f"trials/{broken}/result.json", finished(1))
     assert {state.status for state in snap.states().values()} == {"done"}
 
 

@@ -1,12 +1,25 @@
 """What a record has to hold: each field that is read is looked at, and a wrong one is named with its key."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from helix.storage import CorruptRecordError, is_sealed, sealed
-from orchestration.records import ATTEMPT, OBJECT, RESULT, ROW, Fields, checked, checked_result, lacking, unknown_or
+from orchestration.records import (
+    ATTEMPT,
+    CERTIFICATE,
+    OBJECT,
+    RESULT,
+    ROW,
+    Fields,
+    checked,
+    checked_result,
+    checked_result_fields,
+    lacking,
+    unknown_or,
+)
 
 ROW_OF_NOW = {
     "epoch": 1,
@@ -124,21 +137,41 @@ def test_only_what_every_reader_needs_has_to_be_there(name: str):
 def test_a_wrong_row_of_a_result_is_named_by_its_number_and_field(field: str, value: Any):
     wrong = RESULT_OF_NOW | {"rows": [ROW_OF_NOW, ROW_OF_NOW | {field: value}]}
     with pytest.raises(CorruptRecordError, match=rf"^trials/a/result.json: row 2 has .* for {field}, wanted "):
-        checked_result("trials/a/result.json", wrong)
+        checked_result("trials/a/result.json", sealed(wrong))
 
 
-def test_a_result_without_a_seal_is_read_and_one_with_a_broken_seal_is_not():
-    assert checked_result("k", RESULT_OF_NOW) == RESULT_OF_NOW
+def test_a_result_without_a_seal_or_with_a_broken_one_is_damaged():
+    assert checked_result_fields("k", RESULT_OF_NOW) == RESULT_OF_NOW, "where a sealed state has it"
     whole = json.loads(json.dumps(sealed(RESULT_OF_NOW)))
     assert checked_result("k", whole) == whole and is_sealed(whole)
     better = whole | {"accuracy": {"best_test": 0.99}}
-    for broken in (better, whole | {"sha256": None}, whole | {"sha256": "ab" * 32}):
+    for broken in (better, RESULT_OF_NOW, whole | {"sha256": None}, whole | {"sha256": "ab" * 32}):
         with pytest.raises(CorruptRecordError, match=r"^k: does not match its own checksum"):
             checked_result("k", broken)
     assert checked_result("k", None) is None
 
 
+def test_a_certificate_has_all_that_a_report_shows_of_it(make_certificate: Callable[..., dict[str, Any]]):
+    whole = make_certificate("c1", "0123456789abcdef")
+    assert lacking(whole, CERTIFICATE) is None
+    drift = whole | {"largest_difference": {"weights": 1e-6, "rows": 0.0}, "commit": None}
+    assert lacking(drift, CERTIFICATE) is None
+    for name in CERTIFICATE:
+        less = {key: value for key, value in whole.items() if key != name}
+        assert lacking(less, CERTIFICATE) == f"has no {name}"
+        assert str(lacking(whole | {name: [{}]}, CERTIFICATE)).startswith(f"has [{{}}] for {name}, ") == (
+            name != "kills"
+        )
+    for name, value in {
+        "made": 1e308,
+        "rows": {"problems": [1]},
+        "versions": {"torch": None},
+        "largest_difference": {"weights": "0"},
+    }.items():
+        assert str(lacking(whole | {name: value}, CERTIFICATE)).startswith(f"has {value!r} for {name}, wanted ")
+
+
 @pytest.mark.parametrize("accuracy", [{"best_test": float("nan")}, {"last": 55.1}, {"last": "0.5"}, [0.5], None])
 def test_an_accuracy_that_is_no_fraction_is_named(accuracy: Any):
     with pytest.raises(CorruptRecordError, match=r"^k: has .* for accuracy, wanted fractions from 0 to 1"):
-        checked_result("k", RESULT_OF_NOW | {"accuracy": accuracy})
+        checked_result_fields("k", RESULT_OF_NOW | {"accuracy": accuracy})

@@ -66,7 +66,7 @@ def files(stands: str, epochs: int = 3) -> dict[str, Any]:
             "attempts/1.json": attempt(outcome="failed", error="OSError: no space\nmore", **ended),
         },
         "done": {
-            "result.json": {**done, "finished": NOW - 60, "train_seconds": 80.0},
+            "result.json": sealed({**done, "finished": NOW - 60, "train_seconds": 80.0}),
             "attempts/1.json": attempt(outcome="done", ended=NOW - 60),
         },
     }
@@ -117,7 +117,7 @@ def test_a_sweep_half_way_is_told_trial_by_trial_and_nothing_is_written(storage:
     assert told["mamba-mel fold 1 seed 0"] == (
         "running, epoch 3 of 8, best test accuracy 50.0 %, 10.0 s an epoch (1.30 steps/s), 50 s left, on node-7"
     )
-    assert told["helix-raw fold 1 seed 0"].endswith("silent since 2026-03-22 11:56 UTC on node-7")
+    assert told["helix-raw fold 1 seed 0"].endswith("silent since 2026-03-22 11:58 UTC on node-7")
     assert told["helix-mel fold 1 seed 0"].endswith("OSError: no space")
     assert told["attention-raw fold 1 seed 0"] == "waiting"
 
@@ -345,6 +345,13 @@ DAMAGE: dict[str, tuple[str, str, Callable[[bytes], bytes], str, str]] = {
     "cut result": ("done", "result.json", lambda data: data[:100], "is not JSON", "failed"),
     "no bytes": ("done", "result.json", lambda _: b"", "is not JSON", "failed"),
     "changed result": ("done", "result.json", changed(accuracy={"last": 0.99}), "its own checksum", "failed"),
+    "changed result without its seal": (
+        "done",
+        "result.json",
+        changed(accuracy={"last": 0.99}, sha256=None),
+        "its own checksum",
+        "failed",
+    ),
     "attempt that is a list": ("running", "attempts/1.json", lambda _: b"[]", "no JSON object but list", "paused"),
     "no start": ("running", "attempts/1.json", changed(started=None), "has no started", "paused"),
     "end that is a text": ("failed", "attempts/1.json", changed(ended="yes"), "has 'yes' for ended", "paused"),
@@ -381,9 +388,6 @@ def test_a_damaged_record_is_named_and_all_the_rest_is_shown(storage: Storage, c
     whole = said(capsys, storage)[1]
     one = asked().trials[kinds.index(stands)]
     key = f"trials/{one.trial_id}/{name}"
-    if name == "result.json":
-        storage.put_json(key, sealed(storage.get_json(key)))
-        assert said(capsys, storage)[1] == whole, "a seal changes nothing"
     storage.put(key, damage(storage.get(key)))
     code, lines = said(capsys, storage)
     assert code == status.DAMAGED

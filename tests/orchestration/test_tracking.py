@@ -561,11 +561,11 @@ def test_damaged_weights_are_told_on_their_cell_and_keep_nothing_else_from_mlflo
     assert [len(of_name) for of_name in versions(storage).values()] == [1]
 
 
-def test_the_report_and_the_certificates_lie_beside_the_cells(sweep, tiny_data, storage, tmp_path):
+def test_the_report_and_the_certificates_lie_beside_the_cells(sweep, tiny_data, storage, tmp_path, make_certificate):
     snapshot, plan = sweep
     train(plan[0], tiny_data, storage)
     for number, trial in enumerate((plan[0].trial_id, "of-another-grid")):
-        certificate = {"certificate_id": f"c{number}", "trial_id": trial, "verdict": "bit-exact"}
+        certificate = make_certificate(f"c{number}", trial, grid="another")
         storage.put_json(f"certificates/c{number}.json", certificate)
     report = tmp_path / "test.html"
     (tmp_path / "test").mkdir()

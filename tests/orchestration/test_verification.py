@@ -9,6 +9,7 @@ from helix.spec import TrialSpec
 from helix.storage import Storage, is_sealed, open_storage, sealed
 from helix.training.trainer import Fit, fit
 from orchestration import cli
+from orchestration.ledger import Records, read_certificates
 from orchestration.verification import verify_storage
 
 
@@ -153,6 +154,20 @@ def test_a_certificate_that_is_cut_is_named(storage):
     storage.put("certificates/0123.json", b'{"verdict"')
     (line,) = verify_storage(storage).damaged
     assert line.startswith("certificates/0123.json: is not JSON")
+
+
+def test_a_certificate_that_lacks_what_is_read_is_named_everywhere_and_counts_nowhere(storage, make_certificate):
+    storage.put_json("certificates/c1.json", make_certificate("c1", "0123456789abcdef"))
+    assert verify_storage(storage).damaged == []
+    broken = make_certificate("c2", "0123456789abcdef")
+    storage.put_json("certificates/c2.json", {name: value for name, value in broken.items() if name != "made"})
+    storage.put_json("certificates/c3.json", broken | {"versions": "2.13.0"})
+    named = verify_storage(storage).damaged
+    assert named[0] == "certificates/c2.json: has no made"
+    assert named[1].startswith("certificates/c3.json: has '2.13.0' for versions, wanted an object with torch")
+    records = Records(storage, tolerant=True)
+    assert [one["certificate_id"] for one in read_certificates(records)] == ["c1"]
+    assert records.damage == named
 
 
 def test_new_best_weights_beside_an_old_manifest_are_no_damage_while_the_trial_is_open(trial, storage):
