@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dashboards.counts import Counts, counts_of, official
-from dashboards.summary import PARAMETER_BAND, SELECTIONS, CellSummary, summarise
+from dashboards.summary import COMPARABLE, PARAMETER_BAND, SELECTIONS, CellSummary, other_settings, summarise
 from dashboards.text import plural
 from dashboards.view import SweepView
 from helix.protocol import SWITCHES
@@ -48,8 +48,9 @@ class Runs:
     `epochs` is what each run trained, None where that is not stated. `drop` is how far the last epoch ended below
     the best and `hours` the time of a run, both means. `only_claim`: nothing is known but the number that is claimed.
     `out_of_memory`: it could not run. `unlike`: in what the runs differ from the paper's; `other_size`: of the model,
-    `other_course`: of the model, the epochs or the recordings, so that printed numbers say nothing of them. `less`: in
-    what they are less than the paper's, so that they speak of no sentence of it: runs that trained longer still do.
+    `other_course`: of the model, the epochs, the training or the recordings, so that printed numbers say nothing of
+    them. `less`: in what they are less than the paper's or trained otherwise, so that they speak of no sentence of it:
+    runs that trained longer still do.
     """
 
     dataset: str
@@ -178,6 +179,8 @@ def _swept(summary: CellSummary, partial: bool) -> Runs:
     less = [f"{plural(cell.epochs, 'epoch')} instead of {stated or EPOCHS}"] if cell.epochs < (stated or EPOCHS) else []
     less += ["a model of another size"] if other_size else []
     less += ["part of the recordings"] if partial else []
+    settings = other_settings(cell)
+    less += [phrase for name, phrase in settings.items() if name not in COMPARABLE]
     best, last = (summary.accuracy[rule].mean for rule in ("best_test", "last"))
     errors = [(trial.state.error or "").lower() for trial in cell.trials if trial.state.status == "failed"]
     return Runs(
@@ -200,7 +203,7 @@ def _swept(summary: CellSummary, partial: bool) -> Runs:
         hours=None if summary.train_seconds is None else summary.train_seconds / 3600,
         test_clips=round(math.fsum(clips) / len(clips)) if clips else None,
         out_of_memory=not summary.samples and any("outofmemory" in e.replace(" ", "") for e in errors),
-        unlike=comparison.unlike if comparison is not None else (),
+        unlike=comparison.unlike if comparison is not None else tuple(settings.values()),
         other_size=other_size,
         other_course=bool(less) or stated not in (None, cell.epochs),
         less=tuple(less),

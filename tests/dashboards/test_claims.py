@@ -386,6 +386,57 @@ def test_runs_that_are_less_than_the_papers_speak_of_none_of_its_sentences(make_
         assert spoken(whole)
 
 
+@pytest.mark.parametrize(
+    ("asked", "phrase"),
+    [
+        ({"training": {"lr": 1e-6}}, "learning rate 1e-06 instead of 0.0003"),
+        ({"training": {"batch_size": 512}}, "batch size 512 instead of 32"),
+        ({"training": {"weight_decay": 0.5}}, "weight decay 0.5 instead of 0.05"),
+        ({"training": {"clip_norm": 0.01}}, "gradient norm clipped at 0.01 instead of 1"),
+        ({"training": {"lr_min": 1e-4}}, "final learning rate 0.0001 instead of 1e-06"),
+        ({"augment": {"mixup_alpha": 0.0}}, "mixup alpha 0 instead of 0.3"),
+        ({"augment": {"noise": 1.0}}, "noise 1 instead of 0.005"),
+        ({"augment": {"gain_low": 0.1}}, "smallest gain 0.1 instead of 0.8"),
+        ({"augment": {"gain_high": 9.0}}, "largest gain 9 instead of 1.2"),
+        ({"augment": {"shift_s": 3.0}}, "shift of at most 3 instead of 0.5"),
+    ],
+)
+@pytest.mark.parametrize("dataset", ["esc50", "urbansound8k"])
+def test_runs_that_were_trained_otherwise_speak_of_none_of_its_sentences(
+    make_view: MakeView, dataset: str, asked: dict[str, Any], phrase: str
+):
+    few = (1, 2, 3, 4, 5) if dataset == "esc50" else range(1, 11)
+    like = {"folds": few, "dataset": dataset, "epochs": 100, "facts": None, "profile_name": "authors"}
+    evidence = sweep_evidence(make_view(**like, **asked))
+    runs = evidence.runs(dataset, MAMBA_RAW)
+    assert runs is not None and runs.unlike == runs.less == (phrase,)
+    spoken = {one.claim.id for one in ledger(evidence) if one.claim.rule.cells and one.judgement.verdict != "no data"}
+    assert spoken == set()
+    if dataset == "esc50":
+        assert phrase in of("esc50-mamba-raw", evidence).because
+        assert phrase in of("mamba-prefers-raw", evidence).because
+        assert phrase in of("esc50-hours", evidence).because
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_products_of_fewer_bits_are_named_and_leave_a_claim_to_be_judged(make_view: MakeView, precision: str):
+    """Section 3.4 has FP16 itself, for runs that it does not name."""
+    like: dict[str, Any] = {"folds": (1, 2, 3, 4, 5), "epochs": 100, "facts": None, "profile_name": "authors"}
+    evidence = sweep_evidence(make_view(**like, training={"precision": precision}))
+    plain = sweep_evidence(make_view(**like))
+    said, wanted = ({one.claim.id: one for one in ledger(each)} for each in (evidence, plain))
+    assert {name: one.judgement for name, one in said.items()} == {name: one.judgement for name, one in wanted.items()}
+    assert said["mamba-prefers-raw"].unlike == (f"precision {precision} instead of fp32",)
+
+
+@pytest.mark.parametrize(("dataset", "shift_s"), [("esc50", 0.5), ("urbansound8k", 0.4), ("urbansound8k", 0.5)])
+def test_a_shift_that_the_paper_or_its_code_has_is_theirs(make_view: MakeView, dataset: str, shift_s: float):
+    runs = sweep_evidence(make_view(dataset=dataset, epochs=100, facts=None, augment={"shift_s": shift_s})).runs(
+        dataset, MAMBA_RAW
+    )
+    assert runs is not None and runs.less == ()
+
+
 def test_runs_that_trained_longer_than_the_papers_still_speak_of_differences(make_view: MakeView):
     """Table 3 stopped at 76 to 100 epochs for want of time; its text trains 100."""
     evidence = sweep_evidence(make_view(folds=(1,), seeds=(0, 1, 2), dataset="speech_commands", epochs=100, facts=None))
