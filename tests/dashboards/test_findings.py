@@ -139,7 +139,11 @@ def test_a_faithful_rerun_is_called_alike(make_view: MakeView):
 
 def test_a_run_that_was_trained_otherwise_is_not_called_alike(make_view: MakeView):
     view = make_view(
-        folds=(1, 2, 3, 4, 5), epochs=100, profile_name="authors", facts=None, training={"lr": 1e-6, "precision": "bf16"}
+        folds=(1, 2, 3, 4, 5),
+        epochs=100,
+        profile_name="authors",
+        facts=None,
+        training={"lr": 1e-6, "precision": "bf16"},
     )
     assert comparison_note(view, summarise(view)) == (
         "Not like for like: these runs have learning rate 1e-06 instead of 0.0003 and precision bf16 instead of fp32."
