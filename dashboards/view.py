@@ -101,7 +101,7 @@ class CellView:
     """The trials of one data set and one variant, with `epochs` asked of each.
 
     `variant` is a name to show ("mamba-raw"); `frontend` and `backbone` are the words of helix/published.py; `options`
-    are those of the data set. `training` and `augment` are what its trials were asked for, None where that is not known.
+    are those of the data set. `training` and `augment` are what its trials were asked for, None where nobody knows.
     `parameters` and `tokens` (per clip) are None until they are known.
     """
 

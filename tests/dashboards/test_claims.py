@@ -23,6 +23,7 @@ from dashboards.evidence import (
     MAMBA_RAW,
     SIX,
     Evidence,
+    Ran,
     published_evidence,
     sweep_evidence,
     tokens_of,
@@ -43,8 +44,8 @@ from dashboards.verdicts import (
     tallied,
     tally,
 )
-from dashboards.view import SweepView
-from helix.published import FEASIBILITY, PUBLISHED, SMOOTHING
+from dashboards.view import SweepView, TrialView
+from helix.published import FEASIBILITY, PUBLISHED, SMOOTHING, published
 from helix.registry import DATASETS
 
 MakeView = Callable[..., SweepView]
@@ -69,6 +70,16 @@ def verdict(rule: Rule, evidence: Evidence) -> str:
 
 def because(rule: Rule, evidence: Evidence) -> str:
     return judge([claims_like(rule)], evidence)[0].judgement.because
+
+
+def recorded(view: SweepView, **attempt: Any) -> SweepView:
+    """The view with one attempt for each trial that recorded so much of what it ran on."""
+
+    def told(trial: TrialView) -> TrialView:
+        one = {"attempt_id": "a", "started": 0.0, "from_step": 0, "outcome": "done", **attempt}
+        return replace(trial, state=replace(trial.state, attempts=(one,)))
+
+    return replace(view, cells=tuple(replace(cell, trials=tuple(map(told, cell.trials))) for cell in view.cells))
 
 
 def claims_like(rule: Rule) -> Claim:
@@ -306,6 +317,7 @@ def test_what_a_sweep_was_told_to_do_is_no_evidence_of_what_the_authors_did(make
 def test_some_folds_settle_nothing_of_five(make_view: MakeView, some: tuple[int, ...]):
     """However many seeds they have: what the paper says of ESC-50 it says of all its folds."""
     runs = make_view(folds=some, seeds=(0, 1, 2, 3), epochs=100, facts=None)
+    runs = recorded(runs, device="cuda", device_name="NVIDIA L40S", gpus=1.0)
     for one in ledger(sweep_evidence(runs)):
         names = {dataset for dataset, _ in one.claim.rule.cells}
         if names == {"esc50"} and "fold 1" not in one.claim.says:
@@ -456,6 +468,7 @@ def test_where_the_paper_states_no_epochs_fewer_than_its_100_are_too_few(make_vi
 
 def test_a_small_model_or_a_short_run_without_a_published_number_is_still_none_of_the_papers(make_view: MakeView):
     full = make_view(folds=range(1, 11), dataset="urbansound8k", facts=None, epochs=100)
+    full = recorded(full, device_name="NVIDIA L40S")
     small = replace(full, cells=tuple(replace(cell, parameters=40_000) for cell in full.cells))
     short = make_view(dataset="urbansound8k", facts=None, epochs=2)
     said = [of("urbansound8k-hours", sweep_evidence(view)) for view in (full, small, short)]
@@ -836,16 +849,28 @@ def test_the_gpu_is_the_one_that_the_readme_names(make_evidence: MakeEvidence):
 
 
 LONG = "voxpopuli", ATTENTION_RAW
+L40S = Ran(devices=("NVIDIA L40S",), device_bytes=47_700_000_000)
+LAPTOP = Ran(devices=("NVIDIA GeForce",), device_bytes=4_230_000_000)
+LARGE = Ran(devices=("NVIDIA H200",), device_bytes=150_000_000_000, peak_bytes=120_000_000_000)
+SMALL = Ran(devices=("NVIDIA H200",), device_bytes=150_000_000_000, peak_bytes=5_000_000_000)
 
 
 @pytest.mark.parametrize(
     ("done", "fields", "switches", "any_path", "authors_path"),
     [
-        (True, {}, {"attn_impl": "weights"}, "contradicted", "contradicted"),
-        (True, {}, {"attn_impl": "sdpa"}, "contradicted", "no data"),
-        (False, {"out_of_memory": True}, {}, "supported", "supported"),
+        (True, {"ended": (SMALL,)}, {"attn_impl": "weights"}, "contradicted", "contradicted"),
+        (True, {"ended": (SMALL,)}, {"attn_impl": "sdpa"}, "contradicted", "no data"),
+        (True, {"ended": (LARGE, SMALL)}, {"attn_impl": "weights"}, "contradicted", "contradicted"),
+        (True, {"ended": (L40S,)}, {"attn_impl": "weights"}, "contradicted", "contradicted"),
+        (True, {"ended": (LARGE,)}, {"attn_impl": "weights"}, "no data", "no data"),
+        (True, {"ended": (Ran(devices=("NVIDIA H200",)),)}, {"attn_impl": "weights"}, "no data", "no data"),
+        (True, {}, {"attn_impl": "weights"}, "no data", "no data"),
+        (False, {"out_of_memory": (L40S,)}, {}, "supported", "supported"),
+        (False, {"out_of_memory": (LAPTOP, LARGE)}, {}, "supported", "supported"),
+        (False, {"out_of_memory": (LAPTOP,)}, {}, "no data", "no data"),
+        (False, {"out_of_memory": (Ran(devices=("cuda",)),)}, {}, "no data", "no data"),
         (False, {}, {}, "no data", "no data"),
-        (True, {"other_size": True}, {}, "no data", "no data"),
+        (True, {"ended": (SMALL,), "other_size": True}, {}, "no data", "no data"),
     ],
 )
 def test_memory_is_shown_by_a_run_of_that_size(
@@ -862,6 +887,83 @@ def test_memory_is_shown_by_a_run_of_that_size(
     assert verdict(Trains(backbone="attention", tokens=30_000, how="OOM", path="authors"), evidence) == authors_path
     opposite = {"contradicted": "supported", "supported": "contradicted", "no data": "no data"}
     assert verdict(Trains(backbone="attention", tokens=30_000, how="trains"), evidence) == opposite[any_path]
+
+
+def voxpopuli(make_view: MakeView, backbone: str) -> SweepView:
+    view = make_view(dataset="voxpopuli", folds=(1,), epochs=100, facts=None, variants=((backbone, "raw"),))
+    theirs = published("voxpopuli", "raw", backbone)
+    assert theirs is not None
+    (cell,) = view.cells
+    return replace(view, cells=(replace(cell, tokens=30_000, parameters=theirs.parameters),))
+
+
+def ran_out(view: SweepView, **attempt: Any) -> SweepView:
+    """The view in which every trial failed for want of memory."""
+
+    def failed(trial: TrialView) -> TrialView:
+        one = {"attempt_id": "a", "started": 0.0, "from_step": 0, "outcome": "failed", **attempt}
+        state = replace(trial.state, status="failed", result=None, attempts=(one,), error=attempt.get("error", ""))
+        return replace(trial, state=state)
+
+    return replace(view, cells=tuple(replace(cell, trials=tuple(map(failed, cell.trials))) for cell in view.cells))
+
+
+@pytest.mark.parametrize(
+    ("attempt", "wanted", "said"),
+    [
+        (
+            {"error": "OutOfMemoryError: CUDA out of memory. GPU 0 has a total capacity of 3.94 GiB"},
+            "no data",
+            "4.2 GB",
+        ),
+        ({"error": "OutOfMemoryError: CUDA out of memory. GPU 0 has a total capacity of 44.40 GiB"}, "", "47.7 GB"),
+        (
+            {"error": "OutOfMemoryError: CUDA out of memory. GPU 0 has a total capacity of 79.10 GiB", "gpus": 0.25},
+            "no data",
+            "21.2 GB",
+        ),
+        ({"error_kind": "OutOfMemory", "error": "MemoryError: ", "device": "cpu"}, "no data", "cpu"),
+        (
+            {"error_kind": "OutOfMemory", "error": "x", "device_name": "NVIDIA L40S", "device_bytes": 47_700_000_000},
+            "",
+            "NVIDIA L40S, 47.7 GB",
+        ),
+    ],
+)
+def test_memory_that_ran_out_counts_where_there_was_as_much_as_the_paper_had(
+    make_view: MakeView, attempt: dict[str, Any], wanted: str, said: str
+):
+    attention, mamba = (
+        sweep_evidence(ran_out(voxpopuli(make_view, backbone), **attempt)) for backbone in ("attention", "mamba")
+    )
+    assert of("attention-cannot-run", attention).verdict == (wanted or "supported")
+    assert of("mamba-runs", mamba).verdict == (wanted or "contradicted")
+    assert said in of("attention-cannot-run", attention).because
+
+
+@pytest.mark.parametrize(
+    ("attempt", "fits", "said"),
+    [
+        (
+            {"device_name": "NVIDIA H200", "device_bytes": 150_000_000_000, "peak_bytes": 120_000_000_000},
+            False,
+            "120.0",
+        ),
+        ({"device_name": "NVIDIA H200", "device_bytes": 150_000_000_000}, False, "NVIDIA H200, 150.0 GB"),
+        ({"device_name": "NVIDIA H200", "device_bytes": 150_000_000_000, "peak_bytes": 5_000_000_000}, True, "5.0 GB"),
+        ({"device_name": "NVIDIA L40S", "device_bytes": 47_700_000_000}, True, "47.7 GB"),
+        ({"from_step": 5_000, "device": "cpu", "peak_bytes": 5_000_000_000}, False, "cpu"),
+    ],
+)
+def test_a_run_that_ended_shows_that_it_fits_where_it_is_known_to(
+    make_view: MakeView, attempt: dict[str, Any], fits: bool, said: str
+):
+    attention, mamba = (
+        sweep_evidence(recorded(voxpopuli(make_view, backbone), **attempt)) for backbone in ("attention", "mamba")
+    )
+    assert of("attention-cannot-run", attention).verdict == ("contradicted" if fits else "no data")
+    assert of("mamba-runs", mamba).verdict == ("supported" if fits else "no data")
+    assert said in of("attention-cannot-run", attention).because
 
 
 @pytest.mark.parametrize("backbone", ["mamba", "helix", "attention"])
@@ -885,7 +987,7 @@ def test_slow_is_more_than_twice_the_time_of_pure_mamba(
 
 def test_hours_are_of_all_folds_of_runs_like_the_papers(make_evidence: MakeEvidence):
     def hours(time, **fields):
-        runs = {"hours": time, "accuracy": {"last": folds(*[0.5] * 5)}, **fields}
+        runs = {"hours": time, "accuracy": {"last": folds(*[0.5] * 5)}, "ended": (L40S,) * 5, **fields}
         return make_evidence(runs={("esc50", MAMBA_RAW): runs})
 
     rule = Takes(dataset="esc50", hours=5)
@@ -902,6 +1004,35 @@ def test_hours_are_of_all_folds_of_runs_like_the_papers(make_evidence: MakeEvide
     ]
     about = Takes(dataset="esc50", hours=5, tolerance=0.1)
     assert [verdict(about, hours(time)) for time in (0.5, 1.0, 1.5)] == ["contradicted", "supported", "contradicted"]
+
+
+@pytest.mark.parametrize(
+    ("attempt", "judged"),
+    [
+        ({"device": "cpu"}, False),
+        ({"device_name": "NVIDIA H200"}, False),
+        ({"device_name": "NVIDIA RTX A6000"}, False),
+        ({"device_name": "Quadro RTX 6000"}, False),
+        ({"device_name": "NVIDIA L40S", "gpus": 0.5}, False),
+        ({"device_name": "NVIDIA L40S", "gpus": 4.0}, False),
+        ({"device_name": "NVIDIA L40S", "gpus": 1.0}, True),
+        ({"device_name": "NVIDIA RTX 6000 Ada Generation"}, True),
+        ({"device_name": "NVIDIA RTX PRO 6000 Blackwell Server Edition"}, True),
+    ],
+)
+def test_hours_are_judged_on_the_gpus_of_the_paper(make_view: MakeView, attempt: dict[str, Any], judged: bool):
+    view = make_view(folds=(1, 2, 3, 4, 5), epochs=100, facts=None, profile_name="authors")
+    said = of("esc50-hours", sweep_evidence(recorded(view, **attempt)))
+    # 100 epochs of half a minute, five times
+    assert said.verdict == ("supported" if judged else "no data")
+    assert "4.2" in said.because
+    assert judged or attempt.get("device_name", "cpu") in said.because
+
+
+def test_hours_of_which_some_were_on_another_gpu_are_not_judged(make_evidence: MakeEvidence):
+    for ended in ((L40S, LARGE), (), (Ran(devices=("NVIDIA L40S", "NVIDIA H200")),)):
+        runs = {"hours": 0.1, "accuracy": {"last": folds(*[0.5] * 5)}, "ended": ended}
+        assert verdict(Takes(dataset="esc50", hours=5), make_evidence(runs={("esc50", MAMBA_RAW): runs})) == "no data"
 
 
 def test_epochs_are_told_of_the_authors_runs_alone(make_evidence: MakeEvidence):
