@@ -53,8 +53,8 @@ CAPACITY = re.compile(r"total capacity of ([0-9.]+) ([GM])iB")
 class Ran:
     """What one run ended or failed on, None and nothing where nobody recorded it.
 
-    `devices`: names of GPUs, or "cpu"; several of a run that went on elsewhere. `device_bytes`: what the run could take of that GPU. `peak_bytes`: the most that
-    it took.
+    `devices`: names of GPUs, or "cpu"; several of a run that went on elsewhere. `device_bytes`: what the run could take
+    of that GPU. `peak_bytes`: the most that it took.
     """
 
     devices: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class Ran:
 
     @property
     def told(self) -> str:
-        """ "NVIDIA L40S, 47.7 GB, of which it took 12.3 GB"."""
+        """ "NVIDIA L40S, 47.7 GB, peak 12.3 GB"."""
         size = f", {self.device_bytes / 1e9:.1f} GB" if self.device_bytes is not None else ""
         peak = f", peak {self.peak_bytes / 1e9:.1f} GB" if self.peak_bytes is not None else ""
         return self.on + size + peak
@@ -88,10 +88,11 @@ class Runs:
 
     `epochs` is what each run trained, None where that is not stated. `drop` is how far the last epoch ended below
     the best and `hours` the time of a run, both means. `only_claim`: nothing is known but the number that is claimed.
-    `ended` and `out_of_memory`: on what runs ended, and on what others had too little memory. `unlike`: in what the runs differ from the paper's; `other_size`: of the model,
-    `other_course`: of the model, the epochs, the training or the recordings, so that printed numbers say nothing of
-    them. `less`: in what they are less than the paper's or trained otherwise, so that they speak of no sentence of it:
-    runs that trained longer still do.
+    `rerun`: the runs beside the one whose number it is, where that is among them. `ended` and `out_of_memory`: on what
+    runs ended, and on what others had too little memory. `unlike`: in what the runs differ from the paper's;
+    `other_size`: of the model, `other_course`: of the model, the epochs, the training or the recordings, so that
+    printed numbers say nothing of them. `less`: in what they are less than the paper's or trained otherwise, so that
+    they speak of no sentence of it: runs that trained longer still do.
     """
 
     dataset: str
@@ -106,6 +107,7 @@ class Runs:
     hours: float | None = None
     test_clips: int | None = None
     only_claim: bool = False
+    rerun: Mapping[Key, float] = field(default_factory=dict)
     ended: tuple[Ran, ...] = ()
     out_of_memory: tuple[Ran, ...] = ()
     unlike: tuple[str, ...] = ()
@@ -203,6 +205,7 @@ def _published(cell: Published) -> Runs:
         hours=None if cell.hours is None else cell.hours / cell.folds,
         test_clips=per_fold.get(1) if counts.folds == 1 else None,
         only_claim=cell.per_fold is None and cell.rerun is None,
+        rerun={(1, 1): cell.rerun} if cell.rerun is not None else {},
         ended=theirs if cell.accuracy is not None else (),
         out_of_memory=theirs if cell.accuracy is None else (),
     )

@@ -41,6 +41,8 @@ class Reported(Rule):
         given = runs.accuracy.get("last" if self.last else "best_test") if runs is not None else None
         if runs is None or not given:
             return no_data(case, self.cells)
+        if runs.rerun and not self.last:  # a number is no evidence of itself
+            given = runs.rerun
         if runs.other_course:
             return Judgement(verdict="no data", because=f"no runs like the paper's: {'; '.join(runs.unlike)}")
         sample, folds = units(given), sorted({fold for fold, _ in given})

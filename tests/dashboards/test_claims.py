@@ -33,6 +33,7 @@ from dashboards.rules.differences import All, Better, Depends, Flips, Grows, Lev
 from dashboards.rules.printed import Matched, Prints, Reported, Shortens, Size, Tokens
 from dashboards.rules.recorded import AUDIO, Holds, Lasts, OfData, Parts, SimilarScale
 from dashboards.rules.running import STEP_BYTES, Epochs, FewerEpochs, RanOn, SameAsPaper, Takes, Trains
+from dashboards.text import MINUS
 from dashboards.verdicts import (
     CLAIMS,
     UNTESTED,
@@ -766,6 +767,15 @@ def test_one_run_on_a_single_split_supports_a_number_and_excludes_none(make_evid
     assert verdict(rule, make_evidence({cell: {(1, 0): 0.93}})) == "supported"
     assert verdict(rule, make_evidence({cell: {(1, 0): 0.80}})) == "underpowered"
     assert verdict(rule, make_evidence({cell: {(1, 0): 0.80, (1, 1): 0.801, (1, 2): 0.802}})) == "contradicted"
+
+
+def test_a_number_of_the_paper_is_no_evidence_of_itself(make_evidence: MakeEvidence):
+    assert of("speech_commands-attention-raw").because.startswith("81.83 % over 1 seed")
+    rule = Reported(dataset="speech_commands", variant=ATTENTION_RAW, accuracy=0.8243, tolerance=0.01)
+    cell = "speech_commands", ATTENTION_RAW
+    far = {"accuracy": {"best_test": {(1, 0): 0.8243, (1, 1): 0.806}}, "rerun": {(1, 1): 0.806}}
+    said = judge([claims_like(rule)], make_evidence(runs={cell: far}))[0].judgement
+    assert said.verdict == "underpowered" and f"off by {MINUS}1.83" in said.because
 
 
 def test_a_rule_that_was_not_logged_is_no_data(make_evidence: MakeEvidence):
