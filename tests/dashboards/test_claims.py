@@ -976,6 +976,24 @@ def test_a_run_that_ended_shows_that_it_fits_where_it_is_known_to(
     assert said in of("attention-cannot-run", attention).because
 
 
+def test_what_a_run_trained_on_is_that_of_every_attempt_that_trained(make_view: MakeView):
+    """Memory that ran out is not what the run needed, and a GPU that only tested it took none of its time."""
+    view = make_view(folds=(1,), epochs=100, facts=None)
+    trial = view.cells[0].trials[0]
+    attempts = (
+        {"outcome": "failed", "from_step": 0, "step": 10, "device_name": "NVIDIA H200", "peak_bytes": 140},
+        {"outcome": "lost", "from_step": 10, "step": 900, "device_name": "NVIDIA A10G"},
+        {"outcome": "stopped", "from_step": 900, "step": 4_000, "device_name": "NVIDIA L40S", "peak_bytes": 20},
+        {"outcome": "done", "from_step": 4_000, "device_name": "NVIDIA L40S", "peak_bytes": 30},
+        {"outcome": "done", "from_step": 5_000, "device_name": "NVIDIA L4", "peak_bytes": 1},
+    )
+    state = replace(trial.state, attempts=attempts)
+    cell = replace(view.cells[0], trials=(replace(trial, state=state),))
+    runs = sweep_evidence(replace(view, cells=(cell,))).runs("esc50", MAMBA_RAW)
+    assert runs is not None
+    assert runs.ended == (Ran(devices=("NVIDIA H200", "NVIDIA A10G", "NVIDIA L40S"), peak_bytes=30),)
+
+
 @pytest.mark.parametrize("backbone", ["mamba", "helix", "attention"])
 def test_the_memory_of_a_step_is_that_of_the_benchmarks(backbone: str):
     text = (Path(__file__).parents[2] / "BENCHMARKS.md").read_text()
