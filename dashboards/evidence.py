@@ -1,16 +1,17 @@
 """What can be held against the paper: the runs of each of its cells, from the published numbers or from a sweep."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from dashboards.counts import Counts, counts_of, official
-from dashboards.summary import PARAMETER_BAND, SELECTIONS, CellSummary, summarise
-from dashboards.text import plural
-from dashboards.view import SweepView
+from dashboards.summary import COMPARABLE, PARAMETER_BAND, SELECTIONS, CellSummary, other_settings, summarise
+from dashboards.text import listing, plural
+from dashboards.view import SweepView, TrialView
 from helix.protocol import SWITCHES
-from helix.published import GPU, PUBLISHED, Published, published
+from helix.published import GPU, GPU_BYTES, GPU_CLASS, PUBLISHED, Published, published
 from helix.registry import DATASETS
 from helix.statistics import Key
 
@@ -41,15 +42,57 @@ DATASETS_OF_THE_PAPER = (
 EPOCHS, SIZED, CLASSES_BAND = 100, "esc50", 0.06
 
 
+#: What a run trained on that recorded nothing of it.
+UNKNOWN = "an unknown device"
+
+#: How PyTorch's error says what the GPU has that ran out of memory.
+CAPACITY = re.compile(r"total capacity of ([0-9.]+) ([GM])iB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """What one run ended or failed on, None and nothing where nobody recorded it.
+
+    `devices`: names of GPUs, or "cpu"; several of a run that went on elsewhere. `device_bytes`: what the run could take
+    of that GPU. `peak_bytes`: the most that it took.
+    """
+
+    devices: tuple[str, ...] = ()
+    device_bytes: int | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def like_the_papers(self) -> bool:
+        """Whether these are all one GPU of the kind that the paper's times are of."""
+        alike = [
+            name.startswith("NVIDIA") and any(set(name.upper().split()) >= set(words) for words in GPU_CLASS)
+            for name in self.devices
+        ]
+        return bool(alike) and all(alike)
+
+    @property
+    def on(self) -> str:
+        return listing(list(self.devices)) or UNKNOWN
+
+    @property
+    def told(self) -> str:
+        """ "NVIDIA L40S, 47.7 GB, peak 12.3 GB"."""
+        size = f", {self.device_bytes / 1e9:.1f} GB" if self.device_bytes is not None else ""
+        peak = f", peak {self.peak_bytes / 1e9:.1f} GB" if self.peak_bytes is not None else ""
+        return self.on + size + peak
+
+
 @dataclass(frozen=True, kw_only=True)
 class Runs:
     """The runs of one cell. Accuracies are fractions by rule and (fold, seed); `curves` are test accuracies by epoch.
 
     `epochs` is what each run trained, None where that is not stated. `drop` is how far the last epoch ended below
     the best and `hours` the time of a run, both means. `only_claim`: nothing is known but the number that is claimed.
-    `out_of_memory`: it could not run. `unlike`: in what the runs differ from the paper's; `other_size`: of the model,
-    `other_course`: of the model, the epochs or the recordings, so that printed numbers say nothing of them. `less`: in
-    what they are less than the paper's, so that they speak of no sentence of it: runs that trained longer still do.
+    `rerun`: the runs beside the one whose number it is, where that is among them. `ended` and `out_of_memory`: on what
+    runs ended, and on what others had too little memory. `unlike`: in what the runs differ from the paper's;
+    `other_size`: of the model, `other_course`: of the model, the epochs, the training or the recordings, so that
+    printed numbers say nothing of them. `less`: in what they are less than the paper's or trained otherwise, so that
+    they speak of no sentence of it: runs that trained longer still do.
     """
 
     dataset: str
@@ -64,7 +107,9 @@ class Runs:
     hours: float | None = None
     test_clips: int | None = None
     only_claim: bool = False
-    out_of_memory: bool = False
+    rerun: Mapping[Key, float] = field(default_factory=dict)
+    ended: tuple[Ran, ...] = ()
+    out_of_memory: tuple[Ran, ...] = ()
     unlike: tuple[str, ...] = ()
     other_size: bool = False
     other_course: bool = False
@@ -146,6 +191,7 @@ def _published(cell: Published) -> Runs:
         values = [value for value in (cell.accuracy, cell.rerun) if value is not None]
         best = {(1, seed): value for seed, value in enumerate(values)}
     counts = official(cell.dataset)
+    theirs = (Ran(devices=(GPU,), device_bytes=GPU_BYTES),)
     per_fold = DATASETS.make(cell.dataset).expected_per_fold
     return Runs(
         dataset=cell.dataset,
@@ -159,7 +205,9 @@ def _published(cell: Published) -> Runs:
         hours=None if cell.hours is None else cell.hours / cell.folds,
         test_clips=per_fold.get(1) if counts.folds == 1 else None,
         only_claim=cell.per_fold is None and cell.rerun is None,
-        out_of_memory=cell.accuracy is None,
+        rerun={(1, 1): cell.rerun} if cell.rerun is not None else {},
+        ended=theirs if cell.accuracy is not None else (),
+        out_of_memory=theirs if cell.accuracy is None else (),
     )
 
 
@@ -178,8 +226,9 @@ def _swept(summary: CellSummary, partial: bool) -> Runs:
     less = [f"{plural(cell.epochs, 'epoch')} instead of {stated or EPOCHS}"] if cell.epochs < (stated or EPOCHS) else []
     less += ["a model of another size"] if other_size else []
     less += ["part of the recordings"] if partial else []
+    settings = other_settings(cell)
+    less += [phrase for name, phrase in settings.items() if name not in COMPARABLE]
     best, last = (summary.accuracy[rule].mean for rule in ("best_test", "last"))
-    errors = [(trial.state.error or "").lower() for trial in cell.trials if trial.state.status == "failed"]
     return Runs(
         dataset=cell.dataset,
         frontend=cell.frontend,
@@ -199,9 +248,52 @@ def _swept(summary: CellSummary, partial: bool) -> Runs:
         tokens=summary.tokens,
         hours=None if summary.train_seconds is None else summary.train_seconds / 3600,
         test_clips=round(math.fsum(clips) / len(clips)) if clips else None,
-        out_of_memory=not summary.samples and any("outofmemory" in e.replace(" ", "") for e in errors),
-        unlike=comparison.unlike if comparison is not None else (),
+        ended=tuple(_ended(trial) for trial in cell.trials if trial.state.result is not None),
+        out_of_memory=tuple(ran for trial in cell.trials if (ran := _out_of_memory(trial)) is not None),
+        unlike=comparison.unlike if comparison is not None else tuple(settings.values()),
         other_size=other_size,
         other_course=bool(less) or stated not in (None, cell.epochs),
         less=tuple(less),
     )
+
+
+def _ended(trial: TrialView) -> Ran:
+    """On what a finished trial trained. The peak is that of the attempts that fitted, where they came to record it."""
+    state = trial.state
+
+    def trained(attempt: Mapping[str, Any]) -> bool:
+        # one that only tested what others had trained says nothing of a step, nor of hours
+        last = state.step if attempt.get("outcome") == "done" else attempt.get("step", 0)
+        return last > attempt.get("from_step", 0)
+
+    attempts = [one for one in state.attempts if trained(one)]
+    devices = [_device(one) for one in attempts] or [(state.result or {}).get("device") or UNKNOWN]
+    sizes = [one["device_bytes"] for one in attempts if one.get("device_bytes") is not None]
+    peaks = [one["peak_bytes"] for one in attempts if one.get("peak_bytes") is not None and one["outcome"] != "failed"]
+    return Ran(
+        devices=tuple(dict.fromkeys(devices)),
+        device_bytes=max(sizes) if sizes and len(sizes) == len(attempts) else None,
+        peak_bytes=max(peaks, default=None),
+    )
+
+
+def _out_of_memory(trial: TrialView) -> Ran | None:
+    """On what a trial failed because memory ran out; None where it did not."""
+    state = trial.state
+    if state.status != "failed":
+        return None
+    last = state.attempts[-1] if state.attempts else {}
+    error = state.error or ""
+    if last.get("error_kind") != "OutOfMemory" and "outofmemory" not in error.lower().replace(" ", ""):
+        return None
+    size, said = last.get("device_bytes"), CAPACITY.search(error)
+    if size is None and said:  # PyTorch says what the whole GPU has, whatever share of it the attempt held
+        size = int(float(said[1]) * 2 ** (30 if said[2] == "G" else 20) * min(1.0, last.get("gpus") or 1.0))
+    return Ran(devices=(_device(last),), device_bytes=size, peak_bytes=last.get("peak_bytes"))
+
+
+def _device(attempt: Mapping[str, Any]) -> str:
+    """The name of what an attempt ran on, with how much of it where that is not one whole GPU."""
+    name = attempt.get("device_name") or attempt.get("device") or UNKNOWN
+    gpus = attempt.get("gpus") or 0.0
+    return f"{gpus:g} of {name}" if name not in ("cpu", UNKNOWN) and gpus not in (0.0, 1.0) else name

@@ -15,12 +15,33 @@ from dashboards.text import NOT_FINITE, TIMES, mean_std, percent, plural
 from dashboards.view import CellView, DataFacts, SweepView, TrialView
 from helix.protocol import PROFILES, SWITCHES
 from helix.published import Published, published
+from helix.registry import DATASETS
+from helix.spec import PAPER_SHIFT_S, AugmentSpec, TrainingSpec
 from helix.statistics import Key, Units, contrast, deviation, mean, t_test, units
 
 SELECTIONS = ("best_test", "last", "validation")
 
 #: Two parameter counts further apart than this (relative) are not the same model; the band of the grids.
 PARAMETER_BAND = 0.001
+
+#: What helix/spec.py calls the numbers of section 3.4, in words. Its defaults are those of the paper.
+SETTING_WORDS = {
+    "batch_size": "batch size",
+    "lr": "learning rate",
+    "lr_min": "final learning rate",
+    "weight_decay": "weight decay",
+    "clip_norm": "gradient norm clipped at",
+    "precision": "precision",
+    "shift_s": "shift of at most",
+    "gain_low": "smallest gain",
+    "gain_high": "largest gain",
+    "noise": "noise",
+    "mixup_alpha": "mixup alpha",
+}
+
+#: What is said and excludes no comparison: section 3.4 trains in FP16 "where memory requires" and names no run, and the
+#: authors' results do not record it, so that products of fewer bits are what theirs may have had.
+COMPARABLE = ("precision",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +333,30 @@ def unlike_authors(view: SweepView) -> list[str]:
     ]
 
 
+def other_settings(cell: CellView) -> dict[str, str]:
+    """In what a cell's training and augmentation differ from section 3.4, by the field of helix/spec.py, as a phrase.
+
+    The epochs are left out: of these the paper has other numbers for each data set. A shift that the authors' code or
+    the paper has is none, whichever of them the switch `shift` names.
+    """
+    shifts = {None, PAPER_SHIFT_S}
+    if cell.dataset in DATASETS.names():
+        shifts.add(float(DATASETS.make(cell.dataset).authors_shift_s))
+    found = {}
+    for given, paper in ((cell.training, TrainingSpec()), (cell.augment, AugmentSpec())):
+        for name, theirs in vars(paper).items():
+            ours = getattr(given, name, theirs)
+            if name == "epochs" or ours == theirs or (name == "shift_s" and ours in shifts):
+                continue
+            theirs = PAPER_SHIFT_S if name == "shift_s" else theirs
+            found[name] = f"{SETTING_WORDS[name]} {_setting(ours)} instead of {_setting(theirs)}"
+    return found
+
+
+def _setting(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 def _sample(trial: TrialView) -> Sample | None:
     """What a finished trial counts as; None for one without a result, however many epochs it has behind it."""
     if trial.state.result is None:
@@ -361,6 +406,7 @@ def _compare(
         unlike.append(f"a model {_ratio(parameters / target.parameters)} the size")
     if facts is not None and facts.partial:
         unlike.append("part of the recordings")
+    unlike += other_settings(cell).values()
     if usable and target.per_fold is not None and len(folds) < target.folds:
         unlike.append(f"{plural(len(folds), 'fold')} of {target.folds}")
     return Comparison(

@@ -19,8 +19,15 @@ FEASIBILITY: dict[int, dict[str, Literal["trains", "slow", "OOM"]]] = {
 }
 GPU_BYTES = 48 * 10**9
 
+#: What a driver and torch report of a GPU that is sold as one of 48 GB is a little less: 44.4 GiB of an L40S.
+GPU_BYTES_SEEN = int(0.95 * GPU_BYTES)
+
 #: On what the README has its runs; the paper names an RTX 6000 Pro.
 GPU = "NVIDIA L40S"
+
+#: The words in the names of GPUs whose hours can be held against theirs: that of the README, and what the paper's name
+#: may mean, the RTX 6000 of the Ada generation, which has the L40S's chip and 48 GB, or the RTX PRO 6000.
+GPU_CLASS = (("L40S",), ("RTX", "6000", "ADA"), ("RTX", "PRO", "6000"))
 
 #: How far from the published number an accuracy may be and still agree with it. Ours: the paper names none. Two points
 #: are less than one standard deviation of ESC-50's folds; one binomial standard error is 0.3 points on Speech Commands

@@ -155,14 +155,16 @@ def units(differences: Mapping[Key, float], unpaired: int = 0) -> Units:
     return Units(unit="fold", values=values, unpaired=unpaired)
 
 
-def t_test(values: Sequence[float], *, ratio: float = 0.0, confidence: float = CONFIDENCE) -> TTest:
+def t_test(values: Sequence[float], *, ratio: float = 0.0, other: float = 0.0, confidence: float = CONFIDENCE) -> TTest:
     """Student's t test of mean 0, by `ratio` (test clips over training clips) corrected as Nadeau and Bengio do.
 
     Folds share most of their training clips, so their differences are not independent and the variance of their mean is
-    s^2 (1 / n + ratio) rather than s^2 / n. A ratio of 0 is the plain paired t test.
+    s^2 (1 / n + ratio) rather than s^2 / n. A ratio of 0 is the plain paired t test. `other`: the variance of a number
+    that the mean is held against, which widens the interval; the degrees of freedom stay n - 1, Welch's at their least.
     """
-    if ratio < 0 or not 0 < confidence < 1:
-        raise ValueError(f"ratio is {ratio} and confidence {confidence}; wanted 0 or more, and between 0 and 1")
+    if ratio < 0 or other < 0 or not 0 < confidence < 1:
+        given = f"ratio is {ratio}, other {other} and confidence {confidence}"
+        raise ValueError(f"{given}; wanted 0 or more, 0 or more, and between 0 and 1")
     n, centre, std = len(values), mean(values), deviation(values, ddof=1)
     if centre is None or std is None:
         return TTest(n=n, mean=centre, why="one value shows no spread" if n else "nothing is paired")
@@ -170,7 +172,7 @@ def t_test(values: Sequence[float], *, ratio: float = 0.0, confidence: float = C
         return TTest(
             n=n, mean=centre, std=0.0, why=f"all {n} values are the same, so there is no spread to test against"
         )
-    error = std * math.sqrt(1 / n + ratio)
+    error = math.sqrt(std**2 * (1 / n + ratio) + other)
     margin = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
     p = 2 * float(stats.t.sf(abs(centre) / error, n - 1))
     return TTest(n=n, mean=centre, std=std, t=centre / error, p=p, low=centre - margin, high=centre + margin)
@@ -377,6 +379,15 @@ def equal_spreads(first: Sequence[float], second: Sequence[float]) -> float | No
     r = float(np.corrcoef(sums, differences)[0, 1])
     away = abs(r) * math.sqrt((len(sums) - 2) / (1 - r * r)) if abs(r) < 1 else math.inf
     return 2 * float(stats.t.sf(away, len(sums) - 2))
+
+
+def joined(ps: Sequence[float]) -> float | None:
+    """One p of several of one hypothesis, however they depend on each other: twice their mean. None of none.
+
+    Rueschendorf 1982, doi 10.2307/1426524; Vovk and Wang 2020, doi 10.1093/biomet/asaa027. One p is itself.
+    """
+    _finite(ps)
+    return None if not ps else ps[0] if len(ps) == 1 else min(1.0, 2 * math.fsum(ps) / len(ps))
 
 
 def two_shares(first: float, second: float, clips: int) -> float:

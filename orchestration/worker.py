@@ -4,6 +4,7 @@ With several ranks the worker is a group of processes on one machine (helix/trai
 worker: leases, attempts and all that is stored are its own. The others follow it from attempt to attempt.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from helix.data.shards import Recordings, open_prepared
 from helix.determinism import ask_for_the_same_bits
+from helix.process import forget_peak, peak_bytes
 from helix.spec import TrialSpec, from_json, trial_id
 from helix.storage import Storage, open_storage
 from helix.training.checkpoint import committed
@@ -310,10 +312,17 @@ def data_placement(recordings: Recordings, device: str) -> Literal["host", "devi
     if torch.device(device).type != "cuda":
         return "host"
     size = sum(shard["bytes"] for shard in recordings.manifest["shards"])
+    return "device" if size <= DEVICE_SHARE * device_facts(device)["device_bytes"] else "host"
+
+
+def device_facts(device: str) -> dict[str, Any]:
+    """The name of the GPU that this process trains on and the bytes of it that it may take; nothing of a CPU."""
+    if torch.device(device).type != "cuda":
+        return {}
     # By its number, or None for the current one: that function takes no "cuda" without a number.
     part = torch.cuda.get_per_process_memory_fraction(torch.device(device).index)
-    ours = part * torch.cuda.get_device_properties(device).total_memory
-    return "device" if size <= DEVICE_SHARE * ours else "host"
+    properties = torch.cuda.get_device_properties(device)
+    return {"device_name": properties.name, "device_bytes": int(part * properties.total_memory)}
 
 
 def each(*listeners: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -374,6 +383,7 @@ def run_trial(
             return "stopped"
         facts = {**(machine or {}), "ranks": ranks.count}
         kind_of_device = torch.device(device).type
+        facts |= device_facts(device)
         attempt = Attempt(name, sweep_id=sweep_id, device=kind_of_device, machine=facts, driver_code=driver_code)
         lease = acquire(
             storage,
@@ -419,6 +429,7 @@ def run_trial(
             order = RankOrder(spec=spec, micro_batch=micro_batch, recompute=recompute)
             try:
                 ranks.share(lambda order=order: order)
+                attempt.measure(device)
                 with meter:
                     (trainer or fit)(spec, recordings, how)
             except LeaseLostError as error:
@@ -452,6 +463,7 @@ class Attempt:
         now = time.time()
         self.id, self.folder = f"{int(now * 1000):014d}-{uuid.uuid4().hex[:8]}", trial_folder(name)
         self.name = name
+        self._peak: Callable[[], int] | None = None
         self.record: dict[str, Any] = {
             "attempt_id": self.id,
             "sweep_id": sweep_id,
@@ -463,6 +475,17 @@ class Attempt:
             "code": code_like(driver_code),
             **(machine or {}),
         }
+
+    def measure(self, device: str) -> None:
+        """From here on the memory that this attempt takes is its own peak, which its end records."""
+        if torch.device(device).type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._peak = partial(torch.cuda.max_memory_allocated, device)
+            return
+        with contextlib.suppress(OSError):  # a machine that does not tell it records none
+            forget_peak()
+            peak_bytes()
+            self._peak = peak_bytes
 
     def begin(self, storage: Storage, *, lease: int, micro_batch: int, recompute: bool) -> None:
         """Record that the attempt starts, under which lease, from which step, and in what parts."""
@@ -477,6 +500,8 @@ class Attempt:
     def end(self, storage: Storage, outcome: str, error: Exception | None = None, *, step: int | None = None) -> None:
         """Record how the attempt ended; where its trial is not done, after which step and what is kept of its steps."""
         self.record |= {"ended": time.time(), "outcome": outcome}
+        if self._peak is not None:
+            self.record |= {"peak_bytes": self._peak()}
         if step is not None:
             self.record |= {"step": step, "kept_step": _newest_step(storage, self.name)}
         if error is not None:

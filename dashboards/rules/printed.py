@@ -1,13 +1,15 @@
 """Rules on numbers as they are printed: accuracies, sizes, tokens."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from dashboards.claim import Case, Judgement, OfAuthors, Rule, no_data, share_of_folds
+from dashboards.claim import Case, Judgement, OfAuthors, Rule, Verdict, no_data, share_of_folds
 from dashboards.comparisons import p_shown
 from dashboards.evidence import Evidence, Variant
 from dashboards.text import count, listing, percent, plural, points
-from helix.statistics import ALPHA, TTest, deviation, equal_spreads, mean, t_test, units
+from helix.statistics import ALPHA, Key, TTest, deviation, equal_spreads, joined, mean, t_test, units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,8 @@ class Reported(Rule):
 
     `per_fold`: what the authors had on each fold. On a part of the folds their mean over the same ones is what runs
     are held against: they may exclude it, but agreement there leaves the other folds and the spread open. Both numbers
-    are told by `tolerance`, and beyond it by an interval (of the mean) or by the test of equal spreads.
+    are told by `tolerance`, and beyond it by a test of the mean difference or of equal spreads. Theirs is one seed on
+    each fold, a draw like any other: the mean is held against it with its own uncertainty, the spread seed by seed.
     """
 
     dataset: str
@@ -38,6 +41,8 @@ class Reported(Rule):
         given = runs.accuracy.get("last" if self.last else "best_test") if runs is not None else None
         if runs is None or not given:
             return no_data(case, self.cells)
+        if runs.rerun and not self.last:  # a number is no evidence of itself
+            given = runs.rerun
         if runs.other_course:
             return Judgement(verdict="no data", because=f"no runs like the paper's: {'; '.join(runs.unlike)}")
         sample, folds = units(given), sorted({fold for fold, _ in given})
@@ -46,43 +51,70 @@ class Reported(Rule):
         told = f"{percent(centre)} % over {plural(len(sample.values), sample.unit)}"
         counts = case.evidence.counts.get(self.dataset)
         ratio = counts.ratio or 0.0 if counts is not None and sample.unit == "fold" else 0.0
-        test = t_test(sample.values, ratio=ratio)
+        test = self._test(given, ratio, folds=counts.folds if counts is not None else 1)
         share = share_of_folds(case.evidence, self.dataset, len(folds))
         if not share:
-            return self._spread(sample.values, self._mean(test, centre, self.accuracy, told))
+            return self._spread(given, self._mean(test, centre - self.accuracy, told))
         if self.per_fold is None or len(folds) == 1:
             return Judgement(verdict="underpowered", because=f"{told}, {share}")
         theirs = mean([self.per_fold[fold - 1] for fold in folds])
         assert theirs is not None
-        found = self._mean(test, centre, theirs, f"{told}, {share}; theirs on these {percent(theirs)} %")
+        found = self._mean(test, centre - theirs, f"{told}, {share}; theirs on these {percent(theirs)} %")
         return replace(found, verdict="underpowered") if found.verdict == "supported" else found
 
-    def _mean(self, test: TTest, centre: float, theirs: float, told: str) -> Judgement:
-        """What the mean says of theirs."""
-        if abs(centre - theirs) <= self.tolerance:
+    def _test(self, given: Mapping[Key, float], ratio: float, *, folds: int) -> TTest:
+        """The test of no difference from theirs: paired where their folds are known, and else with their own error.
+
+        That is the printed spread over `folds`, or where none is printed that of one seed of ours, as if theirs had it.
+        """
+        sample = units(given)
+        if self.per_fold is not None and sample.unit == "fold":
+            paired = units({(fold, seed): value - self.per_fold[fold - 1] for (fold, seed), value in given.items()})
+            return t_test(paired.values, ratio=ratio)
+        if self.std is not None and folds > 1:
+            variance = self.std**2 * folds / (folds - 1)
+        else:
+            seeds = [sample.values] if sample.unit == "seed" else by_seed(given)
+            variance = _mean_variance(seeds, ddof=1) or 0.0
+        return t_test([value - self.accuracy for value in sample.values], ratio=ratio, other=variance / folds)
+
+    def _mean(self, test: TTest, off: float, told: str) -> Judgement:
+        """What the mean says of theirs, from which it is `off`."""
+        if abs(off) <= self.tolerance:
             return Judgement(verdict="supported", because=told)
-        told += f": off by {points(centre - theirs)}"
+        told += f": off by {points(off)}"
         if test.low is None or test.high is None:
             return Judgement(verdict="underpowered", because=f"{told}; {test.why}")
-        if test.low <= theirs <= test.high:
+        if test.low <= 0 <= test.high:
             return Judgement(verdict="underpowered", because=f"{told}, and inside the interval")
         return Judgement(verdict="contradicted", because=told)
 
-    def _spread(self, values: Sequence[float], found: Judgement) -> Judgement:
-        """The judgement on the mean over all folds, with what their spread says of the printed one."""
-        spread, other = deviation(values, ddof=0), deviation(values, ddof=1)
-        if self.std is None or spread is None:
+    def _spread(self, given: Mapping[Key, float], found: Judgement) -> Judgement:
+        """The judgement on the mean over all folds, with what the spread of one seed over them says of the printed one.
+
+        Means over several seeds spread less than one seed does, and theirs is one.
+        """
+        if self.std is None:
             return found
-        told = f"{found.because}; std {percent(spread)} (divided by n; {percent(other)} by n - 1)"
+        seeds = by_seed(given)
+        population, sample = (_mean_variance(seeds, ddof=ddof) for ddof in (0, 1))
+        if population is None or sample is None:
+            why = f"{found.because}; no seed has all folds, so that their spread is not known"
+            return Judgement(verdict=_left_open(found), because=why)
+        spread = math.sqrt(population)
+        each = f" of one seed, over {plural(len(seeds), 'seed')}" if len(seeds) > 1 else ""
+        told = f"{found.because}; std {percent(spread)}{each} (divided by n; {percent(math.sqrt(sample))} by n - 1)"
         if abs(spread - self.std) <= self.tolerance:
             return replace(found, because=told)
         told += f", off by {points(spread - self.std)}"
-        p = equal_spreads(values, self.per_fold) if self.per_fold is not None else None
+        theirs = self.per_fold or ()
+        ps = [equal_spreads(values, theirs) for values in seeds if len(values) == len(theirs)]
+        p = joined([p for p in ps if p is not None])
         if p is not None:
             told += f": p {p_shown(p)} for a spread like theirs on the same folds"
         if p is not None and p < ALPHA:
             return Judgement(verdict="contradicted", because=told)
-        return Judgement(verdict="underpowered" if found.verdict == "supported" else found.verdict, because=told)
+        return Judgement(verdict=_left_open(found), because=told)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,3 +214,20 @@ class Prints(OfAuthors):
             runs.accuracy["best_test"] for runs in evidence.cells.values() if runs.dataset == dataset and runs.accuracy
         ]
         return sum(not self.folds or len({fold for fold, _ in given}) > 1 for given in known)
+
+
+def by_seed(given: Mapping[Key, float]) -> list[list[float]]:
+    """The accuracies by fold of each seed that has them on all folds that any seed has."""
+    folds = sorted({fold for fold, _ in given})
+    seeds = sorted({seed for _, seed in given})
+    return [[given[fold, seed] for fold in folds] for seed in seeds if all((fold, seed) in given for fold in folds)]
+
+
+def _mean_variance(seeds: Sequence[Sequence[float]], *, ddof: Literal[0, 1]) -> float | None:
+    """The mean over seeds of the variance of each; None where none has two values."""
+    return mean([std**2 for values in seeds if (std := deviation(values, ddof=ddof)) is not None])
+
+
+def _left_open(found: Judgement) -> Verdict:
+    """The verdict where the spread shows nothing: what the mean excludes stays excluded."""
+    return "underpowered" if found.verdict == "supported" else found.verdict

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dashboards.claim import Case, Judgement, OfAuthors, Rule, share_of_folds
-from dashboards.evidence import Evidence, Runs, Variant
+from dashboards.evidence import Evidence, Ran, Runs, Variant
 from dashboards.text import count, listing, plural
 from helix.protocol import SWITCHES
-from helix.published import GPU_BYTES
+from helix.published import GPU, GPU_BYTES, GPU_BYTES_SEEN
 
 #: Peak bytes of a process in one full training step of one clip of 30,000 tokens, fp32 on a CPU, six layers with the
 #: attention that keeps no matrix of weights (BENCHMARKS.md, step).
@@ -23,6 +23,8 @@ HEADS = 4
 class Trains(Rule):
     """`backbone` on `tokens` tokens: "trains", is "slow" (over twice pure Mamba's time) or runs out of memory.
 
+    All of it is said of a GPU of 48 GB. A run that ended shows that it trains there if it ended on one, or if its
+    recorded peak fits one; a run that ran out of memory shows that it does not if its device had as much.
     `path` "authors": as the authors' code computes attention, which keeps its weights; "any": however it is computed.
     """
 
@@ -40,16 +42,15 @@ class Trains(Rule):
         done = [runs for runs in ran if any(runs.accuracy.values())]
         if self.how == "slow":
             return self._slow(case.evidence, done)
-        if done and (self.path == "any" or case.evidence.switches.get("attn_impl") == "weights"):
-            told = f"it ran on {listing([runs.dataset for runs in done])}"
+        on_path = self.path == "any" or case.evidence.switches.get("attn_impl") == "weights"
+        fits = [runs for runs in done if any(map(_fits, runs.ended))] if on_path else []
+        if fits:
+            first = next(one for one in fits[0].ended if _fits(one))
+            on = f" ({first.told})" if not case.evidence.published else ""
+            told = f"it ran on {listing([runs.dataset for runs in fits])}{on}"
             return Judgement(verdict="contradicted" if self.how == "OOM" else "supported", because=told)
         if not case.evidence.published:
-            if any(runs.out_of_memory for runs in ran):
-                verdict = "supported" if self.how == "OOM" else "contradicted"
-                return Judgement(verdict=verdict, because="it ran out of memory")
-            why = f"no finished run of {self.backbone} on {count(self.tokens)} raw tokens"
-            how = " as the authors' code computes attention" if done else ""
-            return Judgement(verdict="no data", because=why + how)
+            return self._unfitting(ran, done if on_path else [], elsewhere=bool(done) and not on_path)
         step = STEP_BYTES.get((self.backbone, self.tokens))
         weights = ATTENTION_LAYERS[self.backbone] * HEADS * self.tokens**2 * 4
         if self.how == "OOM" and self.path == "authors" and weights > GPU_BYTES:
@@ -64,6 +65,28 @@ class Trains(Rule):
             )
         return Judgement(verdict="no data", because=f"no run of {self.backbone} on {count(self.tokens)} raw tokens")
 
+    def _unfitting(self, cells: Sequence[Runs], done: Sequence[Runs], *, elsewhere: bool) -> Judgement:
+        """The judgement where no run is known to have ended within the memory that the claim is about.
+
+        `elsewhere`: some ended that compute attention in another way.
+        """
+        failed = [ran for runs in cells for ran in runs.out_of_memory]
+        enough = [ran for ran in failed if ran.device_bytes is not None and ran.device_bytes >= GPU_BYTES_SEEN]
+        if enough and not done and not elsewhere:
+            verdict = "supported" if self.how == "OOM" else "contradicted"
+            return Judgement(verdict=verdict, because=f"it ran out of memory ({enough[0].told})")
+        limit = f"{GPU_BYTES / 1e9:.0f} GB"
+        seen = list(dict.fromkeys(ran.told for runs in done for ran in runs.ended or (Ran(),)))
+        if done:
+            why = f"it ran ({listing(seen)}), which does not show that it fits {limit}"
+        elif failed and not elsewhere:
+            seen = list(dict.fromkeys(ran.told for ran in failed))
+            why = f"it ran out of memory ({listing(seen)}), which does not show that {limit} are too few"
+        else:
+            why = f"no finished run of {self.backbone} on {count(self.tokens)} raw tokens"
+            why += " as the authors' code computes attention" if elsewhere else ""
+        return Judgement(verdict="no data", because=why)
+
     def _slow(self, evidence: Evidence, done: Sequence[Runs]) -> Judgement:
         for runs in done:
             mamba = evidence.runs(runs.dataset, (runs.frontend, "mamba"))
@@ -76,9 +99,19 @@ class Trains(Rule):
         )
 
 
+def _fits(ran: Ran) -> bool:
+    """Whether a run is known to have needed no more memory than a GPU of 48 GB has."""
+    # A process holds on a GPU more than its tensors, whose peak this is: it has to fit what is seen of one.
+    within = ran.peak_bytes is not None and ran.peak_bytes < GPU_BYTES_SEEN
+    return within or (ran.device_bytes is not None and ran.device_bytes <= GPU_BYTES)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Takes(Rule):
-    """All folds of one variant of `dataset` take at most `hours`; or, with `tolerance`, that share about them."""
+    """All folds of one variant of `dataset` take at most `hours`; or, with `tolerance`, that share about them.
+
+    Said of the GPUs of the paper, so that hours on anything else are told and not judged.
+    """
 
     dataset: str
     hours: float
@@ -100,11 +133,16 @@ class Takes(Rule):
                 because=f"no times of {self.dataset} are known"
                 + (f" of runs like the paper's: those here have {course}" if others else ""),
             )
+        other = [ran.on for _, runs in known for ran in runs.ended or (Ran(),) if not ran.like_the_papers]
         took = [hours for hours, _ in known]
         told = f"{min(took):.3g} to {max(took):.3g} hours" if len(took) > 1 else f"{took[0]:.3g} hours"
         told += f" for {plural(folds, 'fold')}"
         epochs = {runs.epochs for _, runs in known}
         told += f", {count(known[0][1].epochs)} epochs" if len(epochs) == 1 and None not in epochs else ""
+        if other:
+            on = listing(list(dict.fromkeys(other)))
+            why = f"{told}, on {on} and not on a GPU of the paper's kind ({GPU} or RTX 6000)"
+            return Judgement(verdict="no data", because=why)
         fewest = min(len({fold for given in runs.accuracy.values() for fold, _ in given}) for _, runs in known)
         share = share_of_folds(case.evidence, self.dataset, fewest)
         if share:

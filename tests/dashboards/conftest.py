@@ -10,7 +10,7 @@ import pytest
 from dashboards.evidence import DATASETS_OF_THE_PAPER, Evidence, Runs, Variant, official
 from dashboards.view import DataFacts, SweepView, TrialEntry
 from helix.protocol import profile
-from helix.spec import DataSpec, ModelSpec, TrainingSpec, TrialSpec
+from helix.spec import AugmentSpec, DataSpec, ModelSpec, TrainingSpec, TrialSpec
 from orchestration.ledger import Status, TrialState
 
 CREATED = 1_774_180_800.0  # 2026-03-22 12:00 UTC
@@ -140,8 +140,13 @@ def make_view(
     facts: DataFacts | None = FACTS,
     question: str = QUESTION,
     variants: Sequence[tuple[str, str]] = tuple(CEILING),
+    training: Mapping[str, Any] | None = None,
+    augment: Mapping[str, Any] | None = None,
 ) -> SweepView:
-    """A sweep of backbones and frontends; `status(variant, fold, seed)` gives the state of each and its epochs."""
+    """A sweep of backbones and frontends; `status(variant, fold, seed)` gives the state of each and its epochs.
+
+    `training` and `augment`: what is asked for otherwise than by default.
+    """
     entries = []
     for fold in folds:
         for seed in seeds:
@@ -153,7 +158,8 @@ def make_view(
                 spec = TrialSpec(
                     data=DataSpec(dataset=dataset, fold=fold),
                     model=ModelSpec(frontend=frontend, pattern=BACKBONES[backbone]),
-                    training=TrainingSpec(epochs=epochs),
+                    training=TrainingSpec(epochs=epochs, **(training or {})),
+                    augment=AugmentSpec(**(augment or {})),
                     seed=seed,
                 )
                 state = make_state(label, CEILING[backbone, frontend] + lift, epochs, stage, done)

@@ -137,6 +137,19 @@ def test_a_faithful_rerun_is_called_alike(make_view: MakeView):
     assert comparison_note(view, summarise(view)) == "As far as we can tell these runs are like the paper's."
 
 
+def test_a_run_that_was_trained_otherwise_is_not_called_alike(make_view: MakeView):
+    view = make_view(
+        folds=(1, 2, 3, 4, 5),
+        epochs=100,
+        profile_name="authors",
+        facts=None,
+        training={"lr": 1e-6, "precision": "bf16"},
+    )
+    assert comparison_note(view, summarise(view)) == (
+        "Not like for like: these runs have learning rate 1e-06 instead of 0.0003 and precision bf16 instead of fp32."
+    )
+
+
 def test_a_question_is_split_into_title_and_parts():
     question = parse_question(
         "One line?\n\nA paragraph\nof two lines.\n\nPrice.   Two\n         hours.\nCommand. go\n", "g"

@@ -23,6 +23,7 @@ from helix.statistics import (
     equal_spreads,
     hedges,
     holm,
+    joined,
     mean,
     outlook,
     power,
@@ -440,6 +441,36 @@ def test_what_is_settled_asks_for_nothing():
 def test_a_negative_ratio_is_refused():
     with pytest.raises(ValueError, match=r"ratio is -0\.1"):
         t_test([0.1, 0.2], ratio=-0.1)
+
+
+def test_a_negative_variance_of_the_other_number_is_refused():
+    with pytest.raises(ValueError, match=r"other -0\.1"):
+        t_test([0.1, 0.2], other=-0.1)
+
+
+@given(varied, st.floats(min_value=1e-6, max_value=1.0))
+def test_a_number_that_is_not_exact_widens_the_interval_by_its_variance(values: list[float], other: float):
+    exact, found = t_test(values), t_test(values, other=other)
+    assume(exact.t is not None)
+    assert exact.std is not None and exact.high is not None and exact.mean is not None
+    assert found.high is not None and found.mean == exact.mean
+    wider = ((found.high - exact.mean) / (exact.high - exact.mean)) ** 2
+    assert wider == pytest.approx(1 + other / (exact.std**2 / len(values)))
+
+
+def test_one_p_of_several_is_itself_or_twice_their_mean():
+    assert joined([]) is None
+    assert joined([0.03]) == 0.03
+    assert joined([0.01, 0.03, 0.05]) == pytest.approx(0.06)
+    assert joined([0.9, 0.8]) == 1.0
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.7, 1.0])
+def test_joined_ps_err_no_more_often_than_they_may_however_they_depend(shared: float):
+    rng = np.random.default_rng(2)
+    z = np.sqrt(shared) * rng.normal(size=(4000, 1)) + np.sqrt(1 - shared) * rng.normal(size=(4000, 6))
+    found = [joined(list(row)) for row in 2 * stats.norm.sf(np.abs(z))]
+    assert np.mean([p is not None and p < ALPHA for p in found]) <= ALPHA
 
 
 def test_differences_too_small_to_be_squared_are_no_spread():

@@ -180,6 +180,12 @@ def test_memory_that_runs_out_is_answered_with_smaller_parts_of_the_same_batch(a
     assert state.result["micro_batch"] == 3
 
 
+def test_an_attempt_records_the_most_memory_that_it_took(attempt):
+    _, state, _ = attempt(MemoryError())
+    peaks = [record["peak_bytes"] for record in state.attempts]
+    assert len(peaks) == 2 and all(10e6 < peak < 100e9 for peak in peaks)
+
+
 def test_where_no_smaller_part_is_left_the_trial_is_stopped(attempt):
     done, state, calls = attempt(*[MemoryError() for _ in range(9)])
     assert (done, calls) == ("failed", 7)  # 24, 12, 6, 3, 2, 1, and 1 with every block recomputed
@@ -322,13 +328,16 @@ def test_a_small_set_lives_on_the_gpu_and_a_large_one_does_not(tiny_data, monkey
     size = sum(shard["bytes"] for shard in tiny_data.manifest["shards"])
     assert worker.data_placement(tiny_data, "cpu") == "host"
     for times, share, wanted in ((30, 1.0, "device"), (10, 1.0, "host"), (30, 0.25, "host"), (100, 0.25, "device")):
-        gpu = SimpleNamespace(total_memory=times * size)
+        gpu = SimpleNamespace(total_memory=times * size, name="NVIDIA L40S")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, gpu=gpu: gpu)
         # What torch does with the device before it asks the driver is torch's own here.
         monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch._C, "_cuda_getMemoryFraction", lambda _, share=share: share, raising=False)
         assert worker.data_placement(tiny_data, "cuda") == wanted
+        facts = {"device_name": "NVIDIA L40S", "device_bytes": int(share * times * size)}
+        assert worker.device_facts("cuda") == facts
+    assert worker.device_facts("cpu") == {}
 
 
 class Trainer:
