@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +21,10 @@ from helix.storage import json_bytes
 
 #: Raised by hand when the code changes what a trial computes while its spec stays the same: every trial_id changes.
 SCIENCE_VERSION = 1
+
+#: What `training.precision` may be.
+Precision = Literal["fp32", "tf32", "bf16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 #: The paper's section 3.4; what `protocol.shift = paper` stands for.
 PAPER_SHIFT_S = 0.5
@@ -90,7 +94,7 @@ class TrainingSpec:
     lr_min: float = 1e-6
     weight_decay: float = 0.05
     clip_norm: float = 1.0
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         _require_finite(self, "training")

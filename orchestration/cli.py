@@ -27,7 +27,7 @@ from helix.models.scan import forced, wanted_backend
 from helix.protocol import PROFILES
 from helix.published import GPU_BYTES
 from helix.registry import DATASETS
-from helix.spec import TrialSpec, apply_overrides, identity
+from helix.spec import PRECISIONS, TrialSpec, apply_overrides, identity
 from helix.storage import Storage, open_storage
 from helix.training import feasibility as feasible
 from helix.training.feasibility import TOKENS, Cell, table
@@ -179,7 +179,7 @@ def feasibility(arguments: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=numbers, default=list(TOKENS), metavar="500,3000", help="these lengths")
     parser.add_argument("--backbones", type=names, default=list(BACKBONES), metavar="NAME,...")
     parser.add_argument("--batch", type=int, default=1, help="clips in a batch (default: 1)")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument(
         "--memory-gib",
         type=float,

@@ -1,7 +1,7 @@
 """Everything that only a GPU can say: the scan, the step beside the authors' code, Table 1, and how near the limits.
 
     helix bench gpu authors=DIR source=ESC-50-master
-    helix bench gpu sections=table1 memory_gib=48
+    helix bench gpu sections=table1 memory_gib=44
 
 A section ends after `section_s` seconds, that of Table 1 after `table_s`, what is left being rows that say so. It is
 printed as it ends; one that fails is a row with its error, the others go on, and the exit code is 1. `device=cpu`
@@ -23,6 +23,7 @@ from helix.gpu.roofline import roofline
 from helix.gpu.section import Part, Stage, lost
 from helix.models.agreement import compile_kernels
 from helix.registry import BENCHES
+from helix.spec import PRECISIONS
 from helix.training.memory import GIB
 from helix.training.resident import BACKBONES, pattern_of
 
@@ -44,7 +45,7 @@ class GpuBench:
     sections: tuple[str, ...] = SECTIONS
     section_s: float = 420.0
     table_s: float = 1200.0
-    precisions: tuple[str, ...] = lengths.known_precisions()
+    precisions: tuple[str, ...] = PRECISIONS
     tokens: tuple[int, ...] = (100, 500, 3000, 30_000)
     in_flight: int = 16_000
     channels: int = 512
@@ -71,8 +72,8 @@ class GpuBench:
         require_positive(self, zero=("epochs", "most_batch", "memory_gib"))
         for option, known in (
             ("sections", SECTIONS),
-            ("precisions", lengths.known_precisions()),
-            ("table_precisions", lengths.known_precisions()),
+            ("precisions", PRECISIONS),
+            ("table_precisions", PRECISIONS),
             ("frontends", ("raw", "mel")),
             ("backbones", BACKBONES),
         ):

@@ -1,8 +1,8 @@
 """Several trials on one device, each in a process of its own: all at once beside one after the other.
 
 What a small model leaves of a GPU others can have: while one process launches or augments, the work of another runs.
-The steps are those of a fit (helix.training.step), replayed as CUDA graphs where a fit would do that, on clips of noise
-that lie on the device. Loading, evaluation and checkpoints are not in them.
+The steps are those of a fit (helix.training.resident), replayed as CUDA graphs where a fit would do that, on clips of
+noise that lie on the device. Loading, evaluation and checkpoints are not in them.
 """
 
 import math
@@ -15,22 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from helix.bench import Conditions, Outcome, Row, Table, require_positive
-from helix.data.loader import Batch
-from helix.models.classifier import build_classifier, cost
+from helix.gpu.clock import synchronize
 from helix.process import in_own_process
 from helix.protocol import Protocol
 from helix.registry import BENCHES, BLOCKS, FRONTENDS
-from helix.spec import AugmentSpec, ModelSpec, TrainingSpec, TrialSpec, resolve
+from helix.spec import PRECISIONS, AugmentSpec, ModelSpec, TrainingSpec, TrialSpec
 from helix.training.feasibility import SAMPLES_PER_TOKEN
-from helix.training.graphs import CHECKED, Choice, graphed
-from helix.training.optim import build_optimizer
-from helix.training.precision import precision_of
-from helix.training.step import Position, take, train_step
+from helix.training.graphs import CHECKED, Choice
+from helix.training.resident import ResidentStep
 
 #: ESC-50's.
 CLASSES = 50
@@ -67,8 +64,8 @@ class PackBench:
         for name, given, known in (
             ("frontends", self.frontends, FRONTENDS.names()),
             ("pattern", self.pattern, BLOCKS.names()),
-            ("precision", (self.precision,), ("fp32", "tf32", "bf16")),
-            ("graphs", (self.graphs,), ("auto", "on", "off")),
+            ("precision", (self.precision,), PRECISIONS),
+            ("graphs", (self.graphs,), get_args(Choice)),
             ("device", (self.device.partition(":")[0],), ("cpu", "cuda")),
         ):
             if unknown := set(given) - set(known):
@@ -127,60 +124,31 @@ def trial(
     """
     meeting = Meeting(Path(folder), count, number)
     try:
-        with precision_of(spec.training.precision, where["device"]):
-            run = Steps(spec, **where)
-            run(WARM_UP)
-            found = []
-            for this in range(rounds):
-                meeting.all_here(f"round {this}")
-                meeting.my_turn(f"turn {this}")
-                began = time.monotonic()
-                run(steps)
-                alone_s = time.monotonic() - began
-                meeting.here(f"turn {this}")
-                meeting.all_here(f"turns over {this}")
-                began = time.monotonic()
-                run(steps)
-                found.append((alone_s, began, time.monotonic()))
-            meeting.all_here("over")
-            return found
+        step = ResidentStep(spec, classes=CLASSES, **where)
+
+        def run(times: int) -> None:
+            for _ in range(times):
+                step()
+            synchronize(step.device)
+
+        run(WARM_UP)
+        found = []
+        for this in range(rounds):
+            meeting.all_here(f"round {this}")
+            meeting.my_turn(f"turn {this}")
+            began = time.monotonic()
+            run(steps)
+            alone_s = time.monotonic() - began
+            meeting.here(f"turn {this}")
+            meeting.all_here(f"turns over {this}")
+            began = time.monotonic()
+            run(steps)
+            found.append((alone_s, began, time.monotonic()))
+        meeting.all_here("over")
+        return found
     except BaseException:
         meeting.failed()
         raise
-
-
-class Steps:
-    """A model with drawn weights and a batch of noise; calling it takes so many training steps and waits for them."""
-
-    def __init__(self, spec: TrialSpec, *, device: str, graphs: Choice, samples: int):
-        self.spec, self.device, self.done = resolve(spec), torch.device(device), 0
-        protocol, batch = self.spec.protocol, self.spec.training.batch_size
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = build_classifier(self.spec.model, protocol, classes=CLASSES)
-            wave_BT, label_B = 0.1 * torch.randn(batch, samples), torch.randint(CLASSES, (batch,))
-        self.model = model.to(device).train()
-        self.optimizer = build_optimizer(self.model, self.spec.training, protocol)
-        clip_B, samples_B = torch.arange(batch), torch.full((batch,), samples)
-        self.batch = Batch(wave_BT=wave_BT, label_B=label_B, clip_B=clip_B, samples_B=samples_B).to(device)
-        tokens = cost(self.spec.model, protocol, classes=CLASSES, samples=samples).tokens
-        self.replay = graphed(
-            partial(take, self.model, self.optimizer, spec=self.spec),
-            self.model,
-            self.optimizer,
-            choice=graphs,
-            device=device,
-            ranks=1,
-            tokens=batch * tokens,
-        )
-
-    def __call__(self, steps: int) -> None:
-        for _ in range(steps):
-            at = Position(epoch=0, step=self.done, steps_per_epoch=10_000)
-            train_step(self.model, self.optimizer, self.batch, self.spec, at, replay=self.replay)
-            self.done += 1
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class Meeting:

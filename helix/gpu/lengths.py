@@ -7,7 +7,6 @@ is what helix.training.memory foretold; running out of memory is a figure, and f
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args, get_type_hints
 
 import torch
 
@@ -132,11 +131,6 @@ def cells_of(shapes: Shapes) -> Iterator[Cell]:
                         protocol=dataclasses.replace(profile("paper"), attn_impl=attn_impl),
                     )
                     yield Cell(backbone=backbone, tokens=tokens, attn_impl=attn_impl, precision=precision, spec=spec)
-
-
-def known_precisions() -> tuple[str, ...]:
-    """What `training.precision` may be."""
-    return get_args(get_type_hints(TrainingSpec)["precision"])
 
 
 def largest(fits: Callable[[int], bool], most: int, *, first: int = 1, time_left: Callable[[], bool]) -> Largest:

@@ -34,6 +34,8 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import lower_builtin, models, register_model
 from torch import Tensor
 
+from helix.models.scan_shapes import CONV_SHAPES, SCAN_SHAPES, require_agreement
+
 logger = logging.getLogger(__name__)
 
 #: Channels of a task. What is done to every channel and token for itself is done to all of them at once.
@@ -1108,7 +1110,7 @@ def selective_scan(
 ) -> Tensor:
     """y_BLE. All tensors are float32 and on the CPU."""
     tensors = (u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E)
-    _check(tensors, ("BLE", "BLE", "EN", "BLN", "BLN", "E", "BLE", "E"))
+    require_agreement(tensors, SCAN_SHAPES)
     if _tracked(tensors):
         return _Scan.apply(*tensors, reverse)
     return selective_scan_forward(*tensors, reverse, keep=False)[0]
@@ -1120,17 +1122,7 @@ def conv_silu(u_BLE: Tensor, weight_EK: Tensor, bias_E: Tensor, reverse: bool) -
     All tensors are float32 and on the CPU. Of the results in between nothing is kept.
     """
     tensors = (u_BLE, weight_EK, bias_E)
-    _check(tensors, ("BLE", "EK", "E"))
+    require_agreement(tensors, CONV_SHAPES)
     if _tracked(tensors):
         return _ConvSilu.apply(*tensors, reverse)
     return conv_silu_forward(*tensors, reverse)
-
-
-def _check(tensors: Sequence[Tensor], shapes: Sequence[str]) -> None:
-    """The kernels believe every shape that they are told, so shapes that disagree end here."""
-    sizes: dict[str, int] = {}
-    for x, letters in zip(tensors, shapes, strict=True):
-        given = tuple(x.shape)
-        wanted = tuple(sizes.setdefault(letter, size) for letter, size in zip(letters, given, strict=False))
-        if len(given) != len(letters) or given != wanted or x.dtype != torch.float32:
-            raise ValueError(f"a tensor [{', '.join(letters)}] is {list(given)} in {x.dtype}; sizes so far: {sizes}")

@@ -42,6 +42,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from helix.models.scan_shapes import CONV_SHAPES, SCAN_SHAPES, require_agreement
+
 #: The most programs that the scan is cut into, of one warp each: four for each of the 528 schedulers of an H100 or
 #: H200, all of them at once. It is a constant, so that the segments do not depend on which GPU there is.
 PROGRAMS = 2112
@@ -803,7 +805,7 @@ def selective_scan(
 ) -> Tensor:
     """y_BLE in the dtype of `u_BLE`. The parameters are float32, the activations of any dtypes."""
     tensors = (u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E)
-    _check(tensors, ("BLE", "BLE", "EN", "BLN", "BLN", "E", "BLE", "E"))
+    _check(tensors, SCAN_SHAPES)
     return _Scan.apply(*tensors, reverse)
 
 
@@ -813,18 +815,13 @@ def conv_silu(u_BLE: Tensor, weight_EK: Tensor, bias_E: Tensor, reverse: bool) -
     In the dtype of `u_BLE`; the parameters are float32. Of the results in between nothing is kept.
     """
     tensors = (u_BLE, weight_EK, bias_E)
-    _check(tensors, ("BLE", "EK", "E"))
+    _check(tensors, CONV_SHAPES)
     return _ConvSilu.apply(*tensors, reverse)
 
 
 def _check(tensors: Sequence[Tensor], shapes: Sequence[str]) -> None:
-    """The kernels believe every shape that they are told, so shapes that disagree end here."""
-    sizes: dict[str, int] = {}
+    """As `require_agreement`, and ValueError for more numbers than the kernels' 32 bits count."""
+    sizes = require_agreement(tensors, shapes, mixed=True)
     for x, letters in zip(tensors, shapes, strict=True):
-        given = tuple(x.shape)
-        wanted = tuple(sizes.setdefault(letter, size) for letter, size in zip(letters, given, strict=False))
-        parameter = "L" not in letters
-        if len(given) != len(letters) or given != wanted or (parameter and x.dtype != torch.float32):
-            raise ValueError(f"a tensor [{', '.join(letters)}] is {list(given)} in {x.dtype}; sizes so far: {sizes}")
-        if not parameter and max(x.stride(1), *x.shape[2:], 2 * sizes.get("N", 0)) * len(x[0]) >= 2**31:
-            raise ValueError(f"{len(x[0])} tokens of {list(given)} are more numbers than 32 bits count; cut them")
+        if "L" in letters and max(x.stride(1), *x.shape[2:], 2 * sizes.get("N", 0)) * sizes["L"] >= 2**31:
+            raise ValueError(f"{sizes['L']} tokens of {list(x.shape)} are more numbers than 32 bits count; cut them")
