@@ -8,15 +8,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dashboards.counts import Counts, counts_of
 from dashboards.text import NOT_FINITE, TIMES, mean_std, percent, plural
 from dashboards.view import CellView, DataFacts, SweepView, TrialView
 from helix.protocol import PROFILES, SWITCHES
-from helix.published import Published, published
-from helix.registry import DATASETS
-from helix.spec import PAPER_SHIFT_S, AugmentSpec, TrainingSpec
+from helix.published import POOL_TOKENS, Published, published
+from helix.registry import BLOCKS, DATASETS, FRONTENDS
+from helix.spec import PAPER_SHIFT_S, AugmentSpec, ModelSpec, TrainingSpec
 from helix.statistics import Key, Units, contrast, deviation, mean, t_test, units
 
 SELECTIONS = ("best_test", "last", "validation")
@@ -40,8 +40,9 @@ SETTING_WORDS = {
 }
 
 #: What is said and excludes no comparison: section 3.4 trains in FP16 "where memory requires" and names no run, and the
-#: authors' results do not record it, so that products of fewer bits are what theirs may have had.
-COMPARABLE = ("precision",)
+#: authors' results do not record it, so that products of fewer bits are what theirs may have had. Who is in which part
+#: of a set of speakers is as theirs in no run of ours: nothing fixes the order of the files that their seed shuffles.
+COMPARABLE = ("precision", "split_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,11 +335,38 @@ def unlike_authors(view: SweepView) -> list[str]:
 
 
 def other_settings(cell: CellView) -> dict[str, str]:
-    """In what a cell's training and augmentation differ from section 3.4, by the field of helix/spec.py, as a phrase.
+    """In what a cell's recordings, model, training and augmentation differ from the paper's, by field, as a phrase.
 
-    The epochs are left out: of these the paper has other numbers for each data set. A shift that the authors' code or
-    the paper has is none, whichever of them the switch `shift` names.
+    The fields are those of helix/spec.py and of the members that the cell uses. The epochs and the size of the model
+    are left out: of these the paper has other numbers for each data set. A shift that the authors' code or the paper
+    has is none, whichever of them the switch `shift` names.
     """
+    return _other_data(cell) | _other_model(cell) | _other_training(cell)
+
+
+def _other_data(cell: CellView) -> dict[str, str]:
+    """The options of the data set that are not its defaults."""
+    if cell.dataset not in DATASETS.names():
+        return {}
+    return _unlike(DATASETS.resolve(cell.dataset, cell.options), DATASETS.resolve(cell.dataset))
+
+
+def _other_model(cell: CellView) -> dict[str, str]:
+    """What is pooled, and the options of the frontend and the blocks."""
+    model = cell.model
+    if model is None:
+        return {}
+    ours, theirs = _pooled(model), _pooled(ModelSpec(pool_tokens=POOL_TOKENS.get(cell.dataset)))
+    found = {} if ours == theirs else {"pool": f"{ours} pooled instead of {theirs}"}
+    for name, members in (dict.fromkeys(model.pattern, BLOCKS) | {model.frontend: FRONTENDS}).items():
+        if name in members.names():
+            unlike = _unlike(members.resolve(name, model.options.get(name)), members.resolve(name))
+            found |= {f"{name}.{option}": f"{name} {phrase}" for option, phrase in unlike.items()}
+    return found
+
+
+def _other_training(cell: CellView) -> dict[str, str]:
+    """What section 3.4 has otherwise."""
     shifts = {None, PAPER_SHIFT_S}
     if cell.dataset in DATASETS.names():
         shifts.add(float(DATASETS.make(cell.dataset).authors_shift_s))
@@ -349,12 +377,24 @@ def other_settings(cell: CellView) -> dict[str, str]:
             if name == "epochs" or ours == theirs or (name == "shift_s" and ours in shifts):
                 continue
             theirs = PAPER_SHIFT_S if name == "shift_s" else theirs
-            found[name] = f"{SETTING_WORDS[name]} {_setting(ours)} instead of {_setting(theirs)}"
+            found[name] = _instead(SETTING_WORDS[name], ours, theirs)
     return found
 
 
-def _setting(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
+def _unlike(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, str]:
+    return {name: _instead(name, value, theirs[name]) for name, value in ours.items() if value != theirs[name]}
+
+
+def _instead(what: str, ours: Any, theirs: Any) -> str:
+    return f"{what} {_setting(ours)} instead of {_setting(theirs)}"
+
+
+def _pooled(model: ModelSpec) -> str:
+    return "all tokens" if model.pool_tokens is None else f"the {model.pool} {model.pool_tokens} tokens"
+
+
+def _setting(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _sample(trial: TrialView) -> Sample | None:

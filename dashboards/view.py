@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from helix.protocol import SWITCHES, Protocol
-from helix.spec import AugmentSpec, TrainingSpec, TrialSpec
+from helix.spec import AugmentSpec, ModelSpec, TrainingSpec, TrialSpec
 from orchestration.ledger import TrialState
 
 
@@ -101,7 +101,8 @@ class CellView:
     """The trials of one data set and one variant, with `epochs` asked of each.
 
     `variant` is a name to show ("mamba-raw"); `frontend` and `backbone` are the words of helix/published.py; `options`
-    are those of the data set. `training` and `augment` are what its trials were asked for, None where nobody knows.
+    are those of the data set. `model`, `training` and `augment` are what its trials were asked for, None where nobody
+    knows.
     `parameters` and `tokens` (per clip) are None until they are known.
     """
 
@@ -114,6 +115,7 @@ class CellView:
     parameters: int | None = None
     tokens: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    model: ModelSpec | None = None
     training: TrainingSpec | None = None
     augment: AugmentSpec | None = None
     trials: tuple[TrialView, ...] = ()
@@ -231,6 +233,7 @@ def _cell(entries: list[TrialEntry]) -> CellView:
         parameters=next((entry.parameters for entry in entries if entry.parameters is not None), None),
         tokens=next((entry.tokens for entry in entries if entry.tokens is not None), None),
         options=dict(first.spec.data.options),
+        model=first.spec.model,
         training=first.spec.training,
         augment=first.spec.augment,
         trials=tuple(sorted(trials, key=lambda trial: (trial.seed, trial.fold))),

@@ -96,6 +96,9 @@ CURVES_IN = {
     "voxpopuli": "Figure 7",
 }
 
+#: How many tokens, from the first, are averaged before the classifier (eq. 11); of other data sets all of them.
+POOL_TOKENS = {"concat_speech_commands": 100}
+
 #: Epochs of the moving average of those curves (caption of Figure 4).
 SMOOTHING = 7
 

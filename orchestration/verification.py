@@ -76,6 +76,8 @@ def _trial_problems(storage: Storage, trial_id: str) -> list[str]:
         name = key.removeprefix(f"{folder}/")
         if re.fullmatch(WEIGHTS, name):  # a manifest tells whether they are whole
             continue
+        if name.rpartition("/")[2].startswith("."):  # what file browsers leave (.DS_Store); nothing reads it
+            continue
         if not re.fullmatch(FILES, name):
             problems.append(f"{key}: is none of the files that a trial has")
             continue

@@ -13,6 +13,7 @@ Expectation. The paper, best of 24 epochs: HELIX 91.3, Mamba 89.8 %; attention w
              know which word is the first, whatever is pooled but the first 100 tokens.
 """
 
+from helix.published import POOL_TOKENS
 from orchestration.grid import GRIDS, VARIANTS, Grid
 
 GRID = GRIDS.register("concat_speech_commands")(
@@ -21,6 +22,6 @@ GRID = GRIDS.register("concat_speech_commands")(
         dataset="concat_speech_commands",
         folds=(1,),
         variants=tuple(variant for variant in VARIANTS if variant.frontend == "raw"),
-        overrides={"training.epochs": 24, "model.pool_tokens": 100},
+        overrides={"training.epochs": 24, "model.pool_tokens": POOL_TOKENS["concat_speech_commands"]},
     )
 )

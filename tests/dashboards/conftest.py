@@ -140,12 +140,14 @@ def make_view(
     facts: DataFacts | None = FACTS,
     question: str = QUESTION,
     variants: Sequence[tuple[str, str]] = tuple(CEILING),
+    data: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     augment: Mapping[str, Any] | None = None,
 ) -> SweepView:
     """A sweep of backbones and frontends; `status(variant, fold, seed)` gives the state of each and its epochs.
 
-    `training` and `augment`: what is asked for otherwise than by default.
+    `data`, `model`, `training` and `augment`: what is asked for otherwise than by default.
     """
     entries = []
     for fold in folds:
@@ -156,8 +158,8 @@ def make_view(
                 lift = random.Random(f"fold {fold}").gauss(0, 0.03) + random.Random(f"{name}{fold}").gauss(0, 0.012)
                 label = f"{name} fold {fold} seed {seed}"
                 spec = TrialSpec(
-                    data=DataSpec(dataset=dataset, fold=fold),
-                    model=ModelSpec(frontend=frontend, pattern=BACKBONES[backbone]),
+                    data=DataSpec(dataset=dataset, fold=fold, **(data or {})),
+                    model=ModelSpec(frontend=frontend, pattern=BACKBONES[backbone], **(model or {})),
                     training=TrainingSpec(epochs=epochs, **(training or {})),
                     augment=AugmentSpec(**(augment or {})),
                     seed=seed,

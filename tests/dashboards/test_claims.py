@@ -414,6 +414,7 @@ def test_runs_that_are_less_than_the_papers_speak_of_none_of_its_sentences(make_
         ({"augment": {"gain_low": 0.1}}, "smallest gain 0.1 instead of 0.8"),
         ({"augment": {"gain_high": 9.0}}, "largest gain 9 instead of 1.2"),
         ({"augment": {"shift_s": 3.0}}, "shift of at most 3 instead of 0.5"),
+        ({"model": {"pool_tokens": 100}}, "the first 100 tokens pooled instead of all tokens"),
     ],
 )
 @pytest.mark.parametrize("dataset", ["esc50", "urbansound8k"])
@@ -431,6 +432,35 @@ def test_runs_that_were_trained_otherwise_speak_of_none_of_its_sentences(
         assert phrase in of("esc50-mamba-raw", evidence).because
         assert phrase in of("mamba-prefers-raw", evidence).because
         assert phrase in of("esc50-hours", evidence).because
+
+
+@pytest.mark.parametrize(
+    ("asked", "phrase"),
+    [
+        ({}, "all tokens pooled instead of the first 100 tokens"),
+        ({"model": {"pool_tokens": 100, "pool": "last"}}, "the last 100 tokens pooled instead of the first 100 tokens"),
+        (
+            {"model": {"pool_tokens": 100}, "data": {"options": {"position": 9}}},
+            "position 9 instead of 0",
+        ),
+        ({"model": {"pool_tokens": 100}}, None),
+    ],
+)
+def test_the_arms_of_the_concatenated_words_are_no_evidence_for_the_papers_own(
+    make_view: MakeView, asked: dict[str, Any], phrase: str | None
+):
+    """The grid's own page offers them: they ask something else, with a model of the same size."""
+    like: dict[str, Any] = {"folds": (1,), "seeds": (0, 1, 2), "dataset": "concat_speech_commands", "epochs": 24}
+    evidence = sweep_evidence(make_view(**like, facts=None, profile_name="authors", **asked))
+    runs = evidence.runs("concat_speech_commands", MAMBA_RAW)
+    assert runs is not None and runs.less == (() if phrase is None else (phrase,))
+    assert (of("concat-1.5", evidence).verdict == "no data") == (phrase is not None)
+
+
+def test_options_of_a_block_concern_the_variants_that_have_it(make_view: MakeView):
+    evidence = sweep_evidence(make_view(epochs=100, facts=None, model={"options": {"mamba": {"d_conv": 8}}}))
+    less = {variant: runs.less for variant in SIX if (runs := evidence.runs("esc50", variant)) is not None}
+    assert less == {variant: () if variant[1] == "attention" else ("mamba d_conv 8 instead of 4",) for variant in SIX}
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])

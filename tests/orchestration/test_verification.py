@@ -106,6 +106,7 @@ def test_rows_and_attempts_under_another_name_and_files_that_no_trial_has_are_na
     storage.put_json(f"{trial}/attempts/a.json", {"attempt_id": "b"})
     storage.put(f"{trial}/leases/000001.json", b"[]")
     storage.put(f"{trial}/notes.txt", b"hello")
+    storage.put(f"{trial}/metrics/.DS_Store", b"\0")  # a file browser's own
     storage.put(f"{trial}/heartbeat.json", b"{")
     assert [line.removeprefix(f"{trial}/").partition(" (")[0] for line in verify_storage(storage).damaged] == [
         "heartbeat.json: is not JSON",
