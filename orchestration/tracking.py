@@ -31,10 +31,12 @@ from urllib.parse import quote, urlsplit
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from dashboards.confusion import confusion_csv, confusion_of, pooled_confusion
 from dashboards.counts import counts_of, overlap
 from dashboards.summary import SELECTIONS, CellSummary, statistic, summarise
+from dashboards.tables import FORMATS
 from dashboards.text import shortened
 from dashboards.view import CellView, SweepView, TrialView
 from helix.addresses import without_secrets
@@ -181,6 +183,7 @@ class Tracker:
             client.log_artifact(run.info.run_id, str(report))
             if (tables := report.with_suffix("")).is_dir():  # the report links to them
                 client.log_artifacts(run.info.run_id, str(tables), report.stem)
+                self._drop_stale(client, run, tables)
             ours = {trial.trial_id for cell, trial in view.trials() if cell.dataset == dataset}
             for certificate in view.certificates:
                 if certificate.get("trial_id") in ours or certificate.get("grid") == view.grid:
@@ -191,6 +194,17 @@ class Tracker:
             told += [f"[{what}]({link})" for what, link in links.items()]
             self._tag(client, run, "mlflow.note.content", "\n\n".join(told))
             client.set_terminated(run.info.run_id, "FINISHED")
+
+    def _drop_stale(self, client: MlflowClient, run: Run, tables: Path) -> None:
+        """Remove the tables that an earlier report put beside this one and that are no part of it any more."""
+        stale = [
+            file.path
+            for file in client.list_artifacts(run.info.run_id, tables.name)
+            if not (tables / Path(file.path).name).exists() and Path(file.path).suffix.removeprefix(".") in FORMATS
+        ]
+        artifacts = get_artifact_repository(run.info.artifact_uri, self.uri)
+        for path in stale:
+            artifacts.delete_artifacts(path)
 
     def compare_links(self, view: SweepView) -> dict[str, dict[str, str]]:
         """For each data set the fragments of MLflow's UI that compare the cells of the view and list their runs."""

@@ -413,6 +413,11 @@ def test_a_sweep_and_its_models_reach_a_server_on_postgresql_that_wants_a_passwo
         thread.join(200)
     # Two threads that log models at once leave a stand-in of MLflow's behind, at which hypothesis stumbles.
     sys.modules.pop("dbutils", None)
+    (tmp_path / "test").mkdir()
+    for name in ("work.csv", "of-an-earlier-report.csv"):
+        (tmp_path / "test" / name).write_text("variant,trials\n")
+        assert attempt_replay(Tracker(storage), view, tmp_path / "test.html") is None
+        (tmp_path / "test" / "of-an-earlier-report.csv").unlink(missing_ok=True)
     assert attempt_replay(Tracker(storage), view, tmp_path / "test.html") is None
 
     client = MlflowClient(url)
@@ -431,7 +436,9 @@ def test_a_sweep_and_its_models_reach_a_server_on_postgresql_that_wants_a_passwo
         assert {"confusion.csv", "spec.json"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
         assert [given.dataset.name for given in run.inputs.dataset_inputs] == ["tones"]
     listed = client.list_artifacts(levels["report"][0].info.run_id)
-    assert [file.path for file in listed] == ["plan.json", "test.html"]
+    assert [file.path for file in listed] == ["plan.json", "test", "test.html"]
+    tables = client.list_artifacts(levels["report"][0].info.run_id, "test")
+    assert [file.path for file in tables] == ["test/work.csv"], "the tables of an earlier report are gone"
     found = view_from_mlflow(url, "test", now=view.created)
     assert [as_csv(table) for table in report_tables(found)] == [as_csv(table) for table in report_tables(view)]
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "not-the-password-of-this-test")

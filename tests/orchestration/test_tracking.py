@@ -570,10 +570,14 @@ def test_the_report_and_the_certificates_lie_beside_the_cells(sweep, tiny_data, 
     report = tmp_path / "test.html"
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "work.csv").write_text("variant,trials\n")
+    (tmp_path / "test" / "confusion-of-more.csv").write_text("of a larger sweep\n")
     for text in ("<p>half</p>", "<p>whole</p>"):
         report.write_text(text)
         assert attempt_replay(Tracker(storage), snapshot(), report) is None
+        (tmp_path / "test" / "confusion-of-more.csv").unlink(missing_ok=True)
     (run,) = runs(storage)["report"]
+    kept = Path(download_artifacts(f"{run.info.artifact_uri}/test"))
+    assert [path.name for path in kept.iterdir()] == ["work.csv"], "tables of the report before are gone"
     assert text_of(storage, run, "test.html") == "<p>whole</p>"
     assert text_of(storage, run, "test/work.csv") == "variant,trials\n", "where the page looks for it"
     found = Path(download_artifacts(f"{run.info.artifact_uri}/certificates"))
