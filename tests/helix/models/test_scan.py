@@ -1,5 +1,8 @@
 """The selective scan is its recurrence: equal to the slow twin, in both directions, with all gradients."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -157,3 +160,15 @@ def test_memory_never_holds_all_states_of_all_tokens():
     with Watch():
         run(selective_scan, inputs(batch, tokens, channels, state))
     assert largest <= batch * tokens * channels * state // scan.CHUNK
+
+
+def test_the_compiler_is_imported_by_those_who_compile_and_its_first_call_may_import_the_kernels():
+    code = """
+import sys, torch
+from helix.models.scan import kernels
+assert "torch._dynamo" not in sys.modules and "numba" not in sys.modules
+names = torch.compile(lambda x: x + (kernels("numba") is not None), backend="aot_eager", fullgraph=True)
+assert names(torch.zeros(1)).item() == 1 and "numba" in sys.modules
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
