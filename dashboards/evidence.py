@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dashboards.counts import Counts, counts_of, official
-from dashboards.summary import COMPARABLE, PARAMETER_BAND, SELECTIONS, CellSummary, other_settings, summarise
+from dashboards.summary import PARAMETER_BAND, SELECTIONS, CellSummary, summarise
 from dashboards.text import listing, plural
 from dashboards.view import SweepView, TrialView
 from helix.protocol import SWITCHES
@@ -69,6 +69,11 @@ class Ran:
             for name in self.devices
         ]
         return bool(alike) and all(alike)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is known that all of it ran on GPUs."""
+        return bool(self.devices) and not {"cpu", UNKNOWN} & set(self.devices)
 
     @property
     def on(self) -> str:
@@ -226,8 +231,8 @@ def _swept(summary: CellSummary, partial: bool) -> Runs:
     less = [f"{plural(cell.epochs, 'epoch')} instead of {stated or EPOCHS}"] if cell.epochs < (stated or EPOCHS) else []
     less += ["a model of another size"] if other_size else []
     less += ["part of the recordings"] if partial else []
-    settings = other_settings(cell)
-    less += [phrase for name, phrase in settings.items() if name not in COMPARABLE]
+    less += [setting.phrase for setting in summary.settings if setting.speaks_of == "nothing"]
+    no_number = bool(less) or any(setting.speaks_of != "all" for setting in summary.settings)
     best, last = (summary.accuracy[rule].mean for rule in ("best_test", "last"))
     return Runs(
         dataset=cell.dataset,
@@ -250,9 +255,9 @@ def _swept(summary: CellSummary, partial: bool) -> Runs:
         test_clips=round(math.fsum(clips) / len(clips)) if clips else None,
         ended=tuple(_ended(trial) for trial in cell.trials if trial.state.result is not None),
         out_of_memory=tuple(ran for trial in cell.trials if (ran := _out_of_memory(trial)) is not None),
-        unlike=comparison.unlike if comparison is not None else tuple(settings.values()),
+        unlike=comparison.unlike if comparison is not None else tuple(one.phrase for one in summary.settings),
         other_size=other_size,
-        other_course=bool(less) or stated not in (None, cell.epochs),
+        other_course=no_number or stated not in (None, cell.epochs),
         less=tuple(less),
     )
 

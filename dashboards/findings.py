@@ -17,9 +17,9 @@ from dashboards.summary import (
     progress,
     rank,
     sampling_word,
-    unlike_authors,
 )
 from dashboards.text import NOT_FINITE, SELECTION_WORDS, listing, percent, plural, points
+from dashboards.unlike import unlike_authors
 from dashboards.view import SweepView
 from helix.statistics import Key, smallest_p, units
 

@@ -8,41 +8,20 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from dashboards.counts import Counts, counts_of
 from dashboards.text import NOT_FINITE, TIMES, mean_std, percent, plural
+from dashboards.unlike import Setting, other_settings
 from dashboards.view import CellView, DataFacts, SweepView, TrialView
 from helix.protocol import PROFILES, SWITCHES
-from helix.published import POOL_TOKENS, Published, published
-from helix.registry import BLOCKS, DATASETS, FRONTENDS
-from helix.spec import PAPER_SHIFT_S, AugmentSpec, ModelSpec, TrainingSpec
+from helix.published import Published, published
 from helix.statistics import Key, Units, contrast, deviation, mean, t_test, units
 
 SELECTIONS = ("best_test", "last", "validation")
 
 #: Two parameter counts further apart than this (relative) are not the same model; the band of the grids.
 PARAMETER_BAND = 0.001
-
-#: What helix/spec.py calls the numbers of section 3.4, in words. Its defaults are those of the paper.
-SETTING_WORDS = {
-    "batch_size": "batch size",
-    "lr": "learning rate",
-    "lr_min": "final learning rate",
-    "weight_decay": "weight decay",
-    "clip_norm": "gradient norm clipped at",
-    "precision": "precision",
-    "shift_s": "shift of at most",
-    "gain_low": "smallest gain",
-    "gain_high": "largest gain",
-    "noise": "noise",
-    "mixup_alpha": "mixup alpha",
-}
-
-#: What is said and excludes no comparison: section 3.4 trains in FP16 "where memory requires" and names no run, and the
-#: authors' results do not record it, so that products of fewer bits are what theirs may have had. Who is in which part
-#: of a set of speakers is as theirs in no run of ours: nothing fixes the order of the files that their seed shuffles.
-COMPARABLE = ("precision", "split_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +100,7 @@ class CellSummary:
 
     `ratio`: test clips over training clips of its data set, which corrects intervals over folds, and `folds`: how many
     that has, run or not. `at_chance`: the mean is not above guessing by two binomial standard errors of the clips
-    tested (None where that cannot be said).
+    tested (None where that cannot be said). `settings`: in what its trials are not as the paper's.
     """
 
     cell: CellView
@@ -136,6 +115,7 @@ class CellSummary:
     tokens: int | None
     comparison: Comparison | None
     at_chance: bool | None
+    settings: tuple[Setting, ...] = ()
     ratio: float = 0.0
     folds: int = 1
 
@@ -223,7 +203,7 @@ def summarise_cell(view: SweepView, cell: CellView, *, counts: Counts) -> CellSu
     results = [trial.state.result for trial in cell.trials if trial.state.result is not None]
     seconds = [result["train_seconds"] for result in results if result.get("train_seconds") is not None]
     parameters = cell.parameters or _first(result.get("parameters") for result in results)
-    facts = view.facts(cell.dataset)
+    facts, settings = view.facts(cell.dataset), other_settings(cell, view.switches)
     return CellSummary(
         cell=cell,
         asked=len(cell.trials),
@@ -235,7 +215,8 @@ def summarise_cell(view: SweepView, cell: CellView, *, counts: Counts) -> CellSu
         train_seconds=math.fsum(seconds) / len(seconds) if seconds else None,
         parameters=parameters,
         tokens=cell.tokens or _first(result.get("tokens") for result in results),
-        comparison=_compare(cell, samples, facts, parameters, view.std),
+        comparison=_compare(cell, samples, facts, parameters, view.std, settings),
+        settings=settings,
         at_chance=_at_chance(accuracy, cell, facts),
         ratio=ratio,
         folds=folds,
@@ -325,78 +306,6 @@ def changed_switches(view: SweepView) -> dict[str, str]:
     }
 
 
-def unlike_authors(view: SweepView) -> list[str]:
-    """The switches that train differently from the authors' code, which made the published numbers."""
-    return [
-        name
-        for name, row in SWITCHES.items()
-        if not row["reporting"] and name in view.switches and view.switches[name] != row["authors"]
-    ]
-
-
-def other_settings(cell: CellView) -> dict[str, str]:
-    """In what a cell's recordings, model, training and augmentation differ from the paper's, by field, as a phrase.
-
-    The fields are those of helix/spec.py and of the members that the cell uses. The epochs and the size of the model
-    are left out: of these the paper has other numbers for each data set. A shift that the authors' code or the paper
-    has is none, whichever of them the switch `shift` names.
-    """
-    return _other_data(cell) | _other_model(cell) | _other_training(cell)
-
-
-def _other_data(cell: CellView) -> dict[str, str]:
-    """The options of the data set that are not its defaults."""
-    if cell.dataset not in DATASETS.names():
-        return {}
-    return _unlike(DATASETS.resolve(cell.dataset, cell.options), DATASETS.resolve(cell.dataset))
-
-
-def _other_model(cell: CellView) -> dict[str, str]:
-    """What is pooled, and the options of the frontend and the blocks."""
-    model = cell.model
-    if model is None:
-        return {}
-    ours, theirs = _pooled(model), _pooled(ModelSpec(pool_tokens=POOL_TOKENS.get(cell.dataset)))
-    found = {} if ours == theirs else {"pool": f"{ours} pooled instead of {theirs}"}
-    for name, members in (dict.fromkeys(model.pattern, BLOCKS) | {model.frontend: FRONTENDS}).items():
-        if name in members.names():
-            unlike = _unlike(members.resolve(name, model.options.get(name)), members.resolve(name))
-            found |= {f"{name}.{option}": f"{name} {phrase}" for option, phrase in unlike.items()}
-    return found
-
-
-def _other_training(cell: CellView) -> dict[str, str]:
-    """What section 3.4 has otherwise."""
-    shifts = {None, PAPER_SHIFT_S}
-    if cell.dataset in DATASETS.names():
-        shifts.add(float(DATASETS.make(cell.dataset).authors_shift_s))
-    found = {}
-    for given, paper in ((cell.training, TrainingSpec()), (cell.augment, AugmentSpec())):
-        for name, theirs in vars(paper).items():
-            ours = getattr(given, name, theirs)
-            if name == "epochs" or ours == theirs or (name == "shift_s" and ours in shifts):
-                continue
-            theirs = PAPER_SHIFT_S if name == "shift_s" else theirs
-            found[name] = _instead(SETTING_WORDS[name], ours, theirs)
-    return found
-
-
-def _unlike(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _instead(name, value, theirs[name]) for name, value in ours.items() if value != theirs[name]}
-
-
-def _instead(what: str, ours: Any, theirs: Any) -> str:
-    return f"{what} {_setting(ours)} instead of {_setting(theirs)}"
-
-
-def _pooled(model: ModelSpec) -> str:
-    return "all tokens" if model.pool_tokens is None else f"the {model.pool} {model.pool_tokens} tokens"
-
-
-def _setting(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
-
-
 def _sample(trial: TrialView) -> Sample | None:
     """What a finished trial counts as; None for one without a result, however many epochs it has behind it."""
     if trial.state.result is None:
@@ -425,7 +334,12 @@ def _given(samples: Sequence[Sample], rule: str) -> dict[Key, float]:
 
 
 def _compare(
-    cell: CellView, samples: Sequence[Sample], facts: DataFacts | None, parameters: int | None, std: str
+    cell: CellView,
+    samples: Sequence[Sample],
+    facts: DataFacts | None,
+    parameters: int | None,
+    std: str,
+    settings: Sequence[Setting],
 ) -> Comparison | None:
     target = published(cell.dataset, cell.frontend, cell.backbone)
     if target is None:
@@ -446,7 +360,7 @@ def _compare(
         unlike.append(f"a model {_ratio(parameters / target.parameters)} the size")
     if facts is not None and facts.partial:
         unlike.append("part of the recordings")
-    unlike += other_settings(cell).values()
+    unlike += [setting.phrase for setting in settings]
     if usable and target.per_fold is not None and len(folds) < target.folds:
         unlike.append(f"{plural(len(folds), 'fold')} of {target.folds}")
     return Comparison(

@@ -47,7 +47,7 @@ def tally(entries: Sequence[Entry]) -> dict[Verdict, int]:
 
 
 def tallied(entries: Sequence[Entry]) -> str:
-    """ "118 claims: 39 supported, 22 contradicted, 27 underpowered, 30 without data"."""
+    """ "118 claims: 38 supported, 22 contradicted, 28 underpowered, 30 without data"."""
     said = ", ".join(
         f"{count} {'without data' if verdict == 'no data' else verdict}" for verdict, count in tally(entries).items()
     )

@@ -96,6 +96,9 @@ CURVES_IN = {
     "voxpopuli": "Figure 7",
 }
 
+#: What their train.py sets (lines 230 to 235) of what section 3.4 says, by the fields of helix/spec.py.
+AUTHORS_TRAINING = {"lr": 3e-4, "lr_min": 1e-6, "weight_decay": 0.05, "clip_norm": 1.0}
+
 #: How many tokens, from the first, are averaged before the classifier (eq. 11); of other data sets all of them.
 POOL_TOKENS = {"concat_speech_commands": 100}
 

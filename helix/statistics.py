@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import special, stats
 
 #: (fold, seed)
@@ -221,9 +222,16 @@ def bootstrap(
         return Interval(why="one value cannot be resampled" if values else "nothing is paired")
     if _flat(values):
         return Interval(why=f"all {len(values)} values are the same, and so is every resample")
+    given = np.asarray(values, dtype=np.float64)
+    size = float(np.abs(given).max())
+
+    def rounded(resample: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
+        """The mean, but for the last bits: BCa counts the resamples whose mean is that of the values."""
+        return np.mean(resample / size, axis=axis).round(12) * size
+
     found = stats.bootstrap(
-        (np.asarray(values, dtype=np.float64),),
-        np.mean,
+        (given,),
+        rounded,
         n_resamples=RESAMPLES,
         confidence_level=confidence,
         method=method,

@@ -57,7 +57,7 @@ CLAIMS: tuple[Claim, ...] = (
         id="optimiser",
         where="section 3.4",
         says="AdamW with weight decay 0.05, cosine annealing to 1e-6.",
-        rule=SameAsPaper(("decay", "schedule_unit")),
+        rule=SameAsPaper(("decay", "schedule_unit"), numbers=("weight_decay", "lr_min")),
     ),
     Claim(
         id="selection",

@@ -1,13 +1,14 @@
 """Rules on the course of training: where it ended, whether it was still rising, when two variants part."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dashboards.claim import Case, Judgement, Rule, less_than_the_papers
 from dashboards.evidence import Evidence, Variant
 from dashboards.text import plural, points
 from helix.published import SMOOTHING
+from helix.statistics import Key, TTest, t_test, units
 
 NO_LAST = "the accuracy after the last epoch is not known of all of these runs, as long as the paper's"
 
@@ -79,9 +80,11 @@ class Collapses(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class PullsAway(Rule):
-    """Smoothed over 7 epochs, `first` is ahead in every epoch after `after` (to `until`), and the lead `widens`.
+    """Smoothed over 7 epochs, `first` is ahead of `second` after epoch `after` (to `until`), and the lead `widens`.
 
-    `fold`: the one whose curves the paper shows; else all. One pair of runs alone shows nothing.
+    `fold`: the one whose curves the paper shows; else all. Of each pair of runs the lead's mean and slope over these
+    epochs count once, and t tests over the pairs judge them: it is contradicted where an interval excludes it, and
+    supported where both tests show it and the mean of the pairs is ahead in each of the epochs.
     """
 
     dataset: str
@@ -107,27 +110,31 @@ class PullsAway(Rule):
         less = less_than_the_papers(case, self.cells)
         if less is not None:
             return less
-        leads = [
-            [one - other for one, other in zip(smooth(curves[0][key]), smooth(curves[1][key]), strict=False)][
+        leads = {
+            key: [one - other for one, other in zip(smooth(curves[0][key]), smooth(curves[1][key]), strict=False)][
                 self.after : self.until
             ]
             for key in shared
-        ]
-        if min(map(len, leads)) < SMOOTHING:
+        }
+        if min(map(len, leads.values())) < SMOOTHING:
             return Judgement(verdict="no data", because=f"fewer than {SMOOTHING} epochs after epoch {self.after}")
-        behind = sum(lead <= 0 for run in leads for lead in run)
-        slopes = [slope(run) for run in leads]
+        counts = case.evidence.counts.get(self.dataset)
+        ratio = counts.ratio if counts is not None else 0.0
+        ahead = _tested({key: math.fsum(lead) / len(lead) for key, lead in leads.items()}, ratio)
+        widening = _tested({key: slope(lead) for key, lead in leads.items()}, ratio)
+        # of pairs that trained differently long, the epochs that all of them have
+        together = [math.fsum(at) / len(at) for at in zip(*leads.values(), strict=False)]
+        always = all(lead > 0 for lead in together)
         told = (
-            f"ahead in {sum(map(len, leads)) - behind} of {sum(map(len, leads))} epochs after {self.after}, the lead "
-            f"changes by {points(math.fsum(slopes) / len(slopes))} points an epoch ({plural(len(leads), 'pair')})"
+            f"{_in_points(ahead)} points ahead after epoch {self.after}, in {sum(lead > 0 for lead in together)} of "
+            f"{plural(len(together), 'epoch')}; the lead changes by {_in_points(widening)} points an epoch "
+            f"({plural(len(leads), 'pair')})"
         )
-        if len(leads) == 1:
-            return Judgement(verdict="underpowered", because=told)
-        if behind or (self.widens and max(slopes) <= 0):
+        asked = [ahead, widening] if self.widens else [ahead]
+        if any(one.high is not None and one.high < 0 for one in asked):
             return Judgement(verdict="contradicted", because=told)
-        if self.widens and min(slopes) <= 0:
-            return Judgement(verdict="underpowered", because=told)
-        return Judgement(verdict="supported", because=told)
+        shown = always and all(one.low is not None and one.low > 0 for one in asked)
+        return Judgement(verdict="supported" if shown else "underpowered", because=told)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,3 +185,14 @@ def _drops(evidence: Evidence, cells: Sequence[tuple[str, Variant]]) -> dict[str
         for runs in found
         if runs is not None and runs.drop is not None and not runs.other_course
     }
+
+
+def _tested(values: Mapping[Key, float], ratio: float) -> TTest:
+    """The t test of values by (fold, seed), corrected by `ratio` where it is over folds."""
+    sample = units(values)
+    return t_test(sample.values, ratio=ratio if sample.unit == "fold" else 0.0)
+
+
+def _in_points(test: TTest) -> str:
+    interval = "" if test.low is None else f" (95 % {points(test.low)} to {points(test.high)})"
+    return points(test.mean) + interval

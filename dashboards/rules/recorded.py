@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dashboards.claim import Case, Judgement, Rule
+from dashboards.counts import Counts, official
 from dashboards.text import count, listing
 from helix.data.splits import OFFICIAL
 from helix.registry import DATASETS
@@ -43,7 +44,7 @@ class Holds(OfData):
     tolerance: float = 0.0
 
     def judge(self, case: Case) -> Judgement:
-        counts = case.evidence.counts.get(self.dataset)
+        counts = _official(case, self.dataset)
         seen = getattr(counts, self.what) if counts else None
         if not seen:
             return Judgement(verdict="no data", because=f"the {self.what} of {self.dataset} are counted nowhere")
@@ -62,7 +63,7 @@ class SimilarScale(OfData):
     factor: float
 
     def judge(self, case: Case) -> Judgement:
-        known = [case.evidence.counts.get(name) for name in (self.dataset, self.other)]
+        known = [_official(case, name) for name in (self.dataset, self.other)]
         sizes = [one.recordings for one in known if one is not None and one.recordings]
         if len(sizes) < 2:
             return Judgement(verdict="no data", because=f"{self.dataset} and {self.other} are not both counted")
@@ -107,3 +108,8 @@ class Parts(OfData):
         told = listing([f"{name} ({count(size)})" for name, size in sizes.items()])
         right = set(sizes) == set(self.parts)
         return Judgement(verdict="supported" if right else "contradicted", because=f"its official lists make {told}")
+
+
+def _official(case: Case, dataset: str) -> Counts | None:
+    """The counts of the set that the paper speaks of, whatever subset of it a sweep took; None where it took none."""
+    return official(dataset) if dataset in case.evidence.counts and dataset in DATASETS.names() else None

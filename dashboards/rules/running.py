@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dashboards.claim import Case, Judgement, OfAuthors, Rule, share_of_folds
-from dashboards.evidence import Evidence, Ran, Runs, Variant
+from dashboards.evidence import SIX, Evidence, Ran, Runs, Variant
 from dashboards.text import count, listing, plural
+from dashboards.unlike import SETTING_WORDS
 from helix.protocol import SWITCHES
-from helix.published import GPU, GPU_BYTES, GPU_BYTES_SEEN
+from helix.published import AUTHORS_TRAINING, GPU, GPU_BYTES, GPU_BYTES_SEEN
+from helix.spec import TrainingSpec
 
 #: Peak bytes of a process in one full training step of one clip of 30,000 tokens, fp32 on a CPU, six layers with the
 #: attention that keeps no matrix of weights (BENCHMARKS.md, step).
@@ -17,6 +19,9 @@ STEP_BYTES = {("mamba", 30_000): 6.30e9, ("helix", 30_000): 6.04e9, ("attention"
 #: Layers of attention and heads, by which the weights of attention are counted that the authors' code asks for.
 ATTENTION_LAYERS = {"mamba": 0, "helix": 1, "attention": 6}
 HEADS = 4
+
+#: On what times count.
+ONE_OF_THEIRS = f"on a GPU of the paper's kind ({GPU} or RTX 6000)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +98,12 @@ class Trains(Rule):
             if runs.hours and mamba is not None and mamba.hours:
                 times = runs.hours / mamba.hours
                 told = f"{times:.1f} times the time of pure Mamba on {runs.dataset}"
+                if less := [*dict.fromkeys((*runs.less, *mamba.less))]:
+                    return Judgement(verdict="no data", because=f"{told}, by no runs like the paper's: {listing(less)}")
+                ran = [ran for side in (runs, mamba) for ran in side.ended or (Ran(),)]
+                on = list(dict.fromkeys(one.on for one in ran))
+                if len(on) > 1 or not all(one.like_the_papers for one in ran):
+                    return Judgement(verdict="no data", because=f"{told}, on {listing(on)} and not {ONE_OF_THEIRS}")
                 return Judgement(verdict="supported" if times > 2 else "contradicted", because=told)
         return Judgement(
             verdict="no data", because=f"no times of {self.backbone} and mamba on {count(self.tokens)} tokens"
@@ -101,14 +112,15 @@ class Trains(Rule):
 
 def _fits(ran: Ran) -> bool:
     """Whether a run is known to have needed no more memory than a GPU of 48 GB has."""
-    # A process holds on a GPU more than its tensors, whose peak this is: it has to fit what is seen of one.
-    within = ran.peak_bytes is not None and ran.peak_bytes < GPU_BYTES_SEEN
+    # A process holds on a GPU more than its tensors, whose peak this is: it has to fit what is seen of one. What one
+    # held in the memory of a machine is no measure of it.
+    within = ran.on_gpu and ran.peak_bytes is not None and ran.peak_bytes < GPU_BYTES_SEEN
     return within or (ran.device_bytes is not None and ran.device_bytes <= GPU_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Takes(Rule):
-    """All folds of one variant of `dataset` take at most `hours`; or, with `tolerance`, that share about them.
+    """All folds of each variant of `dataset` take at most `hours`; or, with `tolerance`, that share about them.
 
     Said of the GPUs of the paper, so that hours on anything else are told and not judged.
     """
@@ -127,7 +139,8 @@ class Takes(Rule):
         ]
         if not known:
             others = [runs for runs in case.evidence.cells.values() if runs.dataset == self.dataset and runs.hours]
-            course = listing(list(dict.fromkeys(reason for runs in others for reason in runs.less))) or "other epochs"
+            reasons = dict.fromkeys(phrase for runs in others for phrase in (*runs.less, *runs.unlike))
+            course = listing(list(reasons)) or "other epochs"
             return Judgement(
                 verdict="no data",
                 because=f"no times of {self.dataset} are known"
@@ -141,7 +154,7 @@ class Takes(Rule):
         told += f", {count(known[0][1].epochs)} epochs" if len(epochs) == 1 and None not in epochs else ""
         if other:
             on = listing(list(dict.fromkeys(other)))
-            why = f"{told}, on {on} and not on a GPU of the paper's kind ({GPU} or RTX 6000)"
+            why = f"{told}, on {on} and not {ONE_OF_THEIRS}"
             return Judgement(verdict="no data", because=why)
         fewest = min(len({fold for given in runs.accuracy.values() for fold, _ in given}) for _, runs in known)
         share = share_of_folds(case.evidence, self.dataset, fewest)
@@ -150,6 +163,8 @@ class Takes(Rule):
         right = max(took) <= self.hours
         if self.tolerance is not None:
             right = all(abs(one / self.hours - 1) <= self.tolerance for one in took)
+        if right and len(known) < len(SIX):  # the others may have taken any time
+            return Judgement(verdict="underpowered", because=f"{told}, by {len(known)} of {len(SIX)} variants")
         return Judgement(verdict="supported" if right else "contradicted", because=told)
 
 
@@ -220,18 +235,21 @@ class RanOn(OfAuthors):
 
 @dataclass(frozen=True)
 class SameAsPaper(OfAuthors):
-    """The authors' code sets these switches of helix/protocol.py as the paper's text has them."""
+    """The authors' code sets these switches of helix/protocol.py, and these numbers, as the paper's text has them."""
 
     switches: tuple[str, ...]
+    numbers: tuple[str, ...] = ()
 
     def published(self, evidence: Evidence) -> Judgement:
         other = [name for name in self.switches if evidence.switches[name] != SWITCHES[name]["paper"]]
-        if other:
-            told = "; ".join(f"{name}: the code does: {SWITCHES[name]['does']}" for name in other)
-            return Judgement(verdict="contradicted", because=told)
-        return Judgement(
-            verdict="supported", because=f"the authors' code does as the text says in {listing(list(self.switches))}"
-        )
+        text = TrainingSpec()
+        wrong = [name for name in self.numbers if AUTHORS_TRAINING[name] != getattr(text, name)]
+        if other or wrong:
+            told = [f"{name}: the code does: {SWITCHES[name]['does']}" for name in other]
+            told += [f"the code has {SETTING_WORDS[name]} {AUTHORS_TRAINING[name]:g}" for name in wrong]
+            return Judgement(verdict="contradicted", because="; ".join(told))
+        same = [*self.switches, *(f"{SETTING_WORDS[name]} ({AUTHORS_TRAINING[name]:g})" for name in self.numbers)]
+        return Judgement(verdict="supported", because=f"the authors' code does as the text says in {listing(same)}")
 
 
 def epochs_of(evidence: Evidence, cells: Sequence[tuple[str, Variant]]) -> dict[str, int | None]:

@@ -23,10 +23,10 @@ from dashboards.summary import (
     sampling_word,
     statistic,
     summarise,
-    unlike_authors,
 )
 from dashboards.tables import shown
 from dashboards.text import GAP
+from dashboards.unlike import unlike_authors
 from dashboards.view import SweepView, TrialView
 from helix.published import published
 from helix.statistics import t_test
