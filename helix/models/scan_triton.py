@@ -528,6 +528,10 @@ def _conv_backward(
 # graphs can hold them. They are registered without their gradients, as those of helix.models.scan_numba are. Triton
 # launches on the current device, which need not be the tensors'.
 
+#: The library of the operators. An operator that is registered a second time is freed under those who hold the first,
+#: so that a copy for Triton's interpreter, beside the compiled kernels of one process, has operators of its own.
+LIBRARY = "helix_interpreted" if triton.knobs.runtime.interpret else "helix"
+
 
 def _pieces(length: int, size: int) -> int:
     return -(-length // size)
@@ -597,7 +601,7 @@ class _Pass:
         return starts
 
 
-@torch.library.custom_op("helix::selective_scan_triton", mutates_args=())
+@torch.library.custom_op(f"{LIBRARY}::selective_scan_triton", mutates_args=())
 def selective_scan_forward(
     u: Tensor,
     dt: Tensor,
@@ -629,7 +633,7 @@ def _(u, dt, A, B, C, D, z, dt_bias, reverse):  # noqa: ARG001  (the contract's)
     return u.new_empty(u.shape), A.new_empty(len(u), segments_of(*u.shape)[0], *A.shape[::-1])
 
 
-@torch.library.custom_op("helix::selective_scan_triton_backward", mutates_args=())
+@torch.library.custom_op(f"{LIBRARY}::selective_scan_triton_backward", mutates_args=())
 def selective_scan_backward(
     dy: Tensor,
     starts: Tensor,
@@ -717,13 +721,13 @@ def _conv_workspace(dy: Tensor, u: Tensor, weight: Tensor, *_: object) -> int:  
 
 #: What an operator holds beside its inputs and results, by its name: for helix.training.memory.
 WORKSPACE_BYTES: dict[str, Callable[..., int]] = {
-    "helix::selective_scan_triton": _forward_workspace,
-    "helix::selective_scan_triton_backward": _backward_workspace,
-    "helix::conv_silu_triton_backward": _conv_workspace,
+    f"{LIBRARY}::selective_scan_triton": _forward_workspace,
+    f"{LIBRARY}::selective_scan_triton_backward": _backward_workspace,
+    f"{LIBRARY}::conv_silu_triton_backward": _conv_workspace,
 }
 
 
-@torch.library.custom_op("helix::conv_silu_triton", mutates_args=())
+@torch.library.custom_op(f"{LIBRARY}::conv_silu_triton", mutates_args=())
 def conv_silu_forward(u: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
     """y [B, L, E] from u [B, L, E] and weight [E, K]."""
     (batch, tokens, channels), y, u = u.shape, u.new_empty(u.shape), _rows(u)
@@ -741,7 +745,7 @@ def _(u, weight, bias, reverse):  # noqa: ARG001  (the contract's)
     return u.new_empty(u.shape)
 
 
-@torch.library.custom_op("helix::conv_silu_triton_backward", mutates_args=())
+@torch.library.custom_op(f"{LIBRARY}::conv_silu_triton_backward", mutates_args=())
 def conv_silu_backward(dy: Tensor, u: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """The gradients of u, and of weight and bias [K + 1, E]."""
     (batch, tokens, channels), taps, du = u.shape, weight.shape[1], u.new_empty(u.shape)

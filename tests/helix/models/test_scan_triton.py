@@ -52,9 +52,15 @@ def ours(modules: dict[str, ModuleType]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
-    """The module under test. Without a GPU a copy that is interpreted, beside a copy of Triton, until the tests end."""
+def compiled() -> ModuleType:
+    """The module as all others have it."""
     pytest.importorskip("triton", reason="there is no Triton for this platform")
+    return importlib.import_module("helix.models.scan_triton")
+
+
+@pytest.fixture(scope="module")
+def kernels(compiled: ModuleType) -> Iterator[ModuleType]:
+    """The module under test. Without a GPU a copy that is interpreted, beside a copy of Triton, until the tests end."""
     with pytest.MonkeyPatch.context() as patch:
         if not ON_GPU:
             patch.setenv("TRITON_INTERPRET", "1")
@@ -90,6 +96,14 @@ def within(found: dict[str, float], bound: float = BOUND) -> None:
     """What is summed over so few tokens may nearly vanish, and its rounding errors stay."""
     for name, error in found.items():
         assert error <= bound * (8 if name in ("A", "D", "dt_bias") else 1), found
+
+
+@pytest.mark.skipif(ON_GPU, reason="here the kernels under test are the compiled ones")
+def test_the_interpreted_copy_leaves_the_operators_of_the_compiled_kernels_alone(kernels, compiled):
+    assert kernels is not compiled and kernels.LIBRARY != compiled.LIBRARY == "helix"
+    inputs = [x.to("meta") for x in scan_inputs(2, 5, 4, 3)]
+    y_BLE, starts = compiled.selective_scan_forward(*inputs, False)
+    assert y_BLE.shape == inputs[0].shape and starts.shape[2:] == inputs[2].shape[::-1]
 
 
 @pytest.mark.parametrize("reverse", [False, True])
