@@ -19,6 +19,7 @@ import torch
 
 from helix.data.shards import Recordings
 from helix.loopback import Fault, FaultProxy
+from helix.models.scan import UnusableScanError
 from helix.spec import from_json, to_json, trial_id
 from helix.storage import Storage, open_storage
 from orchestration import lease, stop, worker
@@ -82,6 +83,12 @@ def test_a_mistake_in_the_spec_is_not_tried_again(attempt):
     assert (done, state.status, calls) == ("failed", "failed", 1)
     assert "no such fold" in state.error
     assert "would happen again" in state.error
+
+
+def test_a_machine_that_cannot_scan_is_not_tried_again_and_says_what_it_lacks(attempt):
+    done, state, calls = attempt(UnusableScanError("triton", "no C compiler", "apt-get install gcc"))
+    assert (done, state.status, calls) == ("failed", "failed", 1)
+    assert "no C compiler; apt-get install gcc (stopped: UnusableScanError would happen again)" in state.error
 
 
 def test_failures_have_a_budget(attempt):
