@@ -23,7 +23,6 @@ from helix.models.agreement import (
 )
 from helix.models.scan import (
     BACKENDS,
-    UnusableScanError,
     conv_silu,
     forced,
     require_usable,
@@ -31,6 +30,7 @@ from helix.models.scan import (
     selective_scan,
     selective_scan_sequential,
 )
+from helix.models.scan_error import UnusableScanError
 from helix.registry import CHECKS
 
 #: Each backend, and the type of device that it is for ("" any).

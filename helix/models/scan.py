@@ -10,6 +10,7 @@ Semantics and argument names follow `selective_scan_fn` of mamba-ssm; here the t
 `selective_scan` and `conv_silu` choose between this reference and faster kernels: helix.models.scan_numba on a CPU, on
 CUDA helix.models.scan_mamba_ssm where it is installed and the same bits again were not asked for
 (torch.use_deterministic_algorithms), else helix.models.scan_triton. HELIX_SCAN in the environment overrides the choice.
+Where the one that is taken lacks something of the machine, it is refused (UnusableScanError).
 
 Legend: B batch, L tokens, E inner channels, N state, K taps of the convolution; R batch entries and Q tokens of one
 chunk.
@@ -35,18 +36,6 @@ CHUNK = 16
 
 #: Numbers in the states [R, N, E] of the batch entries that a CPU runs together, so that its caches hold their chunk.
 CPU_STATES = 16384
-
-
-class UnusableScanError(Exception):
-    """A backend that is installed lacks something of this machine. Another would be slower, and hold more memory than
-    was predicted, so none is taken in its place. No RuntimeError: as such it would be taken for a kernel's."""
-
-    def __init__(self, backend: str, found: str, advice: str):
-        super().__init__(backend, found, advice)
-        self.backend, self.found, self.advice = backend, found, advice
-
-    def __str__(self) -> str:
-        return f"the scan {self.backend!r} cannot run on this machine: {self.found}; {self.advice}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,10 @@ import sysconfig
 from pathlib import Path
 
 import triton
+from triton import knobs
 from triton.runtime import driver
 
-from helix.models.scan import UnusableScanError
+from helix.models.scan_error import UnusableScanError
 
 #: A disk that is full is no trait of the machine, and judged by who knows what to do about it.
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -34,10 +35,10 @@ def require_driver() -> None:
 
     Nothing is needed under TRITON_INTERPRET=1. Raises UnusableScanError where it cannot be made.
     """
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         return
     try:
-        _ = driver.active.utils
+        _ = driver.active.utils  # type: ignore[attr-defined]
     except (RuntimeError, AssertionError, ImportError, OSError, subprocess.CalledProcessError) as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise

@@ -92,7 +92,7 @@ HOMES = {
     "DivergedError": "helix.training.trainer",
     "CheckpointError": "helix.training.checkpoint",
     "CorruptShardError": "helix.data.shards",
-    "UnusableScanError": "helix.models.scan",
+    "UnusableScanError": "helix.models.scan_error",
 }
 ARGUMENTS = {
     "DivergedError": ("0123456789abcdef", 70),

@@ -19,7 +19,7 @@ import torch
 
 from helix.data.shards import Recordings
 from helix.loopback import Fault, FaultProxy
-from helix.models.scan import UnusableScanError
+from helix.models.scan_error import UnusableScanError
 from helix.spec import from_json, to_json, trial_id
 from helix.storage import Storage, open_storage
 from orchestration import lease, stop, worker

@@ -21,7 +21,8 @@ from helix.checks import scan as checks
 from helix.doctor import Asked
 from helix.models.agreement import conv_inputs, scan_inputs, scanned
 from helix.models.blocks.mamba import BiMambaLayer
-from helix.models.scan import UnusableScanError, conv_silu, selective_scan
+from helix.models.scan import conv_silu, selective_scan
+from helix.models.scan_error import UnusableScanError
 from orchestration.recovery import UNWRITABLE, Budget, Ended, decide, kind
 
 NO_COMPILER = "Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl."
@@ -120,7 +121,7 @@ def test_the_interpreter_needs_none_of_it(own, bare, monkeypatch):
 COMPILE = """
 import torch
 torch.cuda.is_available = lambda: True
-from helix.models.scan import UnusableScanError
+from helix.models.scan_error import UnusableScanError
 from helix.models.scan_triton_driver import require_driver
 try:
     require_driver()
