@@ -23,7 +23,7 @@ if [ -z "${CUDA_HOME:-}" ]; then
 fi
 export CUDA_HOME
 [ -x "$CUDA_HOME/bin/nvcc" ] || refuse "no nvcc on PATH nor in $CUDA_HOME/bin; install the CUDA toolkit $cuda and set \
-CUDA_HOME (without these kernels helix scans on the GPU all the same, see helix doctor)"
+CUDA_HOME (without these kernels helix scans by Triton, which wants a C compiler and Python.h only; see helix doctor)"
 found=$("$CUDA_HOME/bin/nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
 [ "${found%%.*}" = "${cuda%%.*}" ] || refuse "nvcc is of CUDA $found and torch of $cuda; set CUDA_HOME to a $cuda"
 archs=${2:-$("$python" -c 'import torch

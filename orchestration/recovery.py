@@ -14,7 +14,10 @@ from typing import Any, Literal
 from helix.out_of_memory import is_out_of_memory
 
 #: Errors that the same spec on the same data raises again: trying again would only spend.
-PERMANENT = ("ValueError", "TypeError", "KeyError", "DivergedError", "CheckpointError", "CorruptShardError")
+PERMANENT = (
+    *("ValueError", "TypeError", "KeyError", "DivergedError", "CheckpointError", "CorruptShardError"),
+    "UnusableScanError",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

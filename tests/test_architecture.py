@@ -74,7 +74,7 @@ ONLY_IN = {
     "mlflow": {f"orchestration.{name}" for name in ("tracking", "from_mlflow", "model_store", "pyfunc_model")},
     "numba": {"helix.models.scan_numba"},
     "mamba_ssm": {"helix.models.scan_mamba_ssm"},
-    "triton": {"helix.models.scan_triton"},
+    "triton": {"helix.models.scan_triton", "helix.models.scan_triton_driver"},
     "boto3": {"helix.storage_s3", "helix.benches.data", "cluster.fetch_secret"},
 }
 
@@ -83,6 +83,7 @@ MAY_BE_MISSING = {
     "helix.models.scan_numba",
     "helix.models.scan_mamba_ssm",
     "helix.models.scan_triton",
+    "helix.models.scan_triton_driver",
     "litdata",
     "litdata.streaming.writer",
     "mambapy.mamba",

@@ -25,10 +25,12 @@ from helix.models.scan import (
     BACKENDS,
     conv_silu,
     forced,
+    require_usable,
     scan_backend,
     selective_scan,
     selective_scan_sequential,
 )
+from helix.models.scan_error import UnusableScanError
 from helix.registry import CHECKS
 
 #: Each backend, and the type of device that it is for ("" any).
@@ -53,6 +55,10 @@ THREADED = (2, 517, 300, 16)
 WRONG = (
     "the numbers are wrong: do not train with it. Take another with HELIX_SCAN=reference and report this with the rows "
     "of `helix doctor --json`"
+)
+RAISED = (
+    "it cannot scan here, and no number of it is known to be wrong. Take another with HELIX_SCAN=reference, which is "
+    "slow, and report this with the rows of `helix doctor --json`"
 )
 WRONG_ON_CUDA = (
     "on a GPU that is newer than the package, build mamba-ssm and causal-conv1d again, with nvcc and an -arch of this "
@@ -84,6 +90,9 @@ def judge_choice(device: str) -> Check:
         # A backend of another device may be asked for on purpose; a name that nobody has is a mistake.
         mistaken = os.environ["HELIX_SCAN"] not in SUITS
         return Check(name=name, status="fail", found=str(error), advice=advice, needed=device == "cpu" and mistaken)
+    if why_not_usable(chosen, device) is not None:
+        found, advice = f"{chosen}, which cannot run here", f"see the row {row_of(chosen, device)!r}"
+        return Check(name=name, status="fail", found=found, advice=advice)
     named = os.environ.get("HELIX_SCAN") or "auto"
     said = "" if named == "auto" else f", as HELIX_SCAN={named} asks"
     if chosen == "reference" and named == "auto":
@@ -93,7 +102,7 @@ def judge_choice(device: str) -> Check:
 
 def self_tests(backend: str, device: str) -> Iterable[Check]:
     """The scan and the convolution of one backend, in every dtype that it can do, forward and reversed."""
-    missing = why_not(backend, device)
+    missing = why_not(backend, device) or why_not_usable(backend, device)
     if missing is not None:
         yield missing
         return
@@ -123,7 +132,7 @@ def why_not(backend: str, device: str) -> Check | None:
     """None where the backend scans float32 on the device, else a row that says what is in the way."""
     if can_scan(backend, device, torch.float32):
         return None
-    name = f"scan {backend} on {device}"
+    name = row_of(backend, device)
     if suits_cuda(backend):
         found = f"{MISSING[backend]} cannot be imported"
         return Check(name=name, status="absent", found=found, advice="see the rows `import ...` for why, and the cure")
@@ -132,6 +141,21 @@ def why_not(backend: str, device: str) -> Check | None:
     except Exception as error:  # as where the scan imports it
         return Check(name=name, status="fail", found=f"cannot be imported: {error}", advice=cure_of_numba(str(error)))
     return Check(name=name, status="fail", found="refused", advice="report this with the rows of `helix doctor --json`")
+
+
+def why_not_usable(backend: str, device: str) -> Check | None:
+    """None where nothing of this machine is in the way of a backend that can be imported, else a row that says what."""
+    try:
+        require_usable(backend)
+    except UnusableScanError as error:
+        return Check(name=row_of(backend, device), status="fail", found=error.found, advice=error.advice)
+    except OSError as error:  # what makes it ready writes to a disk, which may be full
+        return Check(name=row_of(backend, device), status="fail", found=in_one_line(error), advice=RAISED)
+    return None
+
+
+def row_of(backend: str, device: str) -> str:
+    return f"scan {backend} on {device}"
 
 
 def cure_of_numba(error: str) -> str:
@@ -174,8 +198,8 @@ def judge_errors(name: str, errors_of: Callable[[], dict[str, float]], bound: fl
     try:
         errors = errors_of()
     except Exception as error:  # a kernel can raise whatever its compiler and its driver do
-        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return Check(name=name, status="fail", found=found, advice=f"{WRONG}; {WRONG_ON_CUDA}", needed=needed)
+        found, advice = in_one_line(error), f"{RAISED}; {WRONG_ON_CUDA}"
+        return Check(name=name, status="fail", found=found, advice=advice, needed=needed)
     worst = max(errors, key=lambda key: errors[key])
     found = f"relative error {errors[worst]:.1e} ({worst}), at most {bound:.0e} is right"
     if errors[worst] <= bound:
@@ -184,9 +208,32 @@ def judge_errors(name: str, errors_of: Callable[[], dict[str, float]], bound: fl
     return Check(name=name, status="fail", found=found, advice=advice, needed=needed)
 
 
+def in_one_line(error: Exception) -> str:
+    """Its class and its first line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
 def judge_determinism(device: str) -> Check:
     """Twice the same bits by the backend that models take; on a CPU also with other numbers of threads."""
     name = f"scan on {device}: same bits again"
+    try:
+        different, runs = differences(device)
+    except Exception as error:  # as where the numbers are judged, which has a row of its own
+        advice = "see the rows of the backends above; it is not known whether it gives the same bits again"
+        return Check(name=name, status="fail", found=in_one_line(error), advice=advice)
+    if not different:
+        return Check(name=name, status="ok", found=f"equal: {', '.join(runs)}")
+    advice = "a trial that is killed and resumed ends with the same bits only with the same number of --threads"
+    if device == "cuda":
+        advice = (
+            "a trial that is killed and resumed will not end with the same bits, unless it is asked for with "
+            "`--deterministic`; `helix certify --device cuda --scan mamba_ssm` measures the drift"
+        )
+    return Check(name=name, status="warn", found=f"different: {', '.join(different)}", advice=advice)
+
+
+def differences(device: str) -> tuple[list[str], list[str]]:
+    """The runs with other bits than the first, each with what differs; and all that were held against it."""
     inputs = scan_inputs(*THREADED)
 
     def once() -> list[Tensor]:
@@ -202,15 +249,7 @@ def judge_determinism(device: str) -> Check:
     for key, again in runs.items():
         names = [name for name, a, b in zip(SCAN_NAMES, first, again, strict=True) if not torch.equal(a, b)]
         different += [f"{key} ({', '.join(names)})"] if names else []
-    if not different:
-        return Check(name=name, status="ok", found=f"equal: {', '.join(runs)}")
-    advice = "a trial that is killed and resumed ends with the same bits only with the same number of --threads"
-    if device == "cuda":
-        advice = (
-            "a trial that is killed and resumed will not end with the same bits, unless it is asked for with "
-            "`--deterministic`; `helix certify --device cuda --scan mamba_ssm` measures the drift"
-        )
-    return Check(name=name, status="warn", found=f"different: {', '.join(different)}", advice=advice)
+    return different, list(runs)
 
 
 @contextmanager

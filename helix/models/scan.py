@@ -10,6 +10,7 @@ Semantics and argument names follow `selective_scan_fn` of mamba-ssm; here the t
 `selective_scan` and `conv_silu` choose between this reference and faster kernels: helix.models.scan_numba on a CPU, on
 CUDA helix.models.scan_mamba_ssm where it is installed and the same bits again were not asked for
 (torch.use_deterministic_algorithms), else helix.models.scan_triton. HELIX_SCAN in the environment overrides the choice.
+Where the one that is taken lacks something of the machine, it is refused (UnusableScanError).
 
 Legend: B batch, L tokens, E inner channels, N state, K taps of the convolution; R batch entries and Q tokens of one
 chunk.
@@ -43,11 +44,12 @@ class Backend:
 
     `device` is the type that it runs on. `mixed`: it takes activations of another dtype than the parameters' float32.
     `deterministic`: it gives the same bits again. `extras`: packages whose absence needs no word, since another backend
-    does the work.
+    does the work. `ready`: makes what a first use on the device needs; raises UnusableScanError where it cannot.
     """
 
     device: str
     load: Callable[[], ModuleType]
+    ready: Callable[[], None] = lambda: None
     mixed: bool = False
     deterministic: bool = True
     extras: tuple[str, ...] = ()
@@ -56,7 +58,12 @@ class Backend:
 #: What may stand in for the reference; where several can, the last is taken.
 BACKENDS: dict[str, Backend] = {
     "numba": Backend(device="cpu", load=lambda: importlib.import_module("helix.models.scan_numba")),
-    "triton": Backend(device="cuda", load=lambda: importlib.import_module("helix.models.scan_triton"), mixed=True),
+    "triton": Backend(
+        device="cuda",
+        load=lambda: importlib.import_module("helix.models.scan_triton"),
+        ready=lambda: importlib.import_module("helix.models.scan_triton_driver").require_driver(),
+        mixed=True,
+    ),
     "mamba_ssm": Backend(
         device="cuda",
         load=lambda: importlib.import_module("helix.models.scan_mamba_ssm"),
@@ -86,10 +93,11 @@ def selective_scan(
     not in its gradients. Under torch.use_deterministic_algorithms that one is not taken, and refused where it is named.
 
     Computed in the dtype of `A_EN`, which under autocast is still the parameters'; returned in the dtype of `u_BLE`.
-    Raises ValueError where the backend is unknown or cannot do this.
+    Raises ValueError where the backend is unknown or cannot do this, UnusableScanError where this machine lacks what it
+    needs.
     """
     chosen = scan_backend(u_BLE.device, A_EN.dtype, backend=backend)
-    module, inputs = kernels(chosen), [u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E]
+    module, inputs = _usable(chosen), [u_BLE, dt_BLE, A_EN, B_BLN, C_BLN, D_E, z_BLE, dt_bias_E]
     with torch.autocast(u_BLE.device.type, enabled=False):
         if module is None or not BACKENDS[chosen].mixed:
             inputs = [x.to(A_EN.dtype) for x in inputs]
@@ -102,10 +110,10 @@ def conv_silu(
 ) -> Tensor:
     """silu of each channel's convolution over its own past tokens, or with `reverse` over those to come.
 
-    By the same backend as the scan; a kernel keeps none of the results in between.
+    By the same backend as the scan; a kernel keeps none of the results in between. Raises as the scan does.
     """
     chosen = scan_backend(u_BLE.device, weight_E1K.dtype, backend=backend)
-    module = kernels(chosen)
+    module = _usable(chosen)
     if module is None:
         return nn.functional.silu(depthwise_conv(u_BLE, weight_E1K, bias_E, reverse=reverse))
     with torch.autocast(u_BLE.device.type, enabled=False):
@@ -209,6 +217,21 @@ def kernels(backend: str) -> ModuleType | None:
     return _kernels[backend] if backend in BACKENDS and _is_there(backend) else None
 
 
+def require_usable(backend: str) -> None:
+    """Raises UnusableScanError where a backend that can be imported lacks something of this machine.
+
+    To be asked in the process that scans and on its device, unlike `kernels`: what only counts needs no GPU.
+    """
+    if kernels(backend) is not None:
+        _is_ready(backend)
+
+
+def _usable(backend: str) -> ModuleType | None:
+    if _simulated is None:
+        require_usable(backend)
+    return kernels(backend)
+
+
 #: The modules of BACKENDS that were imported so far.
 _kernels: dict[str, ModuleType] = {}
 
@@ -217,9 +240,14 @@ def _is_there(name: str) -> bool:
     return _import(name)
 
 
+def _is_ready(name: str) -> bool:
+    return _make_ready(name)
+
+
 # Where torch.compile meets the import, it must not try to follow it. This is all that assume_constant_result of
 # torch.compiler does, but for importing the compiler itself: a second and 0.1 GB of every process that never compiles.
 _is_there.__dict__["_dynamo_marked_constant"] = True
+_is_ready.__dict__["_dynamo_marked_constant"] = True
 
 
 @cache
@@ -232,6 +260,13 @@ def _import(name: str) -> bool:
             return False
         logger.warning("%s cannot be imported (%r): another scans, maybe much slower; see `helix doctor`", name, error)
     return name in _kernels
+
+
+@cache
+def _make_ready(name: str) -> bool:
+    """On first use and not before; what fails is tried again."""
+    BACKENDS[name].ready()
+    return True
 
 
 def selective_scan_sequential(

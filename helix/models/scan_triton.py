@@ -1,5 +1,6 @@
-"""The selective scan and the convolution before it in Triton: for CUDA, with no compiler, and with the same bits again.
+"""The selective scan and the convolution before it in Triton: for CUDA, without nvcc, and with the same bits again.
 
+A C compiler and Python's headers are wanted once on each machine (helix.models.scan_triton_driver).
 The equations and the meaning of the arguments stand in helix.models.scan. The tokens are cut into segments, in the
 order of the scan, so that there are about PROGRAMS programs of one warp whatever the batch is:
 

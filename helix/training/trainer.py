@@ -140,7 +140,8 @@ def fit(spec: TrialSpec, recordings: Recordings, how: Fit) -> dict[str, Any]:
     Raises StoppedError when it is asked to stop, DivergedError when a loss is not finite, CheckpointError when no
     checkpoint can be trusted, OSError when the storage fails; a call that was stopped by any of them, or killed, is
     continued by calling again. With several ranks what one of them raises is raised by all, or RankLostError where a
-    rank is gone. Raises ValueError, before anything, where the device cannot compute with the precision of the spec.
+    rank is gone. Raises ValueError, before anything, where the device cannot compute with the precision of the spec;
+    UnusableScanError, before the first step, where the model scans and the machine lacks what its scan needs.
     """
     with _current(how.device), how.ranks.together(), precision_of(spec.training.precision, how.device):
         trial = _Trial(spec, recordings, how)

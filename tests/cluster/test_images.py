@@ -110,6 +110,19 @@ def test_a_stage_that_is_not_there_is_found():
     assert dockerfile_problems(text.replace("AS kernels", "AS kernel"))
 
 
+#: What Triton compiles with, once, on each machine with a GPU.
+FOR_TRITON = {"gcc", "libc6-dev", "python3-dev"}
+
+
+def test_a_machine_with_a_gpu_gets_what_triton_compiles_with_where_it_runs():
+    _, _, runtime = (CLUSTER / "images" / "Dockerfile.gpu").read_text().rpartition("\nFROM ")
+    (installs,) = [rest for name, rest in instructions(runtime) if name == "RUN" and "apt-get install" in rest]
+    assert set(installs.split()) >= FOR_TRITON
+    for page in ("cluster/images/README.md", "README.md", "BENCHMARKS.md"):
+        lines = re.findall(r"apt-get install (?:-y )?([^`\n]*gcc[^`\n]*)", (ROOT / page).read_text())
+        assert lines and all(set(line.rstrip(")").split()) >= FOR_TRITON for line in lines), page
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_parses_stops_at_errors_and_installs_what_is_pinned(path: Path):
     shell = path.read_text().splitlines()[0].rpartition("/")[2].split()[-1]

@@ -92,11 +92,13 @@ HOMES = {
     "DivergedError": "helix.training.trainer",
     "CheckpointError": "helix.training.checkpoint",
     "CorruptShardError": "helix.data.shards",
+    "UnusableScanError": "helix.models.scan_error",
 }
 ARGUMENTS = {
     "DivergedError": ("0123456789abcdef", 70),
     "CheckpointError": ("trials/x/checkpoints", ["step-00000070: it is missing"]),
     "CorruptShardError": ("data/x/shards/00000.bin", "its bytes changed"),
+    "UnusableScanError": ("triton", "no C compiler", "install one"),
 }
 
 

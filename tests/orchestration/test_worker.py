@@ -17,8 +17,10 @@ import ray.exceptions
 import ray.train
 import torch
 
+import helix.models.scan as scan
 from helix.data.shards import Recordings
 from helix.loopback import Fault, FaultProxy
+from helix.models.scan_error import UnusableScanError
 from helix.spec import from_json, to_json, trial_id
 from helix.storage import Storage, open_storage
 from orchestration import lease, stop, worker
@@ -82,6 +84,24 @@ def test_a_mistake_in_the_spec_is_not_tried_again(attempt):
     assert (done, state.status, calls) == ("failed", "failed", 1)
     assert "no such fold" in state.error
     assert "would happen again" in state.error
+
+
+def test_a_machine_that_cannot_scan_is_tried_once_and_said_to_lack_something_before_the_first_step(
+    attempt, tiny_spec, tiny_data, storage, monkeypatch
+):
+    def ready() -> None:
+        raise UnusableScanError("numba", "no C compiler", "apt-get install gcc")
+
+    monkeypatch.setitem(scan.BACKENDS, "numba", replace(scan.BACKENDS["numba"], ready=ready))
+    monkeypatch.delenv("HELIX_SCAN", raising=False)
+    scan._make_ready.cache_clear()
+    done, state, calls = attempt()
+    assert (done, state.status, calls) == ("failed", "failed", 1)
+    assert "no C compiler; apt-get install gcc (stopped: UnusableScanError would happen again)" in state.error
+    assert state.attempts[0]["step"] == 0
+    # Attention scans nothing, and lacks nothing.
+    bare = replace(with_training(tiny_spec, epochs=1), model=replace(tiny_spec.model, pattern=("attention",) * 2))
+    assert run_trial(bare, tiny_data, storage, sweep_id="s1") == "done"
 
 
 def test_failures_have_a_budget(attempt):
