@@ -249,12 +249,15 @@ def test_a_whole_file_that_the_run_was_not_told_is_not_believed(train: Train, sw
 
 
 def test_a_file_that_is_younger_than_what_was_read_of_its_run_is_believed(train: Train, sweep: Snapshot):
-    train(sweep, range(1), on_epoch=stop)
+    seen = []
+
+    def look(row: dict[str, Any]) -> None:
+        replay(sweep)
+        seen.append(trial_run(sweep, 0))
+
+    train(sweep, range(1), on_epoch=look)
     replay(sweep)
-    before = trial_run(sweep, 0)
-    train(sweep, range(1))
-    replay(sweep)
-    told = Reader(uri_of(sweep))._told(sweep.plan[0].trial_id, [before])
+    told = Reader(uri_of(sweep))._told(sweep.plan[0].trial_id, seen[-1:])
     assert (told.state.status, told.lacking) == ("done", "")
 
 
