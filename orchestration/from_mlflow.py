@@ -196,7 +196,7 @@ class Reader:
         lacking = "their runs were made by an earlier version" if "helix.state" not in run.data.tags else ""
         value = None if lacking else self._file(run, STATE_FILE)
         state = None if value is None else _state(trial_id, value)
-        if state is not None and not self._vouched(run, value["sha256"]):
+        if value is not None and state is not None and not self._vouched(run, value["sha256"]):
             state = None
         if state is None:
             return Told(self._points(trial_id, run), lacking or f"{STATE_FILE} of their runs is missing or damaged")

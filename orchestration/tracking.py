@@ -246,6 +246,7 @@ class Tracker:
 
     def _drop(self, run: Run, paths: Sequence[str]) -> None:
         """Remove files of a run."""
+        assert run.info.artifact_uri is not None, run.info.run_id
         artifacts = get_artifact_repository(run.info.artifact_uri, self.uri)
         for path in paths:
             artifacts.delete_artifacts(path)
@@ -811,8 +812,10 @@ def _lineage(attempts: Sequence[dict[str, Any]]) -> dict[str, str]:
     return tags
 
 
-def _local_path(uri: str) -> Path | None:
+def _local_path(uri: str | None) -> Path | None:
     """Where MLflow keeps files by an address of its own; None where that is no folder of a machine."""
+    if uri is None:
+        return None
     if uri.startswith("file:"):
         return Path(url2pathname(urlsplit(uri).path))
     return None if "://" in uri or uri.startswith("mlflow-artifacts:") else Path(uri).absolute()
