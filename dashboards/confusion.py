@@ -3,14 +3,12 @@
 A count is [label, predicted, clips], as helix/training/metrics.py makes it; pairs that never occur are not listed.
 """
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dashboards.tables import Column, Figure, Table
+from dashboards.tables import Column, Figure, Table, as_csv
 from dashboards.text import GAP, count, listing, plural, slug
 from dashboards.view import CellView, SweepView
 
@@ -85,12 +83,16 @@ def pooled_confusion(results: Sequence[Mapping[str, Any]]) -> tuple[list[list[in
 def confusion_csv(triples: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     """A row for each class as it is, a column for each as it was taken for; counts of test clips."""
     counts = {(label, guess): clips for label, guess, clips in triples}
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["is / taken for", *classes])
-    for label, name in enumerate(classes):
-        table.writerow([name, *(counts.get((label, guess), 0) for guess in range(len(classes)))])
-    return text.getvalue()
+    table = Table(
+        name="confusion",
+        caption="What is taken for what",
+        columns=(Column(heading="is / taken for"), *(Column(heading=name, number=True) for name in classes)),
+        rows=tuple(
+            (name, *(Figure(counts.get((label, guess), 0)) for guess in range(len(classes))))
+            for label, name in enumerate(classes)
+        ),
+    )
+    return as_csv(table)
 
 
 def confusions(view: SweepView, dataset: str) -> tuple[Confusion, ...]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar, get_args
-from urllib.parse import unquote
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run, ViewType
@@ -30,7 +29,7 @@ from helix.storage import is_sealed
 from orchestration.asked import Asked, asked_from_json
 from orchestration.ledger import CERTIFICATES, Status, TrialState
 from orchestration.records import ATTEMPT, CERTIFICATE, LIST, ROW, TEXT, checked, checked_result_fields, lacking
-from orchestration.tracking import ACCURACIES, MOST_SAID, PLAIN, PLAN_FILE, STATE_FILE, be_brief
+from orchestration.tracking import ACCURACIES, MOST_SAID, PLAIN, PLAN_FILE, STATE_FILE, be_brief, database_file
 
 T = TypeVar("T")
 
@@ -197,6 +196,8 @@ class Reader:
         lacking = "their runs were made by an earlier version" if "helix.state" not in run.data.tags else ""
         value = None if lacking else self._file(run, STATE_FILE)
         state = None if value is None else _state(trial_id, value)
+        if value is not None and state is not None and not self._vouched(run, value["sha256"]):
+            state = None
         if state is None:
             return Told(self._points(trial_id, run), lacking or f"{STATE_FILE} of their runs is missing or damaged")
         if state.status == "running":
@@ -204,6 +205,13 @@ class Reader:
             heard = rows[-1]["time"] if rows else state.attempts[-1]["started"] if state.attempts else None
             state = replace(state, rows=rows, epochs_done=len(rows), heard=heard)
         return Told(state)
+
+    def _vouched(self, run: Run, sha256: str) -> bool:
+        """Whether the state that was read is the one that the run was told of last, and not of a copied storage."""
+        if run.data.tags["helix.state"] == sha256:
+            return True
+        # The file of a trial that goes on may be younger than what was read of its run.
+        return self._asked(lambda: self.client.get_run(run.info.run_id)).data.tags.get("helix.state") == sha256
 
     def _points(self, trial_id: str, run: Run) -> TrialState:
         """What metrics and tags alone say of a trial."""
@@ -246,9 +254,9 @@ class Reader:
 
 def _check_file(uri: str) -> None:
     """Refuse an address of SQLite where there is no database: MLflow would make one."""
-    if not uri.startswith("sqlite:"):
+    path = database_file(uri)
+    if path is None:
         return
-    path = Path(unquote(uri.partition("://")[2].removeprefix("/").partition("?")[0]))
     try:
         with path.open("rb") as file:
             opened = file.read(16)

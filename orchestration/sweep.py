@@ -66,7 +66,14 @@ from orchestration.needs import Need, Room, deal, need_of
 from orchestration.options import chosen_storage, sweep_parser
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, price, with_memory
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
-from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay, check_tracking_uri, local_folder
+from orchestration.tracking import (
+    ELSEWHERE,
+    BackgroundTracker,
+    Tracker,
+    attempt_replay,
+    check_tracking_uri,
+    local_folder,
+)
 from orchestration.worker import drive, worker_resources
 
 logger = logging.getLogger(__name__)
@@ -503,6 +510,11 @@ def _what_next(again: str, undone: int, failed: int) -> str:
 
 
 def _mlflow_trouble(uri: str, problem: str) -> str:
+    if problem.startswith(ELSEWHERE):
+        return (
+            f"{shown_uri(uri)} is left as it is: {problem}. Nothing is lost: everything in MLflow is made again from "
+            "the storage"
+        )
     return (
         f"{shown_uri(uri)} does not answer ({problem}). Nothing is lost: all rows are in the storage, and the "
         "same command sends them later"

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import threading
@@ -26,7 +27,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import url2pathname
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
@@ -55,6 +57,9 @@ logger = logging.getLogger(__name__)
 #: So many characters of what was wrong with MLflow are told.
 MOST_SAID = 200
 
+#: How the problem begins that is no silence of MLflow: its files are those of another folder.
+ELSEWHERE = "it keeps the files of"
+
 #: MLflow refuses more than 1000 metrics in one call.
 BATCH = 1000
 
@@ -81,6 +86,9 @@ VIEW_KEY = "helix"
 #: The menu of MLflow's UI for training; it opens with the one for language models.
 MENU = "workflowType=machine_learning"
 
+#: A SQLite file, and the folder of the files of its runs beside it.
+DATABASE, ARTIFACTS = "mlflow.db", "mlflow-artifacts"
+
 #: The files of runs that hold what was asked of a grid, and what storage knows of a trial.
 PLAN_FILE, STATE_FILE = "plan.json", "state.json"
 
@@ -99,7 +107,7 @@ KEPT = (
     *("train_clips", "test_clips"),
 )
 
-#: So many characters of the manifest's sha256 are a data set's digest, of which MLflow keeps 36 at most.
+#: So many characters of a sha256 are a digest: of a manifest that of a data set, of which MLflow keeps 36 at most.
 DIGEST = 16
 
 #: The state of a trial -> what MLflow calls it.
@@ -113,8 +121,15 @@ def local_folder(storage: Storage) -> Path:
 
 def tracking_uri(storage: Storage) -> str:
     """MLFLOW_TRACKING_URI, or a SQLite file in the local folder."""
-    path = re.sub("[%?#]", lambda odd: quote(odd.group()), str(local_folder(storage) / "mlflow.db"))
+    path = re.sub("[%?#]", lambda odd: quote(odd.group()), str(local_folder(storage) / DATABASE))
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of an address of SQLite; None where it is an address of something else."""
+    if not uri.startswith("sqlite:"):
+        return None
+    return Path(unquote(uri.partition("://")[2].removeprefix("/").partition("?")[0]))
 
 
 def check_tracking_uri(storage: Storage) -> None:
@@ -141,6 +156,10 @@ def be_brief() -> None:
     warnings.filterwarnings("ignore", message=".*An input example was not provided")
 
 
+class ElsewhereError(ValueError):
+    """MLflow's database came here with a copied or moved folder, and writes over files of the folder where it was."""
+
+
 class Tracker:
     """Brings MLflow up to date with a view of a sweep. One process at a time may create a new SQLite file."""
 
@@ -165,8 +184,11 @@ class Tracker:
         self._parents: dict[tuple[str, str], str] = {}
 
     def replay(self, view: SweepView) -> None:
-        """Send everything that MLflow lacks. Raises whatever MLflow raises; calling again continues."""
-        client = self._client = self._client or MlflowClient(self.uri)
+        """Send everything that MLflow lacks. Calling again continues.
+
+        Raises ElsewhereError, with nothing sent, where MLflow would write into another folder, and what MLflow raises.
+        """
+        client = self._connected()
         try:
             for summary in summarise(view):
                 self._replay_cell(client, view, summary)
@@ -177,7 +199,7 @@ class Tracker:
 
     def publish(self, view: SweepView, report: Path) -> None:
         """Put the report of a grid, its tables and the certificates of its trials into a run beside its cells."""
-        client = self._client = self._client or MlflowClient(self.uri)
+        client = self._connected()
         for dataset in dict.fromkeys(cell.dataset for cell in view.cells):
             run = self._report(client, view, dataset)
             client.log_artifact(run.info.run_id, str(report))
@@ -195,6 +217,24 @@ class Tracker:
             self._tag(client, run, "mlflow.note.content", "\n\n".join(told))
             client.set_terminated(run.info.run_id, "FINISHED")
 
+    def _connected(self) -> MlflowClient:
+        """The client. Raises ElsewhereError where the database of this storage names files of another folder."""
+        client = self._client = self._client or MlflowClient(self.uri)
+        here, database = local_folder(self.storage).absolute(), database_file(self.uri)
+        if database is None or database.name != DATABASE or not _same(database.parent, here):
+            return client
+        for experiment in client.search_experiments(filter_string="name LIKE 'helix-%'"):
+            place = _local_path(experiment.artifact_location)
+            if place is None or _inside(place, here):
+                continue
+            back = f" to {place.parent}" if place.name == ARTIFACTS else ""
+            raise ElsewhereError(
+                f"{ELSEWHERE} {experiment.name} in {place}, and this storage is {here}: the folder is a copy, or was "
+                f"moved, and files of another folder are not written over. Remove or rename {database}, and the same "
+                f"command makes it anew; or move the folder back{back}"
+            )
+        return client
+
     def _drop_stale(self, client: MlflowClient, run: Run, tables: Path) -> None:
         """Remove the tables that an earlier report put beside this one and that are no part of it any more."""
         stale = [
@@ -202,8 +242,13 @@ class Tracker:
             for file in client.list_artifacts(run.info.run_id, tables.name)
             if not (tables / Path(file.path).name).exists() and Path(file.path).suffix.removeprefix(".") in FORMATS
         ]
+        self._drop(run, stale)
+
+    def _drop(self, run: Run, paths: Sequence[str]) -> None:
+        """Remove files of a run."""
+        assert run.info.artifact_uri is not None, run.info.run_id
         artifacts = get_artifact_repository(run.info.artifact_uri, self.uri)
-        for path in stale:
+        for path in paths:
             artifacts.delete_artifacts(path)
 
     def compare_links(self, view: SweepView) -> dict[str, dict[str, str]]:
@@ -269,7 +314,7 @@ class Tracker:
             try:
                 client.create_experiment(
                     name,
-                    artifact_location=(local_folder(self.storage) / "mlflow-artifacts").as_uri() if local else None,
+                    artifact_location=(local_folder(self.storage) / ARTIFACTS).as_uri() if local else None,
                     tags={
                         # Without this tag the UI opens in a view for language models, which shows no metrics.
                         "mlflow.experimentKind": "custom_model_development",
@@ -389,8 +434,9 @@ class Tracker:
                 client.set_terminated(run_id, STATUS[state.status], end_time=end)
             self._tag(client, run, "helix.status", state.status)
         told = state_as_json(state)
-        if run.data.tags.get("helix.state") != told["sha256"]:
-            client.log_text(run_id, json_bytes(told).decode(), STATE_FILE)
+        text = json_bytes(told)
+        if run.data.tags.get("helix.state") != told["sha256"] or _lost(run, STATE_FILE, text):
+            client.log_text(run_id, text.decode(), STATE_FILE)
             self._tag(client, run, "helix.state", told["sha256"])
         if state.result is not None:
             if "helix.confusion" not in run.data.tags:  # it is told last of all
@@ -419,46 +465,8 @@ class Tracker:
         By the rule of dashboards/summary.py, as in the report: over folds, the seeds of a fold averaged first.
         """
         found = self._results(parent.data.tags["helix.key"])
-        if not found:
-            return
-        state = f"{len(found)} {view.std} by fold"
-        if parent.data.tags.get("helix.summary") != state:
-            # Of the storage and not of the clock, so that replays at once send the same points.
-            when = int(max(result["finished"] for result in found.values()) * 1000)
-            # The compare page of the UI opens with the metric that was logged first.
-            values: dict[str, float | None] = {}
-            specs = {name: self._specs[name]["spec"] for name in found}
-            keys = {name: (spec["data"]["fold"], spec["seed"]) for name, spec in specs.items()}
-            ratio = overlap((keys[name][0], result) for name, result in found.items())
-            counts = counts_of(view)[summary.cell.dataset]
-            ratio = counts.ratio if ratio is None else ratio
-            over = {
-                rule: statistic(
-                    {keys[name]: result["accuracy"][rule] for name, result in found.items()},
-                    view.std,
-                    ratio=ratio,
-                    folds=counts.folds,
-                )
-                for rule in SELECTIONS
-            }
-            for rule, one in over.items():
-                values[f"{rule}_accuracy"], values[f"{rule}_accuracy_std"] = _percent(one.mean), _percent(one.std)
-                values[f"{rule}_accuracy_{INTERVAL}_low"] = _percent(one.low)
-                values[f"{rule}_accuracy_{INTERVAL}_high"] = _percent(one.high)
-            chosen = over[view.select]
-            values["n"] = chosen.n
-            metrics = [Metric(name, value, when, len(found)) for name, value in values.items() if value is not None]
-            client.log_batch(parent.info.run_id, metrics=metrics)
-            triples, of = pooled_confusion(list(found.values()))
-            first = next(iter(found))
-            names = self._classes(self._specs[first], found[first])
-            client.log_text(parent.info.run_id, confusion_csv(triples, names), "confusion.csv")
-            self._tag(client, parent, "helix.confusion", of)
-            folds = chosen.unit == "fold" and chosen.units > 1
-            corrected = f"corrected for shared training clips ({ratio:.3g} test to training), " if folds else ""
-            said = f"t over {chosen.counted}, {corrected}{CONFIDENCE:.0%}; seeds of a fold are averaged first"
-            self._tag(client, parent, "helix.interval", said)
-            self._tag(client, parent, "helix.summary", state)
+        if found or "helix.summary" in parent.data.tags:  # what was told once is told again when nothing is left of it
+            self._tell(client, view, summary, parent, found)
         if all(trial.state.status == "done" for trial in summary.cell.trials):
             if self._registered.get(parent.info.run_id) == len(found):
                 return
@@ -467,6 +475,84 @@ class Tracker:
             except ValueError as error:  # the weights are damaged where they are stored; helix verify says so too
                 self._tag(client, parent, "helix.model", f"none: {error}"[:5000])
             self._registered[parent.info.run_id] = len(found)
+
+    def _tell(
+        self,
+        client: MlflowClient,
+        view: SweepView,
+        summary: CellSummary,
+        parent: Run,
+        found: dict[str, dict[str, Any]],
+    ) -> None:
+        """Tell the run of a cell of the results that were found, where it says anything else."""
+        # The compare page of the UI opens with the metric that was logged first.
+        values: dict[str, float | None] = {}
+        specs = {name: self._specs[name]["spec"] for name in found}
+        keys = {name: (spec["data"]["fold"], spec["seed"]) for name, spec in specs.items()}
+        ratio = overlap((keys[name][0], result) for name, result in found.items())
+        counts = counts_of(view)[summary.cell.dataset]
+        ratio = counts.ratio if ratio is None else ratio
+        over = {
+            rule: statistic(
+                {keys[name]: result["accuracy"][rule] for name, result in found.items()},
+                view.std,
+                ratio=ratio,
+                folds=counts.folds,
+            )
+            for rule in SELECTIONS
+        }
+        for rule, one in over.items():
+            values[f"{rule}_accuracy"], values[f"{rule}_accuracy_std"] = _percent(one.mean), _percent(one.std)
+            values[f"{rule}_accuracy_{INTERVAL}_low"] = _percent(one.low)
+            values[f"{rule}_accuracy_{INTERVAL}_high"] = _percent(one.high)
+        chosen = over[view.select]
+        values["n"] = chosen.n
+        digest = hashlib.sha256(json_bytes([sorted(found), values])).hexdigest()[:DIGEST]
+        state = f"{len(found)} {view.std} by fold {digest}"
+        if parent.data.tags.get("helix.summary") == state:
+            return
+        # Of the storage and not of the clock, so that replays at once send the same points.
+        when = int(max((result["finished"] for result in found.values()), default=0) * 1000)
+        self._points(client, parent, values, when, len(found))
+        if found:
+            triples, of = pooled_confusion(list(found.values()))
+            first = next(iter(found))
+            names = self._classes(self._specs[first], found[first])
+            client.log_text(parent.info.run_id, confusion_csv(triples, names), "confusion.csv")
+            folds = chosen.unit == "fold" and chosen.units > 1
+            corrected = f"corrected for shared training clips ({ratio:.3g} test to training), " if folds else ""
+            said = f"t over {chosen.counted}, {corrected}{CONFIDENCE:.0%}; seeds of a fold are averaged first"
+        else:
+            files = [file.path for file in client.list_artifacts(parent.info.run_id)]
+            self._drop(parent, [path for path in files if path == "confusion.csv"])
+            said = of = "none: no trial has a result any more"
+        self._tag(client, parent, "helix.confusion", of)
+        self._tag(client, parent, "helix.interval", said)
+        self._tag(client, parent, "helix.summary", state)
+
+    def _points(self, client: MlflowClient, run: Run, values: dict[str, float | None], when: int, count: int) -> None:
+        """Send the values of a cell so that they are what MLflow shows, whatever it was told before.
+
+        MLflow shows of a metric the point of the highest (step, time, value) and forgets none. So what changed is told
+        at a higher step, which is the count of results as long as that rises, and what is no more is told as nan.
+        """
+        run_id = run.info.run_id
+        # First the steps, then the values: what another replay tells in between is seen, and not told a second time.
+        before = client.get_metric_history(run_id, "n")
+        told = client.get_run(run_id).data.metrics
+        new = {
+            name: math.nan if value is None else value
+            for name, value in values.items()
+            if value is not None or name in told
+        }
+        if all(
+            name in told and (value == told[name] or (math.isnan(value) and math.isnan(told[name])))
+            for name, value in new.items()
+        ):
+            return
+        step = max([count, *(point.step + 1 for point in before)])
+        when = max([when, *(point.timestamp for point in before)])
+        client.log_batch(run_id, metrics=[Metric(name, value, when, step) for name, value in new.items()])
 
     def _best(
         self,
@@ -613,6 +699,8 @@ def attempt_replay(tracker: Tracker, view: SweepView, report: Path | None = None
         tracker.replay(view)
         if report is not None:
             tracker.publish(view, report)
+    except ElsewhereError as error:  # the paths in it are what it is about
+        return str(error)
     except Exception as error:  # MLflow is a view: none of its troubles may stop a sweep
         logger.debug("MLflow replay failed", exc_info=True)
         line = without_secrets(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", tracker.uri)
@@ -722,6 +810,33 @@ def _lineage(attempts: Sequence[dict[str, Any]]) -> dict[str, str]:
     if codes[-1].get("commit", UNKNOWN) != UNKNOWN:
         tags["mlflow.source.git.commit"] = codes[-1]["commit"]
     return tags
+
+
+def _local_path(uri: str | None) -> Path | None:
+    """Where MLflow keeps files by an address of its own; None where that is no folder of a machine."""
+    if uri is None:
+        return None
+    if uri.startswith("file:"):
+        return Path(url2pathname(urlsplit(uri).path))
+    return None if "://" in uri or uri.startswith("mlflow-artifacts:") else Path(uri).absolute()
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether a path lies in a folder, by whatever names: links, other letters where the system takes them for one."""
+    return any(_same(parent, folder) for parent in (*path.parents, *path.resolve().parents))
+
+
+def _same(folder: Path, other: Path) -> bool:
+    return folder.exists() and other.exists() and folder.samefile(other)
+
+
+def _lost(run: Run, name: str, text: bytes) -> bool:
+    """Whether a file of a run is not what it was told; only of files of this machine, for a server takes too long."""
+    folder = _local_path(run.info.artifact_uri)
+    try:
+        return folder is not None and (folder / name).read_bytes() != text
+    except OSError:
+        return True
 
 
 def _percent(fraction: float | None) -> float | None:

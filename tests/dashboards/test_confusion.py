@@ -1,12 +1,22 @@
 """What is taken for what: every clip is counted once, whatever is shown of it."""
 
+import csv
+import io
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
-from dashboards.confusion import MATRIX_CLASSES, TOP, confusion_tables, confusions, per_class, pooled_confusion
+from dashboards.confusion import (
+    MATRIX_CLASSES,
+    TOP,
+    confusion_csv,
+    confusion_tables,
+    confusions,
+    per_class,
+    pooled_confusion,
+)
 from dashboards.tables import Figure, as_csv
 from dashboards.view import SweepView
 
@@ -118,3 +128,18 @@ def test_results_of_earlier_versions_are_pooled_by_their_last_epoch():
     triples, of = pooled_confusion([old, new])
     assert triples == [[0, 0, 1], [0, 1, 1]]
     assert of == "2 trials, the last epoch of each"
+
+
+def test_a_class_name_is_no_formula_and_no_new_line_in_the_file_of_mlflow():
+    names = ["=1+1", "@a,b", "-c", "d\re", "f"]
+    text = confusion_csv([[0, 0, 3], [3, 1, 2], [4, 4, 0]], names)
+    head, *rows = csv.reader(io.StringIO(text, newline=""))
+    assert head == ["is / taken for", "'=1+1", "'@a,b", "'-c", "d\ne", "f"]
+    assert [row[0] for row in rows] == head[1:]
+    assert [[int(clips) for clips in row[1:]] for row in rows] == [
+        [3, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0],
+        [0, 2, 0, 0, 0],
+        [0, 0, 0, 0, 0],
+    ]

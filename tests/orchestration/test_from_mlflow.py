@@ -24,7 +24,7 @@ from helix.data.shards import Recordings
 from helix.storage import FolderStorage, Storage, sealed
 from orchestration import tracking
 from orchestration.asked import Asked, AskedTrial, put_asked
-from orchestration.from_mlflow import MlflowReadError, view_from_mlflow
+from orchestration.from_mlflow import MlflowReadError, Reader, view_from_mlflow
 from orchestration.ledger import TrialState
 from orchestration.plan import Snapshot
 from orchestration.tracking import Tracker, attempt_replay
@@ -229,6 +229,36 @@ def test_a_damaged_file_is_told_and_takes_nothing_else_with_it(
     assert found.gaps[0].startswith(f"Of 1 trial ({sweep.plan[0].trial_id})")
     assert "damaged" in found.gaps[0]
     assert cells(found)["accuracy-tones"][0][:9] == cells(stored)["accuracy-tones"][0][:9]
+    replay(sweep)
+    assert view_from_mlflow(uri_of(sweep), "test", now=stored.created).gaps == ()
+
+
+def test_a_whole_file_that_the_run_was_not_told_is_not_believed(train: Train, sweep: Snapshot):
+    train(sweep, range(2))
+    stored = replay(sweep)
+    path = state_file(sweep, 0)
+    value = json.loads(path.read_text())
+    del value["sha256"], value["result"]["sha256"]
+    value["result"]["accuracy"] = dict.fromkeys(value["result"]["accuracy"], 0.123)
+    path.write_text(json.dumps(sealed(value)))  # as a copy of the storage left it that trained on
+    found = view_from_mlflow(uri_of(sweep), "test", now=stored.created)
+    assert found.gaps[0].startswith(f"Of 1 trial ({sweep.plan[0].trial_id})") and "missing or damaged" in found.gaps[0]
+    assert cells(found)["accuracy-tones"][0][:9] == cells(stored)["accuracy-tones"][0][:9]
+    replay(sweep)
+    same(view_from_mlflow(uri_of(sweep), "test", now=stored.created), stored)
+
+
+def test_a_file_that_is_younger_than_what_was_read_of_its_run_is_believed(train: Train, sweep: Snapshot):
+    seen = []
+
+    def look(row: dict[str, Any]) -> None:
+        replay(sweep)
+        seen.append(trial_run(sweep, 0))
+
+    train(sweep, range(1), on_epoch=look)
+    replay(sweep)
+    told = Reader(uri_of(sweep))._told(sweep.plan[0].trial_id, seen[-1:])
+    assert (told.state.status, told.lacking) == ("done", "")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}', json.dumps(sealed({"format": 1})), "null"])
@@ -391,10 +421,10 @@ def told(asked: Asked, states: dict[str, TrialState], uri: str, storage: Storage
     tracker.uri, tracker._client = uri, client
     experiment = tracker._experiment(client, "tones")
     for state in states.values():
-        tags = {"helix.level": "trial", "helix.trial_id": state.trial_id, "helix.state": "told"}
+        value = tracking.state_as_json(state)
+        tags = {"helix.level": "trial", "helix.trial_id": state.trial_id, "helix.state": value["sha256"]}
         run = client.create_run(experiment, tags=tags)
-        text = json.dumps(tracking.state_as_json(state))
-        client.log_text(run.info.run_id, text, tracking.STATE_FILE)
+        client.log_text(run.info.run_id, json.dumps(value), tracking.STATE_FILE)
     put_asked(storage, asked)
     tracker._parents["tones", "mamba-mel"] = ""
     tracker._asked(client, asked.view(states, storage="", now=NOW))

@@ -4,10 +4,12 @@ import csv
 import io
 import json
 import math
+import shutil
 import sqlite3
 import threading
 import time
 from collections import Counter
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -343,6 +345,199 @@ def test_storage_that_is_away_for_a_while_does_not_end_the_tracking():
     assert background.problem == "away"
 
 
+# What changes once it was told
+
+
+def look(snapshot: Snapshot):
+    """The view of somebody who saw nothing before."""
+    snapshot._known = {}
+    return snapshot()
+
+
+def one_cell(sweep, tiny_data: Recordings, storage: Storage) -> tuple[Snapshot, list[str]]:
+    """A finished cell of two folds with two seeds each, told to MLflow; the accuracies of all of them differ."""
+    snapshot, plan = sweep
+    specs = [entry.trial.spec for entry in plan if entry.trial.variant == plan[0].trial.variant]
+    trials = [Trial(variant=plan[0].trial.variant, spec=replace(spec, seed=seed)) for spec in specs for seed in (0, 1)]
+    snapshot.plan = make_plan(trials, tiny_data)
+    for at, entry in enumerate(snapshot.plan):
+        train(entry, tiny_data, storage)
+        key = f"trials/{entry.trial_id}/result.json"
+        result = {name: item for name, item in storage.get_json(key).items() if name != "sha256"}
+        storage.put_json(key, sealed({**result, "accuracy": dict.fromkeys(SELECTIONS, 0.9 - 0.06 * at**2)}))
+    Tracker(storage).replay(look(snapshot))
+    return snapshot, [entry.trial_id for entry in snapshot.plan]
+
+
+def shown_of_the_cell(storage: Storage) -> dict[str, float]:
+    (cell,) = runs(storage)["cell"]
+    return cell.data.metrics
+
+
+def agree(storage: Storage, snapshot: Snapshot) -> None:
+    """MLflow says of the only cell what the report says."""
+    (summary,) = summarise(look(snapshot))
+    metrics = shown_of_the_cell(storage)
+    for rule, one in summary.accuracy.items():
+        for name, value in (("", one.mean), ("_std", one.std), ("_ci95_low", one.low), ("_ci95_high", one.high)):
+            told = metrics.get(f"{rule}_accuracy{name}", math.nan)
+            assert math.isnan(told) if value is None else told == pytest.approx(100 * value), (rule, name)
+    assert metrics["n"] == summary.selected.n
+
+
+def test_a_cell_that_lost_results_shows_what_is_left_of_it(sweep, tiny_data, storage):
+    snapshot, names = one_cell(sweep, tiny_data, storage)
+    agree(storage, snapshot)
+    assert "best_test_accuracy_ci95_low" in shown_of_the_cell(storage)
+    kept = {name: storage.get(f"trials/{name}/result.json") for name in names}
+    for left, name in zip((3, 2, 1, 0), reversed(names), strict=True):
+        storage.put(f"trials/{name}/result.json", b"{")
+        Tracker(storage).replay(look(snapshot))
+        agree(storage, snapshot)
+        assert shown_of_the_cell(storage)["n"] == left
+        assert math.isnan(shown_of_the_cell(storage)["best_test_accuracy_ci95_low"]) == (left < 3)  # one fold is left
+    (cell,) = runs(storage)["cell"]
+    assert math.isnan(cell.data.metrics["best_test_accuracy"])
+    assert "confusion.csv" not in {
+        file.path for file in MlflowClient(tracking.tracking_uri(storage)).list_artifacts(cell.info.run_id)
+    }
+    assert cell.data.tags["helix.interval"] == cell.data.tags["helix.confusion"]
+    assert cell.data.tags["helix.confusion"] == "none: no trial has a result any more"
+    for name, result in kept.items():
+        storage.put(f"trials/{name}/result.json", result)
+    for _ in range(2):
+        Tracker(storage).replay(look(snapshot))
+    agree(storage, snapshot)
+    assert history(storage, cell, "n") == [(4, 4), (5, 3), (6, 2), (7, 1), (8, 0), (9, 4)]
+    assert text_of(storage, cell, "confusion.csv").startswith("is / taken for")
+
+
+def test_runs_whose_metrics_are_gone_are_listed_and_sorted_with_the_others(sweep, tiny_data, storage):
+    snapshot, names = one_cell(sweep, tiny_data, storage)
+    for name in names:
+        storage.put(f"trials/{name}/result.json", b"{")
+    Tracker(storage).replay(look(snapshot))
+    client = MlflowClient(tracking.tracking_uri(storage))
+    experiment = client.get_experiment_by_name("helix-tones")
+    for order in ("ASC", "DESC"):
+        found = client.search_runs([experiment.experiment_id], order_by=[f"metrics.best_test_accuracy {order}"])
+        assert len(found) == 5  # a cell and its four trials
+
+
+def test_results_that_changed_and_are_as_many_are_told(sweep, tiny_data, storage):
+    snapshot, names = one_cell(sweep, tiny_data, storage)
+    key = f"trials/{names[0]}/result.json"
+    result = {name: item for name, item in storage.get_json(key).items() if name != "sha256"}
+    storage.put_json(key, sealed({**result, "accuracy": dict.fromkeys(SELECTIONS, 0.1)}))  # of the same time
+    Tracker(storage).replay(look(snapshot))
+    agree(storage, snapshot)
+
+
+def test_another_standard_deviation_is_shown_and_so_is_the_first_one_again(sweep, tiny_data, storage):
+    snapshot, _ = one_cell(sweep, tiny_data, storage)
+    view = look(snapshot)
+    seen = [shown_of_the_cell(storage)["best_test_accuracy_std"]]
+    for std in ("sample", view.std, view.std):
+        Tracker(storage).replay(replace(view, std=std))
+        seen.append(shown_of_the_cell(storage)["best_test_accuracy_std"])
+    assert seen[1] == pytest.approx(seen[0] * math.sqrt(2)) and seen[2:] == [seen[0], seen[0]]
+    (cell,) = runs(storage)["cell"]
+    assert [step for step, _ in history(storage, cell, "best_test_accuracy_std")] == [4, 5, 6]
+
+
+@pytest.mark.parametrize("before", ["get_metric_history", "get_run", "log_batch"])
+def test_a_replay_that_another_one_overtakes_tells_no_point_a_second_time(sweep, tiny_data, storage, before: str):
+    snapshot, _ = one_cell(sweep, tiny_data, storage)
+    view, late, quick = replace(look(snapshot), std="sample"), Tracker(storage), Tracker(storage)
+    late.replay(look(snapshot))
+    client = late._client
+    own, overtaken = getattr(client, before), []
+
+    def overtake(*given, **named):
+        if not overtaken:
+            overtaken.append(before)
+            quick.replay(view)
+        return own(*given, **named)
+
+    setattr(client, before, overtake)
+    late.replay(view)
+    (cell,) = runs(storage)["cell"]
+    assert overtaken
+    for metric in ("n", "best_test_accuracy", "best_test_accuracy_std"):
+        assert [step for step, _ in history(storage, cell, metric)] == [4, 5]
+
+
+# A folder that was copied or moved
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def seen_from(snapshot: Snapshot, folder: Path) -> Snapshot:
+    """The sweep as it lies in another folder."""
+    there = copy(snapshot)
+    there.storage, there._known = FolderStorage(folder), {}
+    return there
+
+
+@pytest.mark.parametrize("name", ["copied", "what 50%20? of#it"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_database_of_a_copied_or_moved_folder_is_left_alone_and_one_says_what_to_do(
+    name: str, moved: bool, sweep, tiny_data, storage: FolderStorage, tmp_path: Path, initialised: Path
+):
+    snapshot, plan = sweep
+    train(plan[0], tiny_data, storage)
+    assert attempt_replay(Tracker(storage), snapshot()) is None
+    report = tmp_path / "test.html"
+    report.write_text("<p>of the copy</p>")
+    (shutil.move if moved else shutil.copytree)(storage.root, tmp_path / name)
+    there = seen_from(snapshot, tmp_path / name)
+    train(plan[2], tiny_data, there.storage)
+    before = files(tmp_path)
+    tracker = Tracker(there.storage)
+    problem = attempt_replay(tracker, look(there), report)
+    assert files(tmp_path) == before
+    assert problem is not None and "\n" not in problem
+    for path in (storage.root / "mlflow-artifacts", storage.root, tmp_path / name / "mlflow.db"):
+        assert str(path) in problem
+    said = sweep_command._mlflow_trouble(tracker.uri, problem)
+    assert "is left as it is: it keeps the files of helix-tones in " in said and "does not answer" not in said
+    # Without the database; under another name too, for MLflow keeps a removed file open as long as a process lives.
+    shutil.move(tmp_path / name, tmp_path / f"{name} 2")
+    there = seen_from(snapshot, tmp_path / f"{name} 2")
+    there.storage.put("mlflow.db", initialised.read_bytes())  # in place of the seconds in which MLflow makes its tables
+    assert attempt_replay(Tracker(there.storage), look(there), report) is None
+    assert len(runs(there.storage)["trial"]) == 2
+    if not moved:
+        assert files(storage.root) == {
+            path.removeprefix("storage/"): text for path, text in before.items() if path.startswith("storage/")
+        }
+
+
+def test_a_folder_by_another_name_is_the_same_folder(sweep, tiny_data, tmp_path: Path, initialised: Path):
+    snapshot, plan = sweep
+    (tmp_path / "a disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a disk")
+    for folder in (tmp_path / "link" / "runs 1", tmp_path / "a disk" / "runs 1"):
+        here = seen_from(snapshot, folder)
+        if not folder.exists():
+            shutil.copytree(snapshot.storage.root, folder)
+        train(plan[0], tiny_data, here.storage)
+        assert attempt_replay(Tracker(here.storage), look(here)) is None
+    database = sqlite3.connect(tmp_path / "a disk" / "runs 1" / "mlflow.db")
+    with database:
+        for location in (f"{tmp_path / 'link'}/runs 1/mlflow-artifacts/", f"file://{tmp_path}/a%20disk/runs%201/x/"):
+            database.execute("update experiments set artifact_location = ? where name = 'helix-tones'", [location])
+            database.commit()
+            assert attempt_replay(Tracker(here.storage), look(here)) is None
+    database.close()
+    shutil.move(tmp_path / "a disk" / "runs 1", tmp_path / "disk 2")
+    (tmp_path / "a disk" / "runs 1").symlink_to(tmp_path / "disk 2")
+    there = seen_from(snapshot, tmp_path / "disk 2")
+    assert attempt_replay(Tracker(there.storage), look(there)) is None, "the old name leads here"
+
+
 # What a run holds beside its points
 
 
@@ -661,6 +856,15 @@ def test_replays_at_once_make_one_run_and_one_model_and_no_point_twice(
         thread.join(200)
     assert len(problems) == 12
     assert attempt_replay(Tracker(storage), view) is None
+    # Then what is told changes, for all of them at once.
+    view = replace(view, std="sample")
+    threads = [threading.Thread(target=replay) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(200)
+    assert len(problems) == 24
+    assert attempt_replay(Tracker(storage), view) is None
     levels = runs(storage)
     assert Counter(run.data.tags["helix.key"] for run in levels["cell"] + levels["trial"]).most_common(1)[0][1] == 1
     assert (len(levels["cell"]), len(levels["trial"])) == (2, 4)
@@ -668,6 +872,6 @@ def test_replays_at_once_make_one_run_and_one_model_and_no_point_twice(
         for metric in ("test_accuracy", "system/cpu_utilization_percentage"):
             assert [step for step, _ in history(storage, run, metric)] == [1, 2]
     for run in levels["cell"]:
-        assert [step for step, _ in history(storage, run, "best_test_accuracy")] == [2]
+        assert [step for step, _ in history(storage, run, "best_test_accuracy")] == [2, 3]
         assert len(run.inputs.dataset_inputs) <= 1
     assert [len(of_name) for of_name in versions(storage).values()] == [1, 1]
