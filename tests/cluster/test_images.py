@@ -198,7 +198,7 @@ esac
 
 
 def python_stand_in(tmp_path: Path) -> Path:
-    """A python that makes its virtual environments of itself, writes down what pip is asked, and installs ninja alone."""
+    """A python that makes virtual environments of itself, writes down what pip is asked; it installs ninja alone."""
     return stand_in(tmp_path / "python", PYTHON_STAND_IN.format(calls=tmp_path / "calls", python=sys.executable))
 
 
