@@ -33,6 +33,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from helix.errors import first_line
 from helix.registry import BENCHES
 
 PARTS_FAILED = 1
@@ -224,10 +225,10 @@ def ratio_of(results: Mapping[str, Timing | Exception], slow: str, fast: str) ->
 
 def brief(error: Exception) -> str:
     """The first line of an error, for a note beside its row."""
-    lines = str(error).splitlines()
+    said, kind = first_line(error), type(error).__name__
     if isinstance(error, NotRunError):
-        return f"not run: {lines[0]}"
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        return f"not run: {said}"
+    return said if said == kind else f"{kind}: {said}"
 
 
 # The command

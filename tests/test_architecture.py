@@ -26,11 +26,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.models": ("helix.models", "helix.spec", "helix.registry", "helix.protocol"),
     "helix.training": ("helix",),
     "helix.doctor": ("helix.registry",),
-    "helix.checks": ("helix.doctor", "helix.models", "helix.registry", "helix.storage"),
+    "helix.checks": ("helix.doctor", "helix.errors", "helix.models", "helix.registry", "helix.storage"),
     "helix.process": (),
     "helix.determinism": (),
+    "helix.errors": (),
     "helix.out_of_memory": (),
-    "helix.bench": ("helix.registry",),
+    "helix.bench": ("helix.errors", "helix.registry"),
     "helix.loopback": (),
     "helix.peers": (),
     "helix.loader_peers": ("helix.peers",),
@@ -99,6 +100,7 @@ WITHOUT_TORCH = (
         f"helix.{name}"
         for name in ("addresses", "spec", "registry", "protocol", "published", "statistics", "storage", "storage_s3")
     ),
+    "helix.errors",
     "helix.out_of_memory",
     *(f"orchestration.{name}" for name in ("grid", "recovery", "ledger", "asked", "status", "money")),
     "orchestration.grids",

@@ -24,6 +24,16 @@ if [ -z "$python" ]; then
 elif [ -z "${SOURCES:-}" ]; then
     "$python" -m pip install --no-cache-dir -c "$root/constraints.txt" ninja packaging setuptools wheel
 fi
+# torch looks for ninja on PATH alone, and pip leaves it beside python. Without it torch compiles one file at a time, and
+# by nvcc itself: for all nine architectures, whatever PYTORCH_NVCC and MAX_JOBS say.
+found=$(command -v "$python") || { echo "build_kernels.sh: $python is not there; BUILD_PYTHON names it" >&2 && exit 2; }
+PATH=$(cd "$(dirname "$found")" && pwd):$PATH
+export PATH
+if ! ninja --version >/dev/null 2>&1; then
+    echo "build_kernels.sh: no ninja that runs beside $found nor on PATH, and torch compiles for chosen GPUs by ninja" \
+        "alone; install it there: $python -m pip install -c constraints.txt ninja" >&2
+    exit 2
+fi
 # FORCE_BUILD: no wheel that was built for another torch. KEEP_CUDA_BUILD: with Mamba-1's kernel.
 # no-build-isolation: against this torch. PYTORCH_NVCC: their lists of architectures are fixed; nvcc.sh cuts them.
 export MAMBA_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE

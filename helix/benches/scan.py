@@ -25,17 +25,23 @@ from helix.bench import (
     require_positive,
     timing_row,
 )
-from helix.models.agreement import SCAN_BOUNDS, SCAN_NAMES, compile_kernels, relative_errors, run, scan_inputs, scanned
-from helix.models.scan import scan_backend, selective_scan, selective_scan_sequential
+from helix.models.agreement import (
+    SCAN_BOUNDS,
+    SCAN_NAMES,
+    SEQUENTIAL_TOKENS,
+    compile_kernels,
+    exact_scan,
+    relative_errors,
+    run,
+    scan_inputs,
+    scanned,
+)
+from helix.models.scan import scan_backend, selective_scan
 from helix.peers import MissingPeerError, Peer, peers
 from helix.process import forget_peak, held_bytes, in_own_process, peak_bytes
 from helix.registry import BENCHES
 
 MODES = ("forward", "forward+backward")
-
-#: The most tokens for which the recurrence itself, one token after the other, says what is right. For more it is the
-#: chunked reference in float64, which tests hold to the recurrence within 1e-12.
-SEQUENTIAL_TOKENS = 1000
 
 #: (mode, L, the slower, the faster, at least so many times). Where numba cannot be used its rows are "not measured".
 RATIO_TARGETS = (
@@ -126,9 +132,8 @@ class ScanBench:
     def _errors(self, tokens: int, scans: Mapping, how: Conditions) -> dict[str, dict[str, float] | Exception]:
         """The larger error of both directions for each scan and tensor."""
         inputs = scan_inputs(self.batch, tokens, self.error_channels, self.state)
-        exact = selective_scan_sequential if tokens <= SEQUENTIAL_TOKENS else _by_backend("reference")
         how.say(f"errors, L={tokens}")
-        wanted = {way: run(scanned(exact, reverse=way), inputs, dtype=torch.float64) for way in (False, True)}
+        wanted = {way: exact_scan(inputs, reverse=way) for way in (False, True)}
         found: dict[str, dict[str, float] | Exception] = {}
         for name, (scan, peer) in scans.items():
             if peer is not None and tokens > SEQUENTIAL_TOKENS:

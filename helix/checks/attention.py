@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from helix.doctor import Asked, Check
+from helix.errors import first_line
 from helix.models.agreement import ATTENTION_NAMES, attention_inputs, explicit_attention, relative_errors, run
 from helix.registry import CHECKS
 
@@ -75,7 +76,7 @@ def judge(name: str, attend: Callable[..., Tensor], device: str, dtype: torch.dt
     try:
         given = run(attend, inputs, dtype=dtype, device=device)
     except RuntimeError as error:
-        said = str(error).splitlines()[0]
+        said = first_line(error)
         if not needed and any(word in said.lower() for word in ("no available kernel", "no viable backend")):
             return Check(name=name, status="absent", found=said)
         return Check(name=name, status="fail", found=said, advice=WRONG, needed=needed)

@@ -52,9 +52,11 @@ class Batch:
     partner_B: Tensor | None = None  # noqa: N815
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on another device; from pinned memory the copy does not wait."""
+        """The batch on another device; from pinned memory the copy does not wait, to the host it is done on return."""
+        # A copy from a GPU that nobody waits for is one whose bits may be read before they are there.
+        non_blocking = torch.device(device).type != "cpu"
         tensors = ["wave_BT", "label_B", "clip_B", "samples_B", *(["partner_B"] if self.partner_B is not None else [])]
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in tensors})
 
 
 class Placement(Protocol):

@@ -13,8 +13,8 @@ from helix.bench import NotRunError, Row, Table, Target, Timing, without_frames
 from helix.gpu.clock import peak_of, race_on
 from helix.gpu.roofline import scan_bytes
 from helix.gpu.section import COLUMNS, Load, Part, Stage, device_row, wall_ratio, why
-from helix.models.agreement import SCAN_BOUNDS, SCAN_NAMES, relative_errors, run, scan_inputs, scanned
-from helix.models.scan import BACKENDS, kernels, scan_backend, selective_scan, selective_scan_sequential
+from helix.models.agreement import SCAN_BOUNDS, SCAN_NAMES, exact_scan, relative_errors, run, scan_inputs, scanned
+from helix.models.scan import BACKENDS, kernels, scan_backend, selective_scan
 
 MODES = ("forward", "forward+backward")
 
@@ -23,10 +23,6 @@ OURS = {"cuda": "triton", "cpu": "numba"}
 
 #: The kernel alone, in the layout that it wants, without what our models pay to get there and back.
 KERNEL = "mamba-ssm's kernel, channels first"
-
-#: The most tokens for which the recurrence itself says what is right; for more it is the reference in float64, which
-#: tests hold to the recurrence within 1e-12.
-SEQUENTIAL_TOKENS = 1000
 
 #: FLOPs for each number of the states, as the model's own cost counts them; a backward is two forwards.
 FORWARD_FLOPS = 9
@@ -224,7 +220,7 @@ def _errors(stage: Stage, shapes: Shapes, backends: Sequence[str]) -> tuple[Tabl
         for name in backends:
             try:
                 stage.require_time()
-                wanted = wanted or [_exact(stage, inputs, reverse=way) for way in (False, True)]
+                wanted = wanted or [exact_scan(inputs, reverse=way, device=stage.device) for way in (False, True)]
                 both = [_distances(stage, name, inputs, wanted[way], reverse=way) for way in (False, True)]
                 each = [max(errors[key] for errors in both) for key in SCAN_NAMES]
                 values, note = (each[0], max(each[1:])), ""
@@ -236,12 +232,6 @@ def _errors(stage: Stage, shapes: Shapes, backends: Sequence[str]) -> tuple[Tabl
     title = "scan, error of float32 relative to float64, the larger of both directions"
     table = Table(title=title, columns=("output", "worst gradient"), rows=tuple(rows))
     return table, max(worst) if worst else None
-
-
-def _exact(stage: Stage, inputs: list[Tensor], *, reverse: bool) -> list[Tensor]:
-    """The output and all gradients in float64."""
-    exact = selective_scan_sequential if inputs[0].shape[1] <= SEQUENTIAL_TOKENS else by_backend("reference")
-    return run(scanned(exact, reverse=reverse), inputs, dtype=torch.float64, device=stage.device)
 
 
 def _distances(

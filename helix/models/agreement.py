@@ -7,11 +7,12 @@ Legend: B batch, L tokens, E channels, N state, K taps, H heads.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from helix.models.scan import selective_scan
+from helix.models.scan import selective_scan, selective_scan_sequential
 
 #: What `run` returns for a scan, a convolution and an attention, in this order: the output, then gradients.
 SCAN_NAMES = ("y", "u", "dt", "A", "B", "C", "D", "z", "dt_bias")
@@ -21,6 +22,11 @@ ATTENTION_NAMES = ("y", "q", "k", "v")
 #: The relative error in the Euclidean norm that a scan in float32 may have in its output and each gradient, by the type
 #: of its device. A GPU's exponential is an approximation.
 SCAN_BOUNDS = {"cpu": 5e-7, "cuda": 1e-5}
+
+#: The most tokens for which the recurrence itself, one token after the other, says what is right: the time of its
+#: gradients grows with the square of their number. For more it is the chunked reference in float64, which tests hold to
+#: the recurrence within 1e-12.
+SEQUENTIAL_TOKENS = 1000
 
 
 def scan_inputs(batch: int, tokens: int, channels: int, state: int, *, seed: int = 0) -> list[Tensor]:
@@ -71,6 +77,13 @@ def run(
 def scanned(function: Callable[..., Tensor], *, reverse: bool = False) -> Callable[..., Tensor]:
     """A scan as a function of the tensors of `scan_inputs`."""
     return lambda *tensors: function(*tensors[:-1], dt_bias_E=tensors[-1], reverse=reverse)
+
+
+def exact_scan(inputs: Sequence[Tensor], *, reverse: bool = False, device: torch.device | str = "cpu") -> list[Tensor]:
+    """What is right for the tensors of `scan_inputs`: the output and all gradients in float64, taken on `device`."""
+    short = inputs[0].shape[1] <= SEQUENTIAL_TOKENS
+    exact = selective_scan_sequential if short else partial(selective_scan, backend="reference")
+    return run(scanned(exact, reverse=reverse), inputs, dtype=torch.float64, device=device)
 
 
 def explicit_attention(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from helix.errors import first_line
 from helix.out_of_memory import is_out_of_memory
 from helix.training.step import FILLED_TOKENS, Found, Inputs
 
@@ -50,7 +51,10 @@ State = dict[str, list[Tensor]]
 
 
 def cuda_graph(device: torch.device, run: Callable[[], None], recorded: Callable[[], None]) -> Callable[[], None]:
-    """A step as a CUDA graph, by the recipe of torch's notes on CUDA semantics. RuntimeError where it cannot be one."""
+    """A step as a CUDA graph, by the recipe of torch's notes on CUDA semantics.
+
+    Where it cannot be one it raises whatever torch or a kernel does.
+    """
     with torch.cuda.device(device):
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(here)
@@ -198,8 +202,8 @@ class Graphed:
         before = _copied(self._state())
         try:
             self._replay = self.capture(inputs.wave_BT.device, self._run, self._recorded)
-        except RuntimeError as error:
-            self._give_up(f"it could not be recorded: {str(error).strip().splitlines()[0]}")
+        except Exception as error:  # a kernel may raise anything; what is wrong with the step it says again without
+            self._give_up(f"it could not be recorded: {first_line(error)}")
         finally:
             self._become(before)
         return held

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed
 
 from helix.data.loader import part_of
+from helix.errors import first_line
 
 T = TypeVar("T")
 
@@ -126,7 +127,7 @@ class Ranks:
         try:
             collective(*arguments)
         except RuntimeError as error:  # what torch.distributed raises is one
-            raise RankLostError(self.rank, str(error).strip().splitlines()[0]) from error
+            raise RankLostError(self.rank, first_line(error)) from error
 
 
 def _portable(error: Exception, rank: int) -> bytes:

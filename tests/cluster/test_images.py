@@ -12,7 +12,7 @@ import yaml
 
 from cluster.images.requirements import requirements
 from helix.checks.versions import read_pins
-from tests.cluster.validators import CLUSTER, ROOT, load_all
+from tests.cluster.validators import CLUSTER, ROOT, load_all, path_without
 
 DOCKERFILES = sorted(CLUSTER.rglob("Dockerfile*"))
 SCRIPTS = sorted(CLUSTER.rglob("*.sh"))
@@ -200,20 +200,24 @@ echo "python $*" >>{calls}
 env | grep -E 'MAMBA|CAUSAL|NVCC|HELIX|MAX_JOBS' >>{calls}
 case "$1 $2" in
 "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-"-m pip") ;;
+"-m pip")
+    case "$*" in
+    *" ninja "*) printf '#!/bin/bash\necho 1.13.0\n' >"${{0%/*}}/ninja" && chmod +x "${{0%/*}}/ninja" ;;
+    *"pip wheel"*) echo "ninja $(command -v ninja)" >>{calls} ;;
+    esac ;;
 *) exec {python} "$@" ;;
 esac
 """
 
 
 def python_stand_in(tmp_path: Path) -> Path:
-    """A python that makes its virtual environments of itself, writes down what pip is asked, and installs nothing."""
+    """A python that makes virtual environments of itself, writes down what pip is asked; it installs ninja alone."""
     return stand_in(tmp_path / "python", PYTHON_STAND_IN.format(calls=tmp_path / "calls", python=sys.executable))
 
 
 def test_the_kernels_are_built_against_the_pinned_torch_and_never_fetched(tmp_path: Path):
     environment = {
-        "PATH": "/usr/bin:/bin",
+        "PATH": path_without(tmp_path / "system", "ninja"),
         "PYTHON": str(python_stand_in(tmp_path)),
         "BUILD_PREFIX": str(tmp_path / "build"),
         "NVCC": str(stand_in(tmp_path / "nvcc", "exit 0")),
@@ -226,6 +230,7 @@ def test_the_kernels_are_built_against_the_pinned_torch_and_never_fetched(tmp_pa
     for setting in ("MAMBA_FORCE_BUILD=TRUE", "MAMBA_KEEP_CUDA_BUILD=TRUE", "CAUSAL_CONV1D_FORCE_BUILD=TRUE"):
         assert setting in calls
     assert f"PYTORCH_NVCC={CLUSTER}/images/nvcc.sh" in calls and "HELIX_CUDA_ARCHS=9.0" in calls
+    assert f"ninja {tmp_path}/build/bin/ninja" in calls.splitlines(), "without it torch asks for no variable of these"
 
 
 def test_torch_still_asks_that_variable_for_nvcc():

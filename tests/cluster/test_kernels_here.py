@@ -7,6 +7,7 @@ with the archives that pip downloads: MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_S
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,9 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.validators import CLUSTER, ROOT
+from tests.cluster.validators import CLUSTER, ROOT, path_without
 
 SCRIPT = CLUSTER / "kernels_here.sh"
+
+#: Any program that takes --version stands in for ninja where nothing is compiled.
+NINJA = "/bin/true"
 
 
 def stand_in(path: Path, script: str) -> Path:
@@ -37,7 +41,9 @@ case "$*" in
 *torch.version.cuda*) echo "{torch}" ;;
 *get_device_capability*) echo "{gpus}" ;;
 *sysconfig*) echo {folder}/include ;;
+*"pip install"*" ninja "*) ln -sf {NINJA} {folder}/ninja ;;
 *"pip wheel"*)
+    echo "ninja $(command -v ninja)" >>{folder}/calls
     while [ "$1" != -w ]; do shift; done
     touch "$2/causal_conv1d-2.whl" "$2/mamba_ssm-2.whl" ;;
 *helix.doctor*) exit "${{DOCTOR:-0}}" ;;
@@ -49,7 +55,7 @@ esac
         (folder / "include").mkdir()
         (folder / "include/Python.h").touch()
     return {
-        "PATH": "/usr/bin:/bin",
+        "PATH": path_without(folder / "system", "ninja"),
         "CXX": str(stand_in(folder / "g++", "exit 1")),
         "PYTHON": str(stand_in(folder / "python", python)),
         "CUDA_HOME": str(folder / "cuda"),
@@ -98,7 +104,27 @@ def test_a_python_that_is_named_from_here_is_found_from_elsewhere(tmp_path: Path
     assert "-m helix.doctor" in (tmp_path / "calls").read_text()
 
 
+def test_torch_finds_the_ninja_of_the_environment_that_it_is_in(tmp_path: Path):
+    """Also where that is named from here, or is on PATH by a bare name."""
+    for number, python in enumerate(("{}/python", "./python", "python")):
+        place = tmp_path / str(number)
+        place.mkdir()
+        environment = machine(place) | {"PYTHON": python.format(place)}
+        environment["PATH"] += f":{place}" if python == "python" else ""
+        (place / "system/python").unlink(missing_ok=True)
+        done = subprocess.run([SCRIPT, "wheels"], env=environment, cwd=place, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"ninja {place}/ninja" in (place / "calls").read_text().splitlines()
+
+
+def test_without_ninja_nothing_is_compiled(tmp_path: Path):
+    done = run(tmp_path, machine(tmp_path) | {"SOURCES": str(tmp_path / "sources")})
+    assert done.returncode == 2 and f"no ninja that runs beside {tmp_path}/python" in done.stderr
+    assert "pip" not in (tmp_path / "calls").read_text()
+
+
 def test_without_a_network_everything_comes_from_the_sources(tmp_path: Path):
+    (tmp_path / "ninja").symlink_to(NINJA)
     done = run(tmp_path, machine(tmp_path) | {"SOURCES": str(tmp_path / "sources")})
     assert done.returncode == 0, done.stderr
     pips = [line for line in (tmp_path / "calls").read_text().splitlines() if "-m pip" in line]
@@ -168,14 +194,27 @@ while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : >"$2"; fi; shift; done
 """
 
 
+#: A python of a CUDA build of torch, whose `pip wheel` compiles sources with what the environment says, as pip does.
+BUILDER = """
+case "$*" in
+*"pip wheel"*) cd {source} && exec {python} -c "$AS_CUDA" ;;
+*) exit 1 ;;
+esac
+"""
+
+
 @pytest.mark.parametrize("package", ["mamba_ssm", "causal_conv1d"])
 def test_the_real_sources_are_compiled_for_one_architecture_instead_of_nine(package: str, tmp_path: Path):
+    """With ninja where pip puts it: beside the python, which is not on PATH."""
     folder = os.environ.get("HELIX_TEST_KERNEL_SOURCES")
     archives = sorted(Path(folder).glob(f"{package}-*.tar.gz")) if folder else []
     if not archives:
         pytest.skip("HELIX_TEST_KERNEL_SOURCES names no folder with the sources that pip downloads")
-    found = {}
-    for way in ("as it is", "by nvcc.sh"):
+    ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if ninja is None:
+        pytest.skip("there is no ninja; pip install ninja")
+    system, found = path_without(tmp_path / "system", "ninja"), {}
+    for way in ("as it is", "by build_kernels.sh"):
         place = tmp_path / way.replace(" ", "-")
         with tarfile.open(archives[0]) as archive:
             archive.extractall(place, filter="data")
@@ -183,22 +222,28 @@ def test_the_real_sources_are_compiled_for_one_architecture_instead_of_nine(pack
         nvcc_version = 'echo "Cuda compilation tools, release 13.0, V13.0.88"'
         stand_in(place / "cuda/bin/nvcc", COMPILER.format(version=nvcc_version, calls=place / "calls"))
         cxx = stand_in(place / "cxx", COMPILER.format(version='g++ "$@"', calls=place / "others"))
+        python = stand_in(place / "environment/python", BUILDER.format(source=source, python=sys.executable))
+        (place / "environment/ninja").symlink_to(ninja)
         environment = {
-            "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+            "PATH": system,
             "CUDA_HOME": str(place / "cuda"),
-            "MAMBA_FORCE_BUILD": "TRUE",
-            "CAUSAL_CONV1D_FORCE_BUILD": "TRUE",
             "TORCH_CUDA_ARCH_LIST": "9.0",
+            "AS_CUDA": AS_CUDA,
             **dict.fromkeys(("CC", "CXX", "LDSHARED"), str(cxx)),
         }
-        if way == "by nvcc.sh":
-            environment |= {"PYTORCH_NVCC": str(CLUSTER / "images" / "nvcc.sh"), "HELIX_CUDA_ARCHS": "9.0"}
-        command = [sys.executable, "-c", AS_CUDA]
-        done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+        if way == "as it is":
+            environment |= {"PATH": f"{python.parent}:{system}"}
+            environment |= dict.fromkeys(("MAMBA_FORCE_BUILD", "CAUSAL_CONV1D_FORCE_BUILD"), "TRUE")
+            command = [python, "-m", "pip wheel"]
+        else:
+            environment |= {"BUILD_PYTHON": str(python), "SOURCES": str(folder)}
+            command = [CLUSTER / "images" / "build_kernels.sh", place / "wheels", "9.0"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
+        assert list(source.rglob("build.ninja")), "not one file after the other"
         found[way] = set(re.findall(r"code=sm_(\d+)", (place / "calls").read_text()))
     assert len(found["as it is"]) == 9, "TORCH_CUDA_ARCH_LIST is still not heard"
-    assert found["by nvcc.sh"] == {"90"}
+    assert found["by build_kernels.sh"] == {"90"}
 
 
 def test_the_script_is_named_where_a_reader_looks():

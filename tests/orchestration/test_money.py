@@ -4,7 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.util.accelerators.accelerators as accelerators
+import yaml
+from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
+import orchestration.money as money
 from dashboards.text import cost_line
 from dashboards.view import Spent
 from orchestration.ledger import TrialState
@@ -18,6 +22,8 @@ from orchestration.money import (
     spent_on_trial,
     until,
 )
+from orchestration.needs import Room
+from orchestration.pools import Offer, pools_of
 
 PRICES = Prices(usd={("g5.xlarge", "spot"): 0.40, ("g5.xlarge", "on-demand"): 1.0})
 HOUR = 3600.0
@@ -113,6 +119,48 @@ def test_what_a_gpu_holds_is_known_by_its_machine_or_by_what_ray_calls_it():
     assert known({"ray.io/accelerator-type": "A10G"}, {}) == 22 * 2**30
     assert known({}, {"GPU": 1.0, "accelerator_type:L4": 1.0}) == 22 * 2**30
     assert known({"helix/instance-type": "p5.48xlarge"}, {"GPU": 8.0}) is None
+
+
+#: What NVIDIA's driver calls GPUs, and what each holds at least, in GiB; an A100 does not say its size.
+DRIVER_NAMES = {
+    "NVIDIA A10G": 22,
+    "NVIDIA L4": 22,
+    "NVIDIA L40S": 44,
+    "NVIDIA H100 80GB HBM3": 78,
+    "NVIDIA H100 PCIe": 78,
+    "NVIDIA H100 NVL": 78,
+    "NVIDIA H200": 139,
+    "NVIDIA H200 NVL": 139,
+    "NVIDIA A100-SXM4-80GB": None,
+    "NVIDIA GeForce RTX 4090": None,
+}
+
+
+@pytest.mark.parametrize(("driver", "gib"), DRIVER_NAMES.items())
+def test_what_a_gpu_holds_is_known_by_the_name_that_ray_makes_of_its_drivers(driver: str, gib: int | None):
+    name = NvidiaGPUAcceleratorManager._gpu_name_to_accelerator_type(driver)
+    found = read_prices().memory_of_a_gpu({}, {"GPU": 8.0, f"accelerator_type:{name}": 1.0})
+    assert found == read_prices().memory_of_a_gpu({"ray.io/accelerator-type": name}, {})
+    assert found == (None if gib is None else gib * 2**30)
+
+
+def test_the_table_calls_a_gpu_what_ray_calls_it_and_some_are_of_no_machine_that_it_prices():
+    table = yaml.safe_load(money.PRICES.read_text(encoding="utf-8"))
+    names = {value for key, value in vars(accelerators).items() if key.startswith("NVIDIA_")}
+    assert set(table["gpus"]) <= names
+    machines = {machine for row in table["gpus"].values() for machine in row.get("machines", [])}
+    assert machines <= set(table["prices"])
+    assert not table["gpus"]["H200"].get("machines") and "H200" not in read_prices().instance_types
+    for size, gib in (("A100-40G", 39), ("A100-80G", 79)):
+        given = {"GPU": 1.0, "accelerator_type:A100": 1.0, f"accelerator_type:{size}": 1.0}
+        assert read_prices().memory_of_a_gpu({"ray.io/accelerator-type": "A100"}, given) == gib * 2**30
+
+
+def test_trials_share_an_h200_and_are_held_to_their_share_of_it():
+    node = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": 1.0, "accelerator_type:H200": 1.0}, "Labels": {}}
+    offer = Offer(pools=pools_of([node], None, gpu_bytes=read_prices().memory_of_a_gpu))
+    room = Room(device="cuda").on(offer, threads=1)
+    assert room.gpu_bytes == 139 * 2**30 and room.limit(0.25) == room.gpu_bytes // 4
 
 
 def test_sums_keep_what_has_no_price_apart():

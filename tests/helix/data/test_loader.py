@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helix.data.augment import mixup, pairing
 from helix.data.clips import Clips, concat, single, stitch
@@ -182,6 +183,29 @@ def test_a_gather_on_the_device_in_portions_gives_the_same_bits(tones, monkeypat
     whole = device.gather(clips)
     monkeypatch.setattr("helix.data.loader.GATHERED_AT_ONCE", 1)
     assert same(device.gather(clips), whole)
+
+
+class Copies(TorchDispatchMode):
+    """Whether each copy to another device, of which there is none, is one that nobody waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unwaited: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is torch.ops.aten._to_copy.default
+        self.unwaited.append(kwargs.get("non_blocking", False))
+        return torch.empty(args[0].shape, dtype=args[0].dtype, device=kwargs["device"])
+
+
+def test_a_batch_that_comes_to_the_host_is_there_and_one_that_leaves_it_is_not_waited_for(tones):
+    batch = Host(recordings=tones).gather(kinds(tones)[0])
+    with Copies() as leaving:
+        away = batch.to("meta")
+    with Copies() as coming:
+        back = away.to("cpu")
+    assert leaving.unwaited == [True] * 4 and coming.unwaited == [False] * 4
+    assert back.wave_BT.device.type == "cpu"
 
 
 @pytest.mark.gpu
