@@ -46,7 +46,7 @@ from orchestration.plan import check_trials, make_plan, with_memory
 from orchestration.preprocessing import clip_facts, described, prepare_with_ray, prepared_data, refuse_needless, summary
 from orchestration.progress import ProgressDisplay
 from orchestration.restart import restart
-from orchestration.tracking import check_tracking_uri, tracking_uri
+from orchestration.tracking_place import check_tracking_uri, tracking_uri
 from orchestration.twin import TwinError, Twins
 from orchestration.verification import verify_storage
 

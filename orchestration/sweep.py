@@ -66,14 +66,8 @@ from orchestration.needs import Need, Room, deal, need_of
 from orchestration.options import chosen_storage, sweep_parser
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, price, with_memory
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
-from orchestration.tracking import (
-    ELSEWHERE,
-    BackgroundTracker,
-    Tracker,
-    attempt_replay,
-    check_tracking_uri,
-    local_folder,
-)
+from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay
+from orchestration.tracking_place import ELSEWHERE, check_tracking_uri, local_folder
 from orchestration.worker import drive, worker_resources
 
 logger = logging.getLogger(__name__)

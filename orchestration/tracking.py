@@ -18,17 +18,12 @@ import hashlib
 import json
 import logging
 import math
-import os
-import re
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
-from urllib.request import url2pathname
+from urllib.parse import quote
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
@@ -44,21 +39,27 @@ from dashboards.view import CellView, SweepView, TrialView
 from helix.addresses import without_secrets
 from helix.data.shards import Prepared, find
 from helix.statistics import CONFIDENCE
-from helix.storage import CorruptObjectError, FolderStorage, Storage, is_sealed, json_bytes, sealed
+from helix.storage import CorruptObjectError, Storage, is_sealed, json_bytes, sealed
 from orchestration.asked import plan_key
 from orchestration.ledger import CERTIFICATES, Records, TrialState, begun_trials
 from orchestration.lineage import UNKNOWN
 from orchestration.model_store import best_weights_sha256, register
 from orchestration.once import made_once
 from orchestration.records import checked_result
+from orchestration.tracking_place import (
+    ARTIFACTS,
+    ElsewhereError,
+    be_brief,
+    local_folder,
+    local_path,
+    require_here,
+    tracking_uri,
+)
 
 logger = logging.getLogger(__name__)
 
 #: So many characters of what was wrong with MLflow are told.
 MOST_SAID = 200
-
-#: How the problem begins that is no silence of MLflow: its files are those of another folder.
-ELSEWHERE = "it keeps the files of"
 
 #: MLflow refuses more than 1000 metrics in one call.
 BATCH = 1000
@@ -86,20 +87,11 @@ VIEW_KEY = "helix"
 #: The menu of MLflow's UI for training; it opens with the one for language models.
 MENU = "workflowType=machine_learning"
 
-#: A SQLite file, and the folder of the files of its runs beside it.
-DATABASE, ARTIFACTS = "mlflow.db", "mlflow-artifacts"
-
 #: The files of runs that hold what was asked of a grid, and what storage knows of a trial.
 PLAN_FILE, STATE_FILE = "plan.json", "state.json"
 
 #: What of a row is in no file: a loss for each step is much, and no report shows it.
 LEFT_OUT = ("train_losses",)
-
-#: The schemes of addresses for which MLflow has a store of its own; the empty one is that of a path.
-SCHEMES = (
-    *("", "file", "http", "https", "sqlite", "postgresql", "mysql", "mssql"),
-    *("databricks", "databricks-uc", "uc"),
-)
 
 #: What is remembered of a result.
 KEPT = (
@@ -112,52 +104,6 @@ DIGEST = 16
 
 #: The state of a trial -> what MLflow calls it.
 STATUS = {"done": "FINISHED", "running": "RUNNING", "failed": "FAILED", "partial": "KILLED"}
-
-
-def local_folder(storage: Storage) -> Path:
-    """Where files lie that have to be files: in the folder of the storage, or in ./runs where it is a bucket."""
-    return storage.root if isinstance(storage, FolderStorage) else Path("runs").absolute()
-
-
-def tracking_uri(storage: Storage) -> str:
-    """MLFLOW_TRACKING_URI, or a SQLite file in the local folder."""
-    path = re.sub("[%?#]", lambda odd: quote(odd.group()), str(local_folder(storage) / DATABASE))
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"
-
-
-def database_file(uri: str) -> Path | None:
-    """The file of an address of SQLite; None where it is an address of something else."""
-    if not uri.startswith("sqlite:"):
-        return None
-    return Path(unquote(uri.partition("://")[2].removeprefix("/").partition("?")[0]))
-
-
-def check_tracking_uri(storage: Storage) -> None:
-    """ValueError where MLFLOW_TRACKING_URI is an address that MLflow can never use; one that is down is no error."""
-    scheme = urlsplit(tracking_uri(storage)).scheme.partition("+")[0]  # of postgresql+psycopg2 the first
-    known = {*SCHEMES, *(plugin.name for plugin in entry_points(group="mlflow.tracking_store"))}
-    if scheme not in known:
-        raise ValueError(
-            f"MLFLOW_TRACKING_URI begins with {scheme}:, and MLflow knows no such address; known: "
-            f"{', '.join(sorted(known - {''}))}; of a server it is http://HOST:PORT"
-        )
-
-
-def be_brief() -> None:
-    """MLflow's waits and its words, as far as the environment does not say otherwise."""
-    # A server that is down must cost the sweep seconds and not the minutes of MLflow's default retries.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    # The terminal belongs to the live view.
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*An input example was not provided")
-
-
-class ElsewhereError(ValueError):
-    """MLflow's database came here with a copied or moved folder, and writes over files of the folder where it was."""
 
 
 class Tracker:
@@ -220,19 +166,7 @@ class Tracker:
     def _connected(self) -> MlflowClient:
         """The client. Raises ElsewhereError where the database of this storage names files of another folder."""
         client = self._client = self._client or MlflowClient(self.uri)
-        here, database = local_folder(self.storage).absolute(), database_file(self.uri)
-        if database is None or database.name != DATABASE or not _same(database.parent, here):
-            return client
-        for experiment in client.search_experiments(filter_string="name LIKE 'helix-%'"):
-            place = _local_path(experiment.artifact_location)
-            if place is None or _inside(place, here):
-                continue
-            back = f" to {place.parent}" if place.name == ARTIFACTS else ""
-            raise ElsewhereError(
-                f"{ELSEWHERE} {experiment.name} in {place}, and this storage is {here}: the folder is a copy, or was "
-                f"moved, and files of another folder are not written over. Remove or rename {database}, and the same "
-                f"command makes it anew; or move the folder back{back}"
-            )
+        require_here(client, self.storage, self.uri)
         return client
 
     def _drop_stale(self, client: MlflowClient, run: Run, tables: Path) -> None:
@@ -812,27 +746,9 @@ def _lineage(attempts: Sequence[dict[str, Any]]) -> dict[str, str]:
     return tags
 
 
-def _local_path(uri: str | None) -> Path | None:
-    """Where MLflow keeps files by an address of its own; None where that is no folder of a machine."""
-    if uri is None:
-        return None
-    if uri.startswith("file:"):
-        return Path(url2pathname(urlsplit(uri).path))
-    return None if "://" in uri or uri.startswith("mlflow-artifacts:") else Path(uri).absolute()
-
-
-def _inside(path: Path, folder: Path) -> bool:
-    """Whether a path lies in a folder, by whatever names: links, other letters where the system takes them for one."""
-    return any(_same(parent, folder) for parent in (*path.parents, *path.resolve().parents))
-
-
-def _same(folder: Path, other: Path) -> bool:
-    return folder.exists() and other.exists() and folder.samefile(other)
-
-
 def _lost(run: Run, name: str, text: bytes) -> bool:
     """Whether a file of a run is not what it was told; only of files of this machine, for a server takes too long."""
-    folder = _local_path(run.info.artifact_uri)
+    folder = local_path(run.info.artifact_uri)
     try:
         return folder is not None and (folder / name).read_bytes() != text
     except OSError:

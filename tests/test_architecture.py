@@ -72,7 +72,9 @@ ONLY_IN = {
         f"orchestration.{name}"
         for name in ("sweep", "guard", "worker", "preprocessing", "schedule", "connection", "bare", "scale", "metrics")
     },
-    "mlflow": {f"orchestration.{name}" for name in ("tracking", "from_mlflow", "model_store", "pyfunc_model")},
+    "mlflow": {
+        f"orchestration.{name}" for name in ("tracking", "tracking_place", "from_mlflow", "model_store", "pyfunc_model")
+    },
     "numba": {"helix.models.scan_numba"},
     "mamba_ssm": {"helix.models.scan_mamba_ssm"},
     "triton": {"helix.models.scan_triton", "helix.models.scan_triton_driver"},

@@ -9,11 +9,12 @@ from dashboards.report import report_tables
 from dashboards.tables import TABLES_KEPT
 from helix.data.shards import Recordings
 from helix.storage import FolderStorage, Storage, open_storage
-from orchestration import cli, status, tracking
+from orchestration import cli, status
 from orchestration.asked import Asked, put_asked
 from orchestration.options import report_parser, sweep_parser
 from orchestration.plan import Snapshot
 from orchestration.tracking import Tracker
+from orchestration.tracking_place import tracking_uri
 from orchestration.worker import run_trial
 from tests.orchestration.test_tracking import runs
 
@@ -159,7 +160,7 @@ def test_tables_that_are_stale_go_from_a_bucket_too(
     bucket = open_storage(s3_address)
     for key in list(storage.keys("trials")) + list(storage.keys("grids")):
         bucket.put(key, storage.get(key))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.tracking_uri(storage))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(storage))
     for place in ("here", "another-machine"):
         (tmp_path / place).mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -29,6 +29,7 @@ from orchestration.from_mlflow import MlflowReadError, Reader, view_from_mlflow
 from orchestration.ledger import TrialState
 from orchestration.plan import Snapshot
 from orchestration.tracking import Tracker, attempt_replay
+from orchestration.tracking_place import tracking_uri
 from orchestration.worker import run_trial
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def replay(snapshot: Snapshot, folder: Path | None = None) -> SweepView:
 
 
 def uri_of(snapshot: Snapshot) -> str:
-    return tracking.tracking_uri(snapshot.storage)
+    return tracking_uri(snapshot.storage)
 
 
 def cells(view: SweepView) -> dict[str, list[list[str]]]:

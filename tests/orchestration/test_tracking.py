@@ -21,13 +21,12 @@ import pytest
 import soundfile
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, load_text
-from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 from scipy import stats
 
 from dashboards.confusion import confusion_csv, confusion_of
 from dashboards.summary import SELECTIONS, statistic, summarise
 from helix.data.shards import Recordings
-from helix.storage import FolderStorage, Storage, open_storage, sealed
+from helix.storage import FolderStorage, Storage, sealed
 from orchestration import sweep as sweep_command
 from orchestration import tracking
 from orchestration.grid import Trial
@@ -38,6 +37,7 @@ from orchestration.tracking import (
     attempt_replay,
     logged,
 )
+from orchestration.tracking_place import tracking_uri
 from orchestration.worker import run_trial
 
 
@@ -54,7 +54,7 @@ def train(entry, recordings: Recordings, storage: Storage, **changes) -> None:
 
 
 def runs(storage: Storage) -> dict[str, list]:
-    client = MlflowClient(tracking.tracking_uri(storage))
+    client = MlflowClient(tracking_uri(storage))
     found = client.search_runs([client.get_experiment_by_name("helix-tones").experiment_id])
     levels: dict[str, list] = {"cell": [], "trial": [], "report": []}
     for run in found:
@@ -63,7 +63,7 @@ def runs(storage: Storage) -> dict[str, list]:
 
 
 def history(storage: Storage, run, metric: str) -> list[tuple[int, float]]:
-    client = MlflowClient(tracking.tracking_uri(storage))
+    client = MlflowClient(tracking_uri(storage))
     return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric)]
 
 
@@ -102,7 +102,7 @@ def test_a_tracker_that_died_before_it_counted_its_rows_sends_them_again_without
     train(plan[0], tiny_data, storage)
     Tracker(storage).replay(snapshot())
     run = runs(storage)["trial"][0]
-    client = MlflowClient(tracking.tracking_uri(storage))
+    client = MlflowClient(tracking_uri(storage))
     client.set_tag(run.info.run_id, "helix.rows", "0")
     Tracker(storage).replay(snapshot())
     assert [step for step, _ in history(storage, run, "train_loss")] == [1, 2]
@@ -111,7 +111,7 @@ def test_a_tracker_that_died_before_it_counted_its_rows_sends_them_again_without
 def test_what_mlflow_holds_of_a_trial_shows_gaps_and_duplicates(sweep, tiny_data, storage):
     snapshot, plan = sweep
     train(plan[0], tiny_data, storage)
-    uri, name = tracking.tracking_uri(storage), plan[0].trial_id
+    uri, name = tracking_uri(storage), plan[0].trial_id
     assert logged(uri, name, "test_accuracy") == []
     Tracker(storage).replay(snapshot())
     rows = [(row["epoch"], 100 * row["test_accuracy"]) for row in snapshot.states()[name].rows]
@@ -215,7 +215,7 @@ def test_trials_move_under_the_new_run_of_a_cell_whose_run_was_deleted(sweep, ti
     for entry in plan:
         train(entry, tiny_data, storage)
     Tracker(storage).replay(snapshot())
-    client = MlflowClient(tracking.tracking_uri(storage))
+    client = MlflowClient(tracking_uri(storage))
     before = runs(storage)
     gone = before["cell"][0].info.run_id
     client.delete_run(gone)
@@ -257,32 +257,6 @@ def test_a_server_that_is_down_is_reported_in_one_line_and_stops_nothing(sweep, 
     assert len(runs(storage)["trial"]) == 1
 
 
-def test_an_address_that_mlflow_can_never_use_is_refused_and_one_that_is_down_is_not(
-    storage: FolderStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    place = ["--grid", "demo", "--storage", str(tmp_path / "new")]
-    for uri in ("bogus://bob:s3cret@x", "localhost:5000"):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        with pytest.raises(UnsupportedModelRegistryStoreURIException):
-            MlflowClient(uri)
-        for options in ([], ["--dry-run"]):
-            assert sweep_command.main([*place, *options]) == sweep_command.REFUSED
-            said = capsys.readouterr().err
-            assert f"MLFLOW_TRACKING_URI begins with {uri.partition(':')[0]}:" in said and "s3cret" not in said
-    assert not (tmp_path / "new").exists()
-    for uri in (
-        "http://127.0.0.1:9",
-        "postgresql+psycopg2://host/db",
-        "mlruns",
-        "databricks",
-        f"sqlite:///{tmp_path}/x",
-    ):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        tracking.check_tracking_uri(storage)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    tracking.check_tracking_uri(storage)
-
-
 def test_passwords_are_not_printed(sweep, tiny_data, storage, monkeypatch):
     snapshot, plan = sweep
     train(plan[0], tiny_data, storage)
@@ -308,25 +282,8 @@ def test_the_ui_shows_metrics_and_not_the_view_for_language_models(sweep, tiny_d
     snapshot, plan = sweep
     train(plan[0], tiny_data, storage)
     Tracker(storage).replay(snapshot())
-    experiment = MlflowClient(tracking.tracking_uri(storage)).get_experiment_by_name("helix-tones")
+    experiment = MlflowClient(tracking_uri(storage)).get_experiment_by_name("helix-tones")
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
-
-
-@pytest.mark.parametrize("name", ["what?", "run#1", "50%20 of"])
-def test_a_folder_with_an_odd_name_holds_its_database(name: str, tmp_path: Path, initialised: Path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    storage = FolderStorage(tmp_path / name)
-    storage.put("mlflow.db", initialised.read_bytes())
-    MlflowClient(tracking.tracking_uri(storage)).create_experiment("found")
-    database = sqlite3.connect(storage.path("mlflow.db"))
-    assert ("found",) in database.execute("select name from experiments").fetchall()
-    database.close()
-
-
-def test_the_database_of_a_bucket_is_a_file_of_this_folder(tmp_path: Path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
-    assert tracking.tracking_uri(open_storage("s3://bucket/x")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
 
 
 def test_storage_that_is_away_for_a_while_does_not_end_the_tracking():
@@ -399,7 +356,7 @@ def test_a_cell_that_lost_results_shows_what_is_left_of_it(sweep, tiny_data, sto
     (cell,) = runs(storage)["cell"]
     assert math.isnan(cell.data.metrics["best_test_accuracy"])
     assert "confusion.csv" not in {
-        file.path for file in MlflowClient(tracking.tracking_uri(storage)).list_artifacts(cell.info.run_id)
+        file.path for file in MlflowClient(tracking_uri(storage)).list_artifacts(cell.info.run_id)
     }
     assert cell.data.tags["helix.interval"] == cell.data.tags["helix.confusion"]
     assert cell.data.tags["helix.confusion"] == "none: no trial has a result any more"
@@ -417,7 +374,7 @@ def test_runs_whose_metrics_are_gone_are_listed_and_sorted_with_the_others(sweep
     for name in names:
         storage.put(f"trials/{name}/result.json", b"{")
     Tracker(storage).replay(look(snapshot))
-    client = MlflowClient(tracking.tracking_uri(storage))
+    client = MlflowClient(tracking_uri(storage))
     experiment = client.get_experiment_by_name("helix-tones")
     for order in ("ASC", "DESC"):
         found = client.search_runs([experiment.experiment_id], order_by=[f"metrics.best_test_accuracy {order}"])
@@ -620,7 +577,7 @@ def test_a_trial_names_the_code_and_the_data_that_made_it(sweep, tiny_data, stor
     for _ in range(2):
         Tracker(storage).replay(snapshot())
     levels = runs(storage)
-    run = MlflowClient(tracking.tracking_uri(storage)).get_run(levels["trial"][0].info.run_id)
+    run = MlflowClient(tracking_uri(storage)).get_run(levels["trial"][0].info.run_id)
     code = snapshot.states()[plan[0].trial_id].attempts[0]["code"]
     tags = run.data.tags
     assert len(code["source_sha256"]) == len(code["constraints_sha256"]) == 64
@@ -684,7 +641,7 @@ def test_runs_of_an_earlier_version_get_the_files_that_they_lack(sweep, tiny_dat
     snapshot, plan = sweep
     train(plan[0], tiny_data, storage)
     Tracker(storage).replay(snapshot())
-    client = MlflowClient(tracking.tracking_uri(storage))
+    client = MlflowClient(tracking_uri(storage))
     run = runs(storage)["trial"][0]
     client.delete_tag(run.info.run_id, "helix.confusion")
     before = text_of(storage, run, "confusion.csv")
@@ -694,7 +651,7 @@ def test_runs_of_an_earlier_version_get_the_files_that_they_lack(sweep, tiny_dat
 
 
 def versions(storage: Storage) -> dict[str, list]:
-    client = MlflowClient(tracking.tracking_uri(storage))
+    client = MlflowClient(tracking_uri(storage))
     found: dict[str, list] = {model.name: [] for model in client.search_registered_models()}
     for name, of_name in found.items():
         of_name += client.search_model_versions(f"name = '{name}'")
@@ -714,9 +671,9 @@ def test_the_best_of_a_finished_cell_is_one_registered_model_that_predicts(
         Tracker(storage).replay(snapshot())
     found = versions(storage)
     assert [len(of_name) for of_name in found.values()] == [1, 1]
-    client = MlflowClient(tracking.tracking_uri(storage))
+    client = MlflowClient(tracking_uri(storage))
     soundfile.write(tmp_path / "a.wav", tiny_data.wave(0), 16_000, subtype="PCM_16")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.tracking_uri(storage))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(storage))
     for cell in runs(storage)["cell"]:
         children = [run for run in runs(storage)["trial"] if run.data.tags["mlflow.parentRunId"] == cell.info.run_id]
         best = max(children, key=lambda run: run.data.metrics["best_test_accuracy"])
@@ -733,7 +690,7 @@ def test_a_version_that_was_made_and_not_recorded_is_found_again(sweep, tiny_dat
     trained(sweep, tiny_data, storage)
     snapshot, _ = sweep
     storage.delete_folder("tracking")
-    client = MlflowClient(tracking.tracking_uri(storage))
+    client = MlflowClient(tracking_uri(storage))
     for cell in runs(storage)["cell"]:
         client.delete_tag(cell.info.run_id, "helix.model_sha256")
     Tracker(storage).replay(snapshot())
@@ -786,7 +743,7 @@ def test_a_run_that_was_deleted_by_hand_is_made_again_with_everything(sweep, tin
     train(plan[0], tiny_data, storage)
     tracker = Tracker(storage)
     tracker.replay(snapshot())
-    client = MlflowClient(tracking.tracking_uri(storage))
+    client = MlflowClient(tracking_uri(storage))
     first = runs(storage)["trial"][0]
     client.delete_run(first.info.run_id)
     Tracker(storage).replay(snapshot())
@@ -806,7 +763,7 @@ def test_a_tracker_that_remembers_a_deleted_run_looks_again(sweep, tiny_data, st
         seen.append(attempt_replay(tracker, snapshot()))
         if row["epoch"] == 1:
             run = runs(storage)["trial"][0]
-            MlflowClient(tracking.tracking_uri(storage)).delete_run(run.info.run_id)
+            MlflowClient(tracking_uri(storage)).delete_run(run.info.run_id)
 
     train(plan[0], tiny_data, storage, on_epoch=watch)
     attempt_replay(tracker, snapshot())
@@ -825,7 +782,7 @@ def test_the_printed_links_name_the_cells_of_the_sweep(sweep, tiny_data, storage
     cells = {run.info.run_id for run in runs(storage)["cell"]}
     assert all(run in links["compare"] for run in cells)
     assert "viewStateShareKey=helix" in links["runs"]
-    experiment = MlflowClient(tracking.tracking_uri(storage)).get_experiment_by_name("helix-tones")
+    experiment = MlflowClient(tracking_uri(storage)).get_experiment_by_name("helix-tones")
     shared = json.loads(experiment.tags["mlflow.sharedViewState.helix"])
     assert "metrics.`best_test_accuracy`" in shared["selectedColumns"]
 
