@@ -102,7 +102,9 @@ class Trains(Rule):
                     return Judgement(verdict="no data", because=f"{told}, by no runs like the paper's: {listing(less)}")
                 ran = [ran for side in (runs, mamba) for ran in side.ended or (Ran(),)]
                 on = list(dict.fromkeys(one.on for one in ran))
-                if len(on) > 1 or not all(one.like_the_papers for one in ran):
+                if len(on) > 1:
+                    return Judgement(verdict="no data", because=f"{told}, on {listing(on)}, which are not one device")
+                if not all(one.like_the_papers for one in ran):
                     return Judgement(verdict="no data", because=f"{told}, on {listing(on)} and not {ONE_OF_THEIRS}")
                 return Judgement(verdict="supported" if times > 2 else "contradicted", because=told)
         return Judgement(
