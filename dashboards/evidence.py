@@ -96,7 +96,8 @@ class Runs:
     `rerun`: the runs beside the one whose number it is, where that is among them. `ended` and `out_of_memory`: on what
     runs ended, and on what others had too little memory. `unlike`: in what the runs differ from the paper's;
     `other_size`: of the model, `other_course`: of the model, the epochs, the training or the recordings, so that
-    printed numbers say nothing of them. `less`: in what they are less than the paper's or trained otherwise, so that
+    printed numbers say nothing of them, `other_practice`: nor do they of these, which are as the profile fair has it.
+    `less`: in what they are less than the paper's or trained otherwise, so that
     they speak of no sentence of it: runs that trained longer still do.
     """
 
@@ -118,6 +119,7 @@ class Runs:
     unlike: tuple[str, ...] = ()
     other_size: bool = False
     other_course: bool = False
+    other_practice: bool = False
     less: tuple[str, ...] = ()
 
 
@@ -232,7 +234,6 @@ def _swept(summary: CellSummary, partial: bool) -> Runs:
     less += ["a model of another size"] if other_size else []
     less += ["part of the recordings"] if partial else []
     less += [setting.phrase for setting in summary.settings if setting.speaks_of == "nothing"]
-    no_number = bool(less) or any(setting.speaks_of != "all" for setting in summary.settings)
     best, last = (summary.accuracy[rule].mean for rule in ("best_test", "last"))
     return Runs(
         dataset=cell.dataset,
@@ -245,7 +246,8 @@ def _swept(summary: CellSummary, partial: bool) -> Runs:
         curves={
             (trial.fold, trial.seed): tuple(row["test_accuracy"] for row in trial.state.rows)
             for trial in cell.trials
-            if trial.state.result is not None and all("test_accuracy" in row for row in trial.state.rows)
+            if trial.state.result is not None
+            and all(math.isfinite(row.get("test_accuracy", math.nan)) for row in trial.state.rows)
         },
         epochs=cell.epochs,
         drop=None if best is None or last is None else best - last,
@@ -257,7 +259,8 @@ def _swept(summary: CellSummary, partial: bool) -> Runs:
         out_of_memory=tuple(ran for trial in cell.trials if (ran := _out_of_memory(trial)) is not None),
         unlike=comparison.unlike if comparison is not None else tuple(one.phrase for one in summary.settings),
         other_size=other_size,
-        other_course=no_number or stated not in (None, cell.epochs),
+        other_course=bool(less) or stated not in (None, cell.epochs),
+        other_practice=any(setting.speaks_of == "sentences" for setting in summary.settings),
         less=tuple(less),
     )
 

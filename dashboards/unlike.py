@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from dashboards.view import CellView, SweepView
 from helix.protocol import SWITCHES
-from helix.published import POOL_TOKENS
-from helix.registry import BLOCKS, DATASETS, FRONTENDS
+from helix.published import BACKBONES, POOL_TOKENS
+from helix.registry import BLOCKS, DATASETS, FRONTENDS, Registry
 from helix.spec import PAPER_SHIFT_S, AugmentSpec, ModelSpec, TrainingSpec
 
 #: What helix/spec.py calls the numbers of section 3.4, in words. Its defaults are those of the paper.
@@ -28,7 +28,8 @@ SETTING_WORDS = {
 #: What is said and takes nothing away: section 3.4 trains in FP16 "where memory requires" and names no run, and the
 #: authors' results do not record it, so that products of fewer bits are what theirs may have had. Who is in which part
 #: of a set of speakers is as theirs in no run of ours: nothing fixes the order of the files that their seed shuffles.
-COMPARABLE = ("precision", "split_seed")
+#: What to do about a loss that is not finite is no matter of runs whose losses are.
+COMPARABLE = ("precision", "split_seed", "divergence")
 
 #: The switches that concern one frontend, block or kind of data set alone.
 OF_FRONTEND = {"raw_norm": "raw", "mel_pad": "mel", "mel_order": "mel", "mel_norm": "mel", "augment_mel": "mel"}
@@ -75,19 +76,21 @@ def _other_data(cell: CellView) -> dict[str, str]:
     """The options of the data set that are not its defaults."""
     if cell.dataset not in DATASETS.names():
         return {}
-    return _unlike(DATASETS.resolve(cell.dataset, cell.options), DATASETS.resolve(cell.dataset))
+    return _unlike(*_options(DATASETS, cell.dataset, cell.options))
 
 
 def _other_model(cell: CellView) -> dict[str, str]:
-    """What is pooled, and the options of the frontend and the blocks."""
+    """The order of the layers, what is pooled, and the options of the frontend and the blocks."""
     model = cell.model
     if model is None:
         return {}
     ours, theirs = _pooled(model), _pooled(ModelSpec(pool_tokens=POOL_TOKENS.get(cell.dataset)))
     found = {} if ours == theirs else {"pool": f"{ours} pooled instead of {theirs}"}
+    if cell.pattern != BACKBONES.get(cell.backbone, cell.pattern):
+        found["pattern"] = f"other layers than the paper's {cell.backbone}"
     for name, members in (dict.fromkeys(model.pattern, BLOCKS) | {model.frontend: FRONTENDS}).items():
         if name in members.names():
-            unlike = _unlike(members.resolve(name, model.options.get(name)), members.resolve(name))
+            unlike = _unlike(*_options(members, name, model.options.get(name, {})))
             found |= {f"{name}.{option}": f"{name} {phrase}" for option, phrase in unlike.items()}
     return found
 
@@ -123,13 +126,29 @@ def _other_switches(cell: CellView, switches: Mapping[str, str]) -> list[Setting
         )
         if elsewhere:
             continue
-        speaks_of = "sentences" if ours == row["fair"] else "nothing"
+        speaks_of = "all" if name in COMPARABLE else "sentences" if ours == row["fair"] else "nothing"
         found.append(Setting(phrase=_instead(name, ours, row["authors"]), speaks_of=speaks_of))
     return found
 
 
+def _options(members: Registry[Any], name: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All options of a member, and its defaults. A member of a user's own may want options, or have lost one since."""
+    try:
+        theirs = members.resolve(name)
+    except (TypeError, ValueError):
+        return {}, {}  # without defaults it is none of the paper's
+    try:
+        return members.resolve(name, given), theirs
+    except ValueError:
+        return {**theirs, **given}, theirs
+
+
 def _unlike(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _instead(name, value, theirs[name]) for name, value in ours.items() if value != theirs[name]}
+    return {
+        name: _instead(name, value, theirs[name]) if name in theirs else f"{name} {_setting(value)}"
+        for name, value in ours.items()
+        if name not in theirs or value != theirs[name]
+    }
 
 
 def _instead(what: str, ours: Any, theirs: Any) -> str:

@@ -99,6 +99,13 @@ CURVES_IN = {
 #: What their train.py sets (lines 230 to 235) of what section 3.4 says, by the fields of helix/spec.py.
 AUTHORS_TRAINING = {"lr": 3e-4, "lr_min": 1e-6, "weight_decay": 0.05, "clip_norm": 1.0}
 
+#: The three points on the axis of attention (section 3.1): none, one layer at position 3, all six.
+BACKBONES: dict[str, tuple[str, ...]] = {
+    "mamba": ("mamba",) * 6,
+    "helix": ("mamba", "mamba", "mamba", "attention", "mamba", "mamba"),
+    "attention": ("attention",) * 6,
+}
+
 #: How many tokens, from the first, are averaged before the classifier (eq. 11); of other data sets all of them.
 POOL_TOKENS = {"concat_speech_commands": 100}
 

@@ -5,17 +5,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from helix.protocol import profile
+from helix.published import BACKBONES
 from helix.registry import GRIDS
 from helix.spec import TrialSpec, apply_overrides
 
 __all__ = ["BACKBONES", "GRIDS", "PRESETS", "VARIANTS", "Grid", "Trial", "Variant", "expand", "load_grid"]
-
-#: The paper's three points on the axis of attention (section 3.1): none, one layer at position 3, all six.
-BACKBONES: dict[str, tuple[str, ...]] = {
-    "mamba": ("mamba",) * 6,
-    "helix": ("mamba", "mamba", "mamba", "attention", "mamba", "mamba"),
-    "attention": ("attention",) * 6,
-}
 
 #: Sizes of one family. `paper` is the paper's; `small` is for laptops, its width and state chosen so that attention can
 #: be matched within 0.01 % under every profile.

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "helix.storage_s3": ("helix.addresses", "helix.storage", "helix.registry"),
     "helix.spec": ("helix.registry", "helix.protocol", "helix.storage"),
     "helix.data": ("helix.data", "helix.spec", "helix.registry", "helix.protocol", "helix.storage"),
-    "helix.models": ("helix.models", "helix.spec", "helix.registry", "helix.protocol"),
+    "helix.models": ("helix.models", "helix.spec", "helix.registry", "helix.protocol", "helix.out_of_memory"),
     "helix.training": ("helix",),
     "helix.doctor": ("helix.registry",),
     "helix.checks": ("helix.doctor", "helix.errors", "helix.models", "helix.registry", "helix.storage"),

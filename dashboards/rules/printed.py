@@ -43,7 +43,7 @@ class Reported(Rule):
             return no_data(case, self.cells)
         if runs.rerun and not self.last:  # a number is no evidence of itself
             given = runs.rerun
-        if runs.other_course:
+        if runs.other_course or runs.other_practice:
             return Judgement(verdict="no data", because=f"no runs like the paper's: {'; '.join(runs.unlike)}")
         sample, folds = units(given), sorted({fold for fold, _ in given})
         centre = mean(sample.values)

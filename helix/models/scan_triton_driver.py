@@ -16,9 +16,11 @@ from triton import knobs
 from triton.runtime import driver
 
 from helix.models.scan_error import UnusableScanError
+from helix.out_of_memory import is_out_of_memory
 
-#: A disk that is full is no trait of the machine, and judged by who knows what to do about it.
-FULL = (errno.ENOSPC, errno.EDQUOT)
+#: Of what the system refuses this is a trait of the machine: Triton's cache cannot be written to. A disk that is full,
+#: too many open files or a share that is away are none.
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 
 INSTALL = (
     "install a C compiler and the headers of this Python, once (apt-get install gcc libc6-dev python3-dev on Debian "
@@ -40,11 +42,20 @@ def require_driver() -> None:
     try:
         _ = driver.active.utils  # type: ignore[attr-defined]
     except (RuntimeError, AssertionError, ImportError, OSError, subprocess.CalledProcessError) as error:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if _passes(error):
             raise
         missing = what_is_missing()
         found = f"{missing or 'what launches its kernels cannot be made'} (triton {triton.__version__} said: {error!r})"
         raise UnusableScanError("triton", found, f"{_advice(error, missing)}; {OTHERWISE}") from error
+
+
+def _passes(error: Exception) -> bool:
+    """Whether another attempt may find it otherwise, so that it is judged by who knows what to do about it."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return error.returncode < 0  # the compiler was killed
+    if isinstance(error, OSError):
+        return error.errno not in CLOSED
+    return is_out_of_memory(error)
 
 
 def what_is_missing() -> str:

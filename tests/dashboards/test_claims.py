@@ -1,6 +1,7 @@
 """The claim ledger: whole, each claim once, and its verdict follows from the numbers and from nothing else."""
 
 import importlib
+import math
 import pkgutil
 import random
 import re
@@ -1261,6 +1262,26 @@ def test_pulls_away(make_evidence: MakeEvidence, leads: list[list[float]], wante
     evidence = make_evidence(runs={cells[0]: {"curves": first}, cells[1]: {"curves": second}})
     rule = PullsAway(dataset="voxpopuli", first=HELIX_RAW, second=MAMBA_RAW, after=15)
     assert verdict(rule, evidence) == wanted
+
+
+def test_a_curve_with_what_is_no_number_is_none(make_view: MakeView):
+    view = make_view(dataset="voxpopuli", folds=(1,), seeds=(0, 1, 2), epochs=100, facts=None, profile_name="authors")
+
+    def broken(trial: TrialView) -> TrialView:
+        rows = tuple({**row, "test_accuracy": math.nan} if row["epoch"] == 50 else row for row in trial.state.rows)
+        return replace(trial, state=replace(trial.state, rows=rows)) if trial.seed == 1 else trial
+
+    cells = tuple(replace(cell, trials=tuple(map(broken, cell.trials))) for cell in view.cells)
+    evidence = sweep_evidence(replace(view, cells=cells))
+    runs = evidence.runs("voxpopuli", HELIX_RAW)
+    assert runs is not None and set(runs.curves) == {(1, 0), (1, 2)}
+
+
+def test_good_practice_leaves_the_course_of_training_to_be_judged(make_view: MakeView):
+    like: dict[str, Any] = {"dataset": "concat_speech_commands", "epochs": 24, "model": {"pool_tokens": 100}}
+    evidence = sweep_evidence(make_view(folds=(1,), seeds=(0, 1, 2), facts=None, profile_name="fair", **like))
+    assert of("concat-still-rising", evidence).verdict != "no data"
+    assert of("concat_speech_commands-mamba-raw", evidence).verdict == "no data"
 
 
 @pytest.mark.parametrize("lead", [0.0, 0.015])

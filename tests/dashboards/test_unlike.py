@@ -1,6 +1,6 @@
 """What is said to be unlike the paper's: what its own grids ask for is not, and what a user changed is."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -61,11 +61,42 @@ def test_switches_of_speakers_concern_no_data_set_without_them():
 
 def test_an_unknown_data_set_block_and_frontend_are_nobodys_defaults():
     trial = expand(load_grid("esc50"))[0]
-    cell = replace(cell_of(trial), dataset="mine", frontend="new", pattern=("own",), options={"of": "mine"})
+    cell = replace(cell_of(trial), dataset="mine", frontend="new", backbone="own", pattern=("own",), options={"a": "b"})
     assert cell.model is not None
     cell = replace(cell, model=replace(cell.model, frontend="new", pattern=("own",), options={"own": {"x": 1}}))
     assert other_settings(cell, {}) == ()
     assert other_settings(replace(cell, model=None, training=None, augment=None), {}) == ()
+
+
+def test_a_variant_of_the_papers_name_with_other_layers_is_not_the_papers():
+    trial = next(one for one in expand(load_grid("esc50")) if one.variant.backbone == "helix")
+    first = replace(cell_of(trial), pattern=("attention", *("mamba",) * 5))
+    assert [one.phrase for one in other_settings(first, {})] == ["other layers than the paper's helix"]
+
+
+def test_options_that_this_version_does_not_know_are_named_and_stop_no_report():
+    cell = cell_of(expand(load_grid("esc50"))[0])
+    assert cell.model is not None
+    odd = replace(cell, model=replace(cell.model, options={"mamba": {"gone": 1}}))
+    assert [one.phrase for one in other_settings(odd, {})] == ["mamba gone 1"]
+
+
+def test_a_block_of_a_users_own_without_defaults_stops_no_report(monkeypatch: pytest.MonkeyPatch):
+    @dataclass(frozen=True)
+    class Own:
+        rank: int
+
+    monkeypatch.setitem(BLOCKS._members, "own", Own)
+    cell = replace(cell_of(expand(load_grid("esc50"))[0]), backbone="mine", pattern=("own",) * 6)
+    assert cell.model is not None
+    cell = replace(cell, model=replace(cell.model, pattern=("own",) * 6, options={"own": {"rank": 2}}))
+    assert other_settings(cell, {}) == ()
+
+
+def test_what_becomes_of_a_loss_that_is_not_finite_is_named_alone():
+    trial = expand(load_grid("esc50"))[0]
+    (found,) = settings_of(trial, divergence="rollback")
+    assert found == Setting(phrase="divergence rollback instead of stop", speaks_of="all")
 
 
 def test_every_switch_and_member_that_is_named_exists():

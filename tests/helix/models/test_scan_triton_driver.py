@@ -103,6 +103,24 @@ def test_other_trouble_has_another_cure(own, error, cure, monkeypatch, tmp_path)
     assert cure in said.advice and repr(error) in said.found and "apt-get" not in said.advice
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.ESTALE, "Stale file handle"),
+        subprocess.CalledProcessError(-9, ["gcc"]),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+    ids=repr,
+)
+def test_what_may_be_otherwise_at_the_next_attempt_is_no_trait_of_the_machine(own, error, monkeypatch):
+    monkeypatch.setattr(own, "driver", Driver(error))
+    with pytest.raises(type(error)) as raised:
+        own.require_driver()
+    assert raised.value is error
+
+
 def test_a_full_disk_is_that_and_no_trait_of_the_machine(own, bare, monkeypatch):
     monkeypatch.setattr(own, "driver", Driver(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError) as raised:
