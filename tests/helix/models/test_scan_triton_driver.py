@@ -151,7 +151,10 @@ else:
 """
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc makes what Triton is to make, and it is not here")
+@pytest.mark.skipif(
+    shutil.which("gcc") is None or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    reason="gcc makes what Triton is to make, with Python.h, and one of them is not here",
+)
 def test_triton_itself_fails_without_a_compiler_and_what_it_once_made_needs_none(own, tmp_path):
     """Its own driver, source and compilation, for a GPU that is not there: libcuda is a library of empty functions."""
     cache, empty = tmp_path / "cache", tmp_path / "empty"
