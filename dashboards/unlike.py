@@ -84,7 +84,8 @@ def _other_model(cell: CellView) -> dict[str, str]:
     model = cell.model
     if model is None:
         return {}
-    ours, theirs = _pooled(model), _pooled(ModelSpec(pool_tokens=POOL_TOKENS.get(cell.dataset)))
+    theirs = _pooled(ModelSpec(pool_tokens=POOL_TOKENS.get(cell.dataset)), cell.tokens)
+    ours = _pooled(model, cell.tokens)
     found = {} if ours == theirs else {"pool": f"{ours} pooled instead of {theirs}"}
     if cell.pattern != BACKBONES.get(cell.backbone, cell.pattern):
         found["pattern"] = f"other layers than the paper's {cell.backbone}"
@@ -155,8 +156,9 @@ def _instead(what: str, ours: Any, theirs: Any) -> str:
     return f"{what} {_setting(ours)} instead of {_setting(theirs)}"
 
 
-def _pooled(model: ModelSpec) -> str:
-    return "all tokens" if model.pool_tokens is None else f"the {model.pool} {model.pool_tokens} tokens"
+def _pooled(model: ModelSpec, tokens: int | None) -> str:
+    some = model.pool_tokens is not None and (tokens is None or model.pool_tokens < tokens)
+    return f"the {model.pool} {model.pool_tokens} tokens" if some else "all tokens"
 
 
 def _setting(value: Any) -> str:

@@ -30,7 +30,7 @@ from orchestration.asked import Asked, asked_from_json
 from orchestration.ledger import CERTIFICATES, Status, TrialState
 from orchestration.records import ATTEMPT, CERTIFICATE, LIST, ROW, TEXT, checked, checked_result_fields, lacking
 from orchestration.tracking import ACCURACIES, MOST_SAID, PLAIN, PLAN_FILE, STATE_FILE
-from orchestration.tracking_place import be_brief, database_file
+from orchestration.tracking_place import be_brief, database_file, experiment_name
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ class Reader:
         experiments = {one.name: one.experiment_id for one in self._asked(self._experiments)}
         reports = self._asked(lambda: list(self._runs([*experiments.values()], "report")))
         asked = self._plan(grid, reports, [*experiments.values()])
-        there = [experiments[name] for facts in asked.data if (name := f"helix-{facts.name}") in experiments]
+        there = [experiments[name] for facts in asked.data if (name := experiment_name(facts.name)) in experiments]
         wanted = {one.trial_id for one in asked.trials}
         runs, deleted = defaultdict(list), set()
         for run in self._asked(lambda: list(self._runs(there, "trial"))):

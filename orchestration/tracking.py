@@ -47,10 +47,10 @@ from orchestration.model_store import best_weights_sha256, register
 from orchestration.once import made_once
 from orchestration.records import checked_result
 from orchestration.tracking_place import (
-    ARTIFACTS,
     ElsewhereError,
+    artifact_location,
     be_brief,
-    local_folder,
+    experiment_name,
     local_path,
     require_here,
     tracking_uri,
@@ -134,7 +134,7 @@ class Tracker:
 
         Raises ElsewhereError, with nothing sent, where MLflow would write into another folder, and what MLflow raises.
         """
-        client = self._connected()
+        client = self._connected(view)
         try:
             for summary in summarise(view):
                 self._replay_cell(client, view, summary)
@@ -145,7 +145,7 @@ class Tracker:
 
     def publish(self, view: SweepView, report: Path) -> None:
         """Put the report of a grid, its tables and the certificates of its trials into a run beside its cells."""
-        client = self._connected()
+        client = self._connected(view)
         for dataset in dict.fromkeys(cell.dataset for cell in view.cells):
             run = self._report(client, view, dataset)
             client.log_artifact(run.info.run_id, str(report))
@@ -163,10 +163,10 @@ class Tracker:
             self._tag(client, run, "mlflow.note.content", "\n\n".join(told))
             client.set_terminated(run.info.run_id, "FINISHED")
 
-    def _connected(self) -> MlflowClient:
+    def _connected(self, view: SweepView) -> MlflowClient:
         """The client. Raises ElsewhereError where the database of this storage names files of another folder."""
         client = self._client = self._client or MlflowClient(self.uri)
-        require_here(client, self.storage, self.uri)
+        require_here(client, self.storage, self.uri, dict.fromkeys(cell.dataset for cell in view.cells))
         return client
 
     def _drop_stale(self, client: MlflowClient, run: Run, tables: Path) -> None:
@@ -179,11 +179,14 @@ class Tracker:
         self._drop(run, stale)
 
     def _drop(self, run: Run, paths: Sequence[str]) -> None:
-        """Remove files of a run."""
+        """Remove files of a run, where that is allowed: a server may want more rights for it than for all the rest."""
         assert run.info.artifact_uri is not None, run.info.run_id
         artifacts = get_artifact_repository(run.info.artifact_uri, self.uri)
         for path in paths:
-            artifacts.delete_artifacts(path)
+            try:
+                artifacts.delete_artifacts(path)
+            except (MlflowException, OSError, NotImplementedError):  # what an answer of HTTP raises is an OSError
+                logger.debug("%s of run %s stays", path, run.info.run_id, exc_info=True)
 
     def compare_links(self, view: SweepView) -> dict[str, dict[str, str]]:
         """For each data set the fragments of MLflow's UI that compare the cells of the view and list their runs."""
@@ -240,15 +243,14 @@ class Tracker:
                 self._tag(client, run, "helix.plan", plan["sha256"])
 
     def _experiment(self, client: MlflowClient, dataset: str) -> str:
-        name = f"helix-{dataset}"
+        name = experiment_name(dataset)
         found = client.get_experiment_by_name(name)
         if found is None:
-            local = self.uri.startswith("sqlite:")
             shown = {"searchFilter": "", "orderByKey": "attributes.start_time", "orderByAsc": True}
             try:
                 client.create_experiment(
                     name,
-                    artifact_location=(local_folder(self.storage) / ARTIFACTS).as_uri() if local else None,
+                    artifact_location=artifact_location(self.uri),
                     tags={
                         # Without this tag the UI opens in a view for language models, which shows no metrics.
                         "mlflow.experimentKind": "custom_model_development",

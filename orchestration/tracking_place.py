@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -72,21 +73,39 @@ class ElsewhereError(ValueError):
     """MLflow's database came here with a copied or moved folder, and writes over files of the folder where it was."""
 
 
-def require_here(client: MlflowClient, storage: Storage, uri: str) -> None:
-    """Raises ElsewhereError where the database of this storage names files of another folder."""
+def require_here(client: MlflowClient, storage: Storage, uri: str, datasets: Iterable[str]) -> None:
+    """Raises ElsewhereError where the database of this storage came here with a folder that was copied or moved.
+
+    Then it keeps the files of these data sets beside another database, or where no folder is any more. That somebody
+    keeps them in a place of his own is no sign of it.
+    """
     here, database = local_folder(storage).absolute(), database_file(uri)
     if database is None or database.name != DATABASE or not _same(database.parent, here):
         return
-    for experiment in client.search_experiments(filter_string="name LIKE 'helix-%'"):
-        place = local_path(experiment.artifact_location)
-        if place is None or _inside(place, here):
+    for dataset in datasets:
+        experiment = client.get_experiment_by_name(experiment_name(dataset))
+        place = local_path(experiment.artifact_location) if experiment is not None else None
+        if place is None or place.name != ARTIFACTS or _inside(place, here):
             continue
-        back = f" to {place.parent}" if place.name == ARTIFACTS else ""
+        other = place.parent / DATABASE
+        if place.exists() and (not other.exists() or _same(other, database)):
+            continue
         raise ElsewhereError(
-            f"{ELSEWHERE} {experiment.name} in {place}, and this storage is {here}: the folder is a copy, or was "
-            f"moved, and files of another folder are not written over. Remove or rename {database}, and the same "
-            f"command makes it anew; or move the folder back{back}"
+            f"{ELSEWHERE} {experiment_name(dataset)} in {place}, and this storage is {here}: the folder is a copy, or "
+            f"was moved, and files of another folder are not written over. Remove or rename {database}, and the same "
+            f"command makes it anew; or move the folder back to {place.parent}"
         )
+
+
+def experiment_name(dataset: str) -> str:
+    """What the experiment of a data set is called."""
+    return f"helix-{dataset}"
+
+
+def artifact_location(uri: str) -> str | None:
+    """Where a new experiment keeps its files: beside a database that is a file; a server knows where by itself."""
+    database = database_file(uri)
+    return None if database is None else (database.absolute().parent / ARTIFACTS).as_uri()
 
 
 def local_path(uri: str | None) -> Path | None:

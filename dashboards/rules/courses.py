@@ -194,5 +194,5 @@ def _tested(values: Mapping[Key, float], ratio: float) -> TTest:
 
 
 def _in_points(test: TTest) -> str:
-    interval = "" if test.low is None else f" (95 % {points(test.low)} to {points(test.high)})"
-    return points(test.mean) + interval
+    told = test.why if test.low is None else f"95 % {points(test.low)} to {points(test.high)}"
+    return f"{points(test.mean)} ({told})"

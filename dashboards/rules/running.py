@@ -137,7 +137,10 @@ class Takes(Rule):
         known = [
             (runs.hours * folds, runs)
             for runs in case.evidence.cells.values()
-            if runs.dataset == self.dataset and runs.hours and not (runs.other_course or runs.other_practice)
+            if runs.dataset == self.dataset
+            and runs.hours
+            and (runs.frontend, runs.backbone) in SIX
+            and not (runs.other_course or runs.other_practice)
         ]
         if not known:
             others = [runs for runs in case.evidence.cells.values() if runs.dataset == self.dataset and runs.hours]

@@ -99,6 +99,14 @@ def test_what_becomes_of_a_loss_that_is_not_finite_is_named_alone():
     assert found == Setting(phrase="divergence rollback instead of stop", speaks_of="all")
 
 
+def test_as_many_tokens_as_there_are_are_all_of_them():
+    cell = cell_of(expand(load_grid("esc50"))[0])
+    assert cell.model is not None
+    for pooled, wanted in ((500, []), (499, ["the first 499 tokens pooled instead of all tokens"])):
+        some = replace(cell, tokens=500, model=replace(cell.model, pool_tokens=pooled))
+        assert [one.phrase for one in other_settings(some, {})] == wanted
+
+
 def test_every_switch_and_member_that_is_named_exists():
     assert {*OF_FRONTEND, *OF_BLOCK, *OF_SPEAKERS, SAME_NUMBERS} <= set(SWITCHES)
     assert set(OF_FRONTEND.values()) <= set(FRONTENDS.names()) and set(OF_BLOCK.values()) <= set(BLOCKS.names())

@@ -21,6 +21,8 @@ import pytest
 import soundfile
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, load_text
+from mlflow.exceptions import MlflowException
+from requests import HTTPError
 from scipy import stats
 
 from dashboards.confusion import confusion_csv, confusion_of
@@ -788,6 +790,53 @@ def test_the_printed_links_name_the_cells_of_the_sweep(sweep, tiny_data, storage
 
 
 # Several at once
+
+
+@pytest.mark.parametrize(
+    "error", [HTTPError("403 Client Error: DELETE"), MlflowException("no"), NotImplementedError()], ids=repr
+)
+def test_files_that_may_not_be_removed_keep_nothing_else_from_mlflow(
+    sweep, tiny_data, storage, tmp_path, monkeypatch, error
+):
+    """A server may want more rights for removing a file than for all the rest; some stores cannot do it."""
+    snapshot, plan = sweep
+    train(plan[0], tiny_data, storage)
+    report = tmp_path / "test.html"
+    (tmp_path / "test").mkdir()
+    for name in ("old.csv", "new.csv"):
+        (tmp_path / "test" / name).write_text("variant,trials\n")
+    report.write_text("<p>found</p>")
+    assert attempt_replay(Tracker(storage), snapshot(), report) is None
+    (tmp_path / "test" / "old.csv").unlink()
+
+    def refused(_path: str) -> None:
+        raise error
+
+    monkeypatch.setattr(tracking, "get_artifact_repository", lambda *_where: SimpleNamespace(delete_artifacts=refused))
+    storage.delete(f"trials/{plan[0].trial_id}/result.json")
+    report.write_text("<p>anew</p>")
+    assert attempt_replay(Tracker(storage), snapshot(), report) is None
+    levels = runs(storage)
+    assert text_of(storage, levels["report"][0], "test.html") == "<p>anew</p>"
+    assert levels["report"][0].info.status == "FINISHED" and levels["cell"][0].data.metrics["n"] == 0
+
+
+def test_a_database_that_others_put_their_runs_into_is_no_copy(sweep, tiny_data, storage, tmp_path, monkeypatch):
+    snapshot, plan = sweep
+    train(plan[0], tiny_data, storage)
+    uri = tracking_uri(storage)
+    MlflowClient(uri).create_experiment("helix-my-notes", artifact_location=(tmp_path / "notes").as_uri())
+    other = FolderStorage(tmp_path / "other")
+    for key in storage.keys("trials"):
+        other.put(key, storage.get(key))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mine = copy(snapshot)
+    mine.storage = other
+    assert attempt_replay(Tracker(other), mine()) is None
+    experiment = MlflowClient(uri).get_experiment_by_name("helix-tones")
+    assert experiment.artifact_location == (storage.root / "mlflow-artifacts").as_uri(), "beside its database"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert attempt_replay(Tracker(storage), snapshot()) is None
 
 
 @pytest.mark.service
