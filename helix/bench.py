@@ -33,7 +33,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from helix.errors import first_line
+from helix.errors import first_line, in_one_line
 from helix.registry import BENCHES
 
 PARTS_FAILED = 1
@@ -225,10 +225,7 @@ def ratio_of(results: Mapping[str, Timing | Exception], slow: str, fast: str) ->
 
 def brief(error: Exception) -> str:
     """The first line of an error, for a note beside its row."""
-    said, kind = first_line(error), type(error).__name__
-    if isinstance(error, NotRunError):
-        return f"not run: {said}"
-    return said if said == kind else f"{kind}: {said}"
+    return f"not run: {first_line(error)}" if isinstance(error, NotRunError) else in_one_line(error)
 
 
 # The command

@@ -67,7 +67,7 @@ from orchestration.options import chosen_storage, sweep_parser
 from orchestration.plan import Planned, Snapshot, check_trials, make_plan, price, with_memory
 from orchestration.preprocessing import check_listing, prepared_data, rehearsed_data
 from orchestration.tracking import BackgroundTracker, Tracker, attempt_replay
-from orchestration.tracking_place import ELSEWHERE, check_tracking_uri, local_folder
+from orchestration.tracking_place import check_tracking_uri, local_folder
 from orchestration.worker import drive, worker_resources
 
 logger = logging.getLogger(__name__)
@@ -269,7 +269,7 @@ def run_sweep(sweep: Sweep, console: Console) -> str | None:
     tracker = Tracker(sweep.storage)
     problem = attempt_replay(tracker, sweep.snapshot())
     if problem:
-        console.print(_mlflow_trouble(tracker.uri, problem), markup=False)
+        console.print(problem, markup=False)
     connect(storage_named=sweep.storage_named)
     with BackgroundTracker(tracker, sweep.snapshot), LiveView(sweep.snapshot, console=console):
         errors, stopped = train(sweep, missing)
@@ -477,7 +477,7 @@ def _finish(storage: Storage, view: SweepView, console: Console, *, stopped: str
         console.print(f"cost:    {cost_line(view.spent)}", markup=False)
     console.print(f"\nreport:  {shlex.join([sys.executable, '-m', 'webbrowser', report.as_uri()])}", markup=False)
     if problem:
-        console.print(f"MLflow:  {_mlflow_trouble(tracker.uri, problem)}", markup=False)
+        console.print(f"MLflow:  {problem}", markup=False)
     elif tracker.uri.startswith("sqlite:"):
         # Without the variable MLflow starts a dozen processes for jobs of language models, which take a gigabyte.
         command = ["env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", sys.executable, "-m", "mlflow", "ui"]
@@ -501,18 +501,6 @@ def _what_next(again: str, undone: int, failed: int) -> str:
     which = "them" if failed == undone else f"the {failed} that failed"
     rest = "" if failed == undone else " and goes on with the others"
     return f"{again} tries {which} again{rest}; what failed fails the same way unless something is changed first"
-
-
-def _mlflow_trouble(uri: str, problem: str) -> str:
-    if problem.startswith(ELSEWHERE):
-        return (
-            f"{shown_uri(uri)} is left as it is: {problem}. Nothing is lost: everything in MLflow is made again from "
-            "the storage"
-        )
-    return (
-        f"{shown_uri(uri)} does not answer ({problem}). Nothing is lost: all rows are in the storage, and the "
-        "same command sends them later"
-    )
 
 
 def _print_plan(

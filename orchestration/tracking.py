@@ -36,8 +36,9 @@ from dashboards.summary import SELECTIONS, CellSummary, statistic, summarise
 from dashboards.tables import FORMATS
 from dashboards.text import shortened
 from dashboards.view import CellView, SweepView, TrialView
-from helix.addresses import without_secrets
+from helix.addresses import shown_uri, without_secrets
 from helix.data.shards import Prepared, find
+from helix.errors import in_one_line
 from helix.statistics import CONFIDENCE
 from helix.storage import CorruptObjectError, Storage, is_sealed, json_bytes, sealed
 from orchestration.asked import plan_key
@@ -630,17 +631,26 @@ class BackgroundTracker:
 
 
 def attempt_replay(tracker: Tracker, view: SweepView, report: Path | None = None) -> str | None:
-    """Replay once, and publish the report; None, or what was wrong in one line. All of it stays in storage anyway."""
+    """Replay once, and publish the report; None, or a line on what was wrong and what becomes of it.
+
+    MLflow is a view: none of its troubles may stop a sweep.
+    """
     try:
         tracker.replay(view)
         if report is not None:
             tracker.publish(view, report)
     except ElsewhereError as error:  # the paths in it are what it is about
-        return str(error)
-    except Exception as error:  # MLflow is a view: none of its troubles may stop a sweep
+        return (
+            f"{shown_uri(tracker.uri)} is left as it is: {error}. Nothing is lost: everything in MLflow is made again "
+            "from the storage"
+        )
+    except Exception as error:  # whatever a server, a database and a store of files raise
         logger.debug("MLflow replay failed", exc_info=True)
-        line = without_secrets(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", tracker.uri)
-        return shortened(line, MOST_SAID)
+        said = shortened(without_secrets(in_one_line(error), tracker.uri), MOST_SAID)
+        return (
+            f"{shown_uri(tracker.uri)} does not take it ({said}). Nothing is lost: all rows are in the storage, and "
+            "the same command sends them later"
+        )
     return None
 
 

@@ -14,9 +14,6 @@ from mlflow import MlflowClient
 
 from helix.storage import FolderStorage, Storage
 
-#: How the problem begins that is no silence of MLflow: its files are those of another folder.
-ELSEWHERE = "it keeps the files of"
-
 #: A SQLite file, and the folder of the files of its runs beside it.
 DATABASE, ARTIFACTS = "mlflow.db", "mlflow-artifacts"
 
@@ -91,9 +88,9 @@ def require_here(client: MlflowClient, storage: Storage, uri: str, datasets: Ite
         if place.exists() and (not other.exists() or _same(other, database)):
             continue
         raise ElsewhereError(
-            f"{ELSEWHERE} {experiment_name(dataset)} in {place}, and this storage is {here}: the folder is a copy, or "
-            f"was moved, and files of another folder are not written over. Remove or rename {database}, and the same "
-            f"command makes it anew; or move the folder back to {place.parent}"
+            f"it keeps the files of {experiment_name(dataset)} in {place}, and this storage is {here}: the folder is a "
+            f"copy, or was moved, and files of another folder are not written over. Remove or rename {database}, and "
+            f"the same command makes it anew; or move the folder back to {place.parent}"
         )
 
 

@@ -29,6 +29,7 @@ from helix.models.agreement import (
     SCAN_BOUNDS,
     SCAN_NAMES,
     SEQUENTIAL_TOKENS,
+    by_backend,
     compile_kernels,
     exact_scan,
     relative_errors,
@@ -36,7 +37,7 @@ from helix.models.agreement import (
     scan_inputs,
     scanned,
 )
-from helix.models.scan import scan_backend, selective_scan
+from helix.models.scan import scan_backend
 from helix.peers import MissingPeerError, Peer, peers
 from helix.process import forget_peak, held_bytes, in_own_process, peak_bytes
 from helix.registry import BENCHES
@@ -90,7 +91,7 @@ class ScanBench:
     def _scans(self) -> tuple[dict[str, tuple[Callable[..., Tensor], Peer | None]], list[Row]]:
         """Each scan that can be had, with its limits where it is a peer; and a row for each that cannot."""
         found: dict[str, tuple[Callable[..., Tensor], Peer | None]] = {
-            name: (_by_backend(name), None) for name in self._ours()
+            name: (by_backend(name), None) for name in self._ours()
         }
         missing = []
         for peer in peers(self.mamba_ssm):
@@ -185,19 +186,12 @@ class ScanBench:
 def peak_above_inputs(backend: str, shape: tuple[int, int, int, int]) -> float:
     """MiB that forward+backward needs at its peak beyond the inputs; to be run in a process of its own."""
     _, _, channels, state = shape
-    _work("forward+backward", _by_backend(backend), scan_inputs(1, 64, channels, state))()
-    work = _work("forward+backward", _by_backend(backend), scan_inputs(*shape))
+    _work("forward+backward", by_backend(backend), scan_inputs(1, 64, channels, state))()
+    work = _work("forward+backward", by_backend(backend), scan_inputs(*shape))
     forget_peak()
     before = held_bytes()
     work()
     return (peak_bytes() - before) / 2**20
-
-
-def _by_backend(name: str) -> Callable[..., Tensor]:
-    def scan(*tensors: Tensor, dt_bias_E: Tensor, reverse: bool = False) -> Tensor:
-        return selective_scan(*tensors, dt_bias_E=dt_bias_E, reverse=reverse, backend=name)  # type: ignore[call-arg]
-
-    return scan
 
 
 def _work(mode: str, scan: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], object]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from helix.doctor import Asked, Check
+from helix.errors import in_one_line
 from helix.models.agreement import (
     CONV_NAMES,
     SCAN_BOUNDS,
@@ -206,11 +207,6 @@ def judge_errors(name: str, errors_of: Callable[[], dict[str, float]], bound: fl
         return Check(name=name, status="ok", found=found, needed=needed)
     advice = f"{WRONG}; {WRONG_ON_CUDA}" if device == "cuda" else WRONG
     return Check(name=name, status="fail", found=found, advice=advice, needed=needed)
-
-
-def in_one_line(error: Exception) -> str:
-    """Its class and its first line."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def judge_determinism(device: str) -> Check:

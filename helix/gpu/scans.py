@@ -13,8 +13,17 @@ from helix.bench import NotRunError, Row, Table, Target, Timing, without_frames
 from helix.gpu.clock import peak_of, race_on
 from helix.gpu.roofline import scan_bytes
 from helix.gpu.section import COLUMNS, Load, Part, Stage, device_row, wall_ratio, why
-from helix.models.agreement import SCAN_BOUNDS, SCAN_NAMES, exact_scan, relative_errors, run, scan_inputs, scanned
-from helix.models.scan import BACKENDS, kernels, scan_backend, selective_scan
+from helix.models.agreement import (
+    SCAN_BOUNDS,
+    SCAN_NAMES,
+    by_backend,
+    exact_scan,
+    relative_errors,
+    run,
+    scan_inputs,
+    scanned,
+)
+from helix.models.scan import BACKENDS, kernels, scan_backend
 
 MODES = ("forward", "forward+backward")
 
@@ -80,15 +89,6 @@ def backends_on(device: torch.device) -> tuple[list[str], list[Row]]:
             row = Row(name=name, values=(None,) * 4, note="not run: it cannot be imported; see helix doctor")
             missing.append(row)
     return found, missing
-
-
-def by_backend(name: str) -> Callable[..., Tensor]:
-    """The scan by that backend, as a function of the tensors of `scan_inputs`."""
-
-    def scan(*tensors: Tensor, dt_bias_E: Tensor, reverse: bool = False) -> Tensor:
-        return selective_scan(*tensors, dt_bias_E=dt_bias_E, reverse=reverse, backend=name)  # type: ignore[call-arg]
-
-    return scan
 
 
 def on_device(inputs: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -79,10 +79,15 @@ def scanned(function: Callable[..., Tensor], *, reverse: bool = False) -> Callab
     return lambda *tensors: function(*tensors[:-1], dt_bias_E=tensors[-1], reverse=reverse)
 
 
+def by_backend(name: str) -> Callable[..., Tensor]:
+    """The scan by that backend, as a function of the tensors of `scan_inputs`."""
+    return partial(selective_scan, backend=name)
+
+
 def exact_scan(inputs: Sequence[Tensor], *, reverse: bool = False, device: torch.device | str = "cpu") -> list[Tensor]:
     """What is right for the tensors of `scan_inputs`: the output and all gradients in float64, taken on `device`."""
     short = inputs[0].shape[1] <= SEQUENTIAL_TOKENS
-    exact = selective_scan_sequential if short else partial(selective_scan, backend="reference")
+    exact = selective_scan_sequential if short else by_backend("reference")
     return run(scanned(exact, reverse=reverse), inputs, dtype=torch.float64, device=device)
 
 

@@ -24,10 +24,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 logger = logging.getLogger(__name__)
 
@@ -236,18 +238,24 @@ def _usable(backend: str) -> ModuleType | None:
 _kernels: dict[str, ModuleType] = {}
 
 
+def _not_followed(function: F) -> F:
+    """Where torch.compile meets the function, it takes what it returns and does not try to follow it.
+
+    This is all that assume_constant_result of torch.compiler does, but for importing the compiler itself: a second and
+    0.1 GB of every process that never compiles.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
+@_not_followed
 def _is_there(name: str) -> bool:
     return _import(name)
 
 
+@_not_followed
 def _is_ready(name: str) -> bool:
     return _make_ready(name)
-
-
-# Where torch.compile meets the import, it must not try to follow it. This is all that assume_constant_result of
-# torch.compiler does, but for importing the compiler itself: a second and 0.1 GB of every process that never compiles.
-_is_there.__dict__["_dynamo_marked_constant"] = True
-_is_ready.__dict__["_dynamo_marked_constant"] = True
 
 
 @cache

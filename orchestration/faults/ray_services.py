@@ -99,7 +99,7 @@ def _points(stage: Stage, port: int) -> list[tuple[int, float]]:
 def _replayed(stage: Stage, port: int, database: Path, *aside: str) -> Row:
     """The row after MLflow is back and the command was run twice more: what it holds is what is stored."""
     stage.finish()
-    if "does not answer" not in stage.sweep.said:
+    if "does not take it" not in stage.sweep.said:
         stage.problems.append("the sweep did not say that MLflow is down")
     _server(stage.machines, port, database)
     wanted = [(row["epoch"], 100 * row[METRIC]) for row in stage.rows()]

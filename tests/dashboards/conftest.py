@@ -10,6 +10,7 @@ import pytest
 from dashboards.evidence import DATASETS_OF_THE_PAPER, Evidence, Runs, Variant, official
 from dashboards.view import DataFacts, SweepView, TrialEntry
 from helix.protocol import profile
+from helix.published import BACKBONES
 from helix.spec import AugmentSpec, DataSpec, ModelSpec, TrainingSpec, TrialSpec
 from orchestration.ledger import Status, TrialState
 
@@ -24,11 +25,6 @@ Expectation. The paper's order; a raw-mel gap that holds over all five folds wou
              stands under the corrected test.
 """
 
-BACKBONES = {
-    "mamba": ("mamba",) * 6,
-    "helix": ("mamba", "mamba", "mamba", "attention", "mamba", "mamba"),
-    "attention": ("attention",) * 6,
-}
 CEILING = {
     ("mamba", "raw"): 0.54,
     ("mamba", "mel"): 0.525,
